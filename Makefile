@@ -1,0 +1,45 @@
+# `make help` lists the targets. Everything runs from a fresh clone: `venv` installs what is missing.
+SHELL := /bin/bash
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := python3-venv python3-bpfcc python3-nftables iptables nftables iproute2 conntrack dnsutils curl util-linux strace
+
+.DEFAULT_GOAL := help
+.PHONY: help system venv demo test check fix bench-install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+system: ## install the distribution packages that are missing (Debian, Ubuntu; root)
+	@.ci/packages $(PACKAGES)
+
+venv: $(VENV)/.ready ## a working .venv/bin/tpctl on the system's Python
+
+$(VENV)/.ready: pyproject.toml .ci/packages Makefile
+	@.ci/packages $(PACKAGES)
+	@# --system-site-packages: bcc and libnftables' Python bindings exist only as distribution packages.
+	test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv ## the main job in throwaway network namespaces, as a table
+	@$(BIN)/python -m tests.demo
+
+test: venv ## every test (root: namespaces are made and removed)
+	@$(BIN)/python -m pytest
+
+check: venv ## lint and strict types
+	$(BIN)/ruff check agent tests
+	$(BIN)/ruff format --check agent tests
+	$(BIN)/mypy
+
+fix: venv ## let the linter mend what it can
+	$(BIN)/ruff check --fix agent tests
+	$(BIN)/ruff format agent tests
+
+bench-install: venv ## install against bare iptables-restore, and start-up time
+	@$(BIN)/python -m tests.bench.install
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

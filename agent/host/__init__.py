@@ -1,0 +1,1 @@
+"""Read-only facts about the host: users, resolvers, interfaces, tools, listening sockets."""

@@ -1,0 +1,260 @@
+"""What should happen to a host's traffic, independent of how the kernel is told.
+
+A `Policy` is complete and immutable: names are resolved to uids, name servers are read, families are decided.
+`agent.decide` says what a policy means; the engines under `agent.engines` make the kernel do it.
+
+>>> Policy(proxy_uid=5678, inbound=Inbound(exclude_ports=(PortRange(22),))).inbound.port
+15006
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+DEFAULT_INBOUND_PORT = 15006
+DEFAULT_OUTBOUND_PORT = 15001
+DEFAULT_DNS_PORT = 15053
+DNS_PORT = 53
+
+MAX_PORT = 65535
+MAX_UID = 2**32 - 2
+"""(uid_t)-1 means "no user" to the kernel (credentials(7)), so it can own nothing."""
+
+
+class Family(enum.IntEnum):
+    """An IP family; the value is the IP version."""
+
+    IPV4 = 4
+    IPV6 = 6
+
+    @classmethod
+    def of(cls, thing: Address | Network) -> Family:
+        """The family an address or network belongs to."""
+        return cls(thing.version)
+
+
+class Protocol(enum.StrEnum):
+    """A transport protocol that a rule can name."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyAddresses:
+    """The two loopback addresses with a meaning of their own."""
+
+    local: Network
+    """Where applications dial themselves; the proxy dials the application here too."""
+    passthrough: Network
+    """The source from which the proxy dials the application for an inbound connection, so that it is not captured."""
+
+
+RESERVED = {
+    Family.IPV4: FamilyAddresses(ip_network("127.0.0.1/32"), ip_network("127.0.0.6/32")),
+    Family.IPV6: FamilyAddresses(ip_network("::1/128"), ip_network("::6/128")),
+}
+PASSTHROUGH6 = IPv6Address("::6")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortRange:
+    """Ports `first` to `last`, both included; one port when `last` is left out.
+
+    Raises ValueError for a port outside 1..65535 or a reversed range.
+    """
+
+    first: int
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "last", self.last or self.first)
+        if not 1 <= self.first <= MAX_PORT or not 1 <= self.last <= MAX_PORT:
+            raise ValueError(f"{self.first}-{self.last} is not within 1-{MAX_PORT}")
+        if self.first > self.last:
+            raise ValueError(f"the range {self.first}-{self.last} is reversed")
+
+    def __contains__(self, port: object) -> bool:
+        return isinstance(port, int) and self.first <= port <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+ALL_PORTS = PortRange(1, MAX_PORT)
+Ports = tuple[PortRange, ...]
+
+
+def includes(ports: Iterable[PortRange], port: int | None) -> bool:
+    """Whether `port` lies in any of the ranges."""
+    return any(port in candidate for candidate in ports)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UidRange:
+    """User ids `first` to `last`, both included; one id when `last` is left out. Ids are 32 bit."""
+
+    first: int
+    last: int = -1
+
+    def __post_init__(self) -> None:
+        if self.last == -1:
+            object.__setattr__(self, "last", self.first)
+        if not 0 <= self.first <= MAX_UID or not 0 <= self.last <= MAX_UID:
+            raise ValueError(f"{self.first}-{self.last} is not within 0-{MAX_UID}")
+        if self.first > self.last:
+            raise ValueError(f"the range {self.first}-{self.last} is reversed")
+
+    def __contains__(self, uid: object) -> bool:
+        return isinstance(uid, int) and self.first <= uid <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
+class UidExclusion:
+    """Connections of these users to these ports are left alone."""
+
+    protocol: Protocol
+    ports: Ports
+    uids: UidRange
+
+    def __str__(self) -> str:
+        return f"{self.protocol}:{','.join(map(str, self.ports))}:{self.uids}"
+
+
+@dataclass(frozen=True, slots=True)
+class NameServer:
+    """A server of resolv.conf; `interface` is the scope of a link-local address (fe80::1%eth0)."""
+
+    address: Address
+    interface: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.address}%{self.interface}" if self.interface else str(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualNetwork:
+    """A bridge whose containers or VMs are redirected as if they were local applications.
+
+    `interface` may end in `+`, which matches every interface that begins with what stands before it, as in iptables(8).
+    """
+
+    interface: str
+    network: Network
+
+    def carries(self, interface: str) -> bool:
+        """Whether packets of `interface` belong to this network."""
+        if self.interface.endswith("+"):
+            return interface.startswith(self.interface[:-1])
+        return interface == self.interface
+
+    def __str__(self) -> str:
+        return f"{self.interface}:{self.network}"
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """Connections that arrive from other hosts."""
+
+    enabled: bool = True
+    port: int = DEFAULT_INBOUND_PORT
+    include_ports: Ports = ()
+    """When not empty, only these are redirected and `exclude_ports` has no effect."""
+    exclude_ports: Ports = ()
+    exclude_sources: tuple[Network, ...] = ()
+    insert: bool = False
+    """Run before, not after, other software's rules of the same chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """Connections that this host opens."""
+
+    enabled: bool = True
+    port: int = DEFAULT_OUTBOUND_PORT
+    include_ports: Ports = ()
+    """When not empty, only these are redirected and `exclude_ports` has no effect."""
+    exclude_ports: Ports = ()
+    exclude_destinations: tuple[Network, ...] = ()
+    exclude_uids: tuple[UidExclusion, ...] = ()
+    insert: bool = False
+    """Run before, not after, other software's rules of the same chain."""
+
+
+class DnsCapture(enum.StrEnum):
+    """Which DNS queries go to the data plane."""
+
+    OFF = "off"
+    LISTED = "listed"
+    """Those to the name servers of resolv.conf."""
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Dns:
+    """DNS queries that this host makes, and those of virtual networks."""
+
+    capture: DnsCapture = DnsCapture.OFF
+    port: int = DEFAULT_DNS_PORT
+    servers: tuple[NameServer, ...] = ()
+    """Only meaningful for `DnsCapture.LISTED`."""
+    tcp: bool = False
+    """Redirect DNS over TCP too; otherwise it passes, because the data plane's DNS listener is usually UDP only."""
+    split_zones: bool = True
+    """Keep the data plane's own queries in another conntrack zone than the applications' (docs/architecture.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Everything that decides where a connection goes."""
+
+    proxy_uid: int
+    """The user the data plane runs as: its own connections are not captured."""
+    families: frozenset[Family] = frozenset(Family)
+    loopback: str = "lo"
+    inbound: Inbound = field(default_factory=Inbound)
+    outbound: Outbound = field(default_factory=Outbound)
+    dns: Dns = field(default_factory=Dns)
+    virtual_networks: tuple[VirtualNetwork, ...] = ()
+    drop_invalid: bool = False
+    """Drop packets that conntrack cannot place, so that the application does not answer them with a reset."""
+    log_level: int | None = None
+    """Kernel log level (syslog(2), 0-7) for a line a connection; None logs nothing."""
+
+    def servers(self, family: Family) -> tuple[NameServer, ...]:
+        """The name servers of a family, in the order of resolv.conf."""
+        return tuple(server for server in self.dns.servers if Family.of(server.address) is family)
+
+    def networks(self, family: Family) -> tuple[VirtualNetwork, ...]:
+        """The virtual networks of a family, in the order their rules stand: by interface name."""
+        mine = (vnet for vnet in self.virtual_networks if Family.of(vnet.network) is family)
+        return tuple(sorted(mine, key=lambda vnet: vnet.interface))
+
+    def captures_dns(self, family: Family) -> bool:
+        """Whether any DNS query of the family goes to the data plane (virtual networks apart)."""
+        if self.dns.capture is DnsCapture.LISTED:
+            return bool(self.servers(family))
+        return self.dns.capture is DnsCapture.ALL
+
+    def splits_zones(self, family: Family) -> bool:
+        """Whether the family's DNS traffic is put into conntrack zones."""
+        return self.dns.split_zones and self.captures_dns(family)
+
+
+def of_family(items: Iterable[Network], family: Family) -> Iterator[Network]:
+    """Those of `items` that belong to `family`, in order."""
+    return (item for item in items if Family.of(item) is family)
+
+
+def contains(networks: Iterable[Network], address: Address) -> bool:
+    """Whether `address` lies in any of the networks; a network of the other family never contains it."""
+    return any(address in network for network in networks if network.version == address.version)

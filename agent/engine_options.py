@@ -1,0 +1,25 @@
+"""How an engine goes about its work, as opposed to what it makes happen (that is `agent.policy`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The user's choices about engines; each has the meaning of kumactl's flag of the same name."""
+
+    engine: str = "auto"
+    """"auto" or "iptables"."""
+    iptables_mode: str = "auto"
+    """"auto" (what the host's own iptables command is), "nft" or "legacy"."""
+    executables: Mapping[str, str] = field(default_factory=dict)
+    """Paths by name: iptables, iptables-save, iptables-restore, ip6tables, ip6tables-save, ip6tables-restore."""
+    comments: bool = True
+    wait_seconds: int = 5
+    """How long to wait for /run/xtables.lock; 0 does not wait."""
+    wait_interval_microseconds: int = 0
+    max_retries: int = 4
+    sleep_between_retries_seconds: float = 2.0
+    verbose: bool = False

@@ -1,0 +1,83 @@
+"""The two ways into the kernel: iptables-restore for the nft variant, libiptc (in `legacy`) for the legacy one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from agent.engine_options import EngineOptions
+from agent.engines.iptables import saved
+from agent.engines.iptables.change import TableChange, restore_text
+from agent.engines.iptables.tools import Tools, legacy_tables_exist
+from agent.errors import ApplyError, HostError
+from agent.runner import Finished, run
+
+RESOURCE_PROBLEM = 4
+"""Exit code of iptables when the lock is held or the kernel asks to try again (xtables.h)."""
+
+_RETRY_WORTHY = ("Another app is currently holding", "Resource temporarily unavailable", "try again", "File exists")
+_NO_TABLE = ("can't initialize", "table does not exist", "Table does not exist")
+
+
+class TransientError(ApplyError):
+    """The kernel or another program was in the way; the same change may succeed in a moment."""
+
+
+class Backend(Protocol):
+    """Reads and changes the tables of one family in one variant."""
+
+    variant: str
+
+    def save(self) -> dict[str, saved.SavedTable]:
+        """What the tables hold now. Raises ApplyError when they cannot be read."""
+        ...
+
+    def commit(self, changes: tuple[TableChange, ...], *, comments: bool) -> None:
+        """Carry out the changes, one commit a table, in order.
+
+        Raises TransientError when trying again may help, HostError when the kernel lacks a table, otherwise ApplyError.
+        Tables before the one that failed are then changed: the caller rolls back.
+        """
+        ...
+
+
+class RestoreBackend:
+    """The nft variant: one iptables-restore process a family."""
+
+    variant = "nft"
+
+    def __init__(self, tools: Tools, options: EngineOptions) -> None:
+        self.tools = tools
+        self.options = options
+
+    def save(self) -> dict[str, saved.SavedTable]:
+        """What iptables-save lists."""
+        return read_tables(self.tools)
+
+    def commit(self, changes: tuple[TableChange, ...], *, comments: bool) -> None:
+        """Feed the restore text to iptables-restore --noflush."""
+        wait = ["--wait", str(self.options.wait_seconds)] if self.options.wait_seconds else []
+        if wait and self.options.wait_interval_microseconds:
+            wait += ["--wait-interval", str(self.options.wait_interval_microseconds)]
+        done = run([self.tools.restore, "--noflush", *wait], stdin=restore_text(changes, comments=comments))
+        if not done.ok:
+            raise classify(done)
+
+
+def read_tables(tools: Tools) -> dict[str, saved.SavedTable]:
+    """Run a *-save program; the legacy one only when a table exists, so that none is created."""
+    if tools.variant == "legacy" and not legacy_tables_exist(tools.family):
+        return {}
+    done = run([tools.save, "-c"])
+    if not done.ok:
+        raise ApplyError(f"the rules cannot be read: {done.failure()}")
+    return saved.read(done.stdout)
+
+
+def classify(done: Finished) -> ApplyError | HostError:
+    """The error a failed restore means."""
+    said = done.stderr + done.stdout
+    if any(hint in said for hint in _NO_TABLE):
+        return HostError(f"this kernel lacks a table that is needed: {done.failure()}")
+    if done.exit_code == RESOURCE_PROBLEM or any(hint in said for hint in _RETRY_WORTHY):
+        return TransientError(done.failure())
+    return ApplyError(done.failure())

@@ -1,0 +1,252 @@
+"""The iptables engine: one plan, two variants of iptables, all of it or nothing."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from agent.engine_options import EngineOptions
+from agent.engines.base import Inspection, Removal, RuleCounter
+from agent.engines.iptables import nft_hooks, saved, tools
+from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError
+from agent.engines.iptables.change import TableChange, change, holdings, restore_text
+from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
+from agent.engines.iptables.ruleset import FamilyRules, TableRules, rules_for
+from agent.errors import HostError, TpctlError
+from agent.policy import Family, Policy
+
+Tables = Mapping[str, saved.SavedTable]
+
+
+@dataclass(frozen=True, slots=True)
+class IptablesPlan:
+    """The rules of every family of a policy."""
+
+    families: tuple[FamilyRules, ...]
+    comments: bool = True
+
+    def render(self) -> str:
+        """The restore text of each family, for a host on which nothing of ours is installed."""
+        parts = []
+        for rules in self.families:
+            fresh = tuple(change(saved.SavedTable(table.table), table) for table in rules.tables)
+            parts.append(f"### IPv{rules.family} ###\n{restore_text(fresh, comments=self.comments)}")
+        return "\n".join(parts)
+
+    def of(self, family: Family) -> Mapping[str, TableRules]:
+        """A family's tables by name, in the order in which they are applied."""
+        return {table.table: table for rules in self.families if rules.family is family for table in rules.tables}
+
+
+class IptablesEngine:
+    """Carries plans out with the variant chosen when it was made."""
+
+    name = "iptables"
+
+    def __init__(self, options: EngineOptions, choice: tools.Choice) -> None:
+        self.options = options
+        self.choice = choice
+        self.variant = choice.variant
+
+    def plan(self, policy: Policy) -> IptablesPlan:
+        """The rules for a policy."""
+        families = tuple(rules_for(policy, family) for family in sorted(policy.families))
+        return IptablesPlan(families, self.options.comments)
+
+    def apply(self, plan: IptablesPlan) -> Sequence[str]:
+        """Replace whatever tpctl or kumactl installed by `plan`; one commit a table, rolled back as a whole."""
+        self._require_tools(plan)
+        backends = self._backends(self.variant, self.choice.tools)
+        self._retrying(lambda: self._replace(backends, plan))
+        return self._clear_other_variant()
+
+    def inspect(self, plan: IptablesPlan | None) -> Inspection:
+        """What both variants hold; drift is told against `plan` in the variant that holds our rules."""
+        holding = [variant for variant in tools.VARIANTS if "tpctl" in self._owners(variant)]
+        foreign = tuple(
+            f"kumactl rules ({variant})" for variant in tools.VARIANTS if "kumactl" in self._owners(variant)
+        )
+        if not holding:
+            return Inspection(self.name, None, installed=False, foreign=foreign)
+        variant = self.variant if self.variant in holding else holding[0]
+        tables = {family: backend.save() for family, backend in self._all_backends(variant).items()}
+        drift = tuple(line for family in tables for line in _drift(family, tables[family], plan)) if plan else ()
+        if len(holding) > 1:
+            drift += ("rules of tpctl are in both variants, nft and legacy",)
+        families = tuple(int(family) for family in tables if _owned(tables[family]))
+        return Inspection(self.name, variant, True, families, drift, tuple(_counters(tables)), foreign)
+
+    def remove(self, *, dry_run: bool = False, keep_hooks: frozenset[nft_hooks.Hook] = frozenset()) -> Removal:
+        """Remove what tpctl or kumactl installed, in both variants and families.
+
+        `keep_hooks` are the tables and base chains of nf_tables that existed before the install.
+        """
+        removed: list[str] = []
+        for variant in tools.VARIANTS:
+            backends = self._all_backends(variant)
+            held = [line for family, backend in backends.items() for line in _listing(variant, family, backend.save())]
+            removed += held
+            if held and not dry_run:
+                self._retrying(lambda backends=backends: self._replace(backends, IptablesPlan(())))  # type: ignore[misc]
+                if variant == "nft":
+                    removed += nft_hooks.remove_empty(keep_hooks)
+        return Removal(tuple(removed))
+
+    def docker_dns(self) -> bool:
+        """Whether Docker's embedded DNS server is wired into this namespace."""
+        backend = self._all_backends(self.variant).get(Family.IPV4)
+        nat = backend.save().get("nat") if backend else None
+        return nat is not None and saved.DOCKER_DNS_CHAIN in nat.chains
+
+    # -- the parts of apply and remove ---------------------------------------------------------------------------------
+
+    def _replace(self, backends: Mapping[Family, Backend], plan: IptablesPlan) -> None:
+        with self._exclusive(backends):
+            before = {family: backend.save() for family, backend in backends.items()}
+            try:
+                for family, backend in backends.items():
+                    self._commit(backend, _changes(before[family], plan.of(family)), plan.comments)
+            except TpctlError as error:
+                raise type(error)(f"{error}. {self._roll_back(backends, before)}") from error
+
+    def _roll_back(self, backends: Mapping[Family, Backend], before: Mapping[Family, Tables]) -> str:
+        """Put every table back; says how it went."""
+        try:
+            for family, backend in backends.items():
+                wanted = {name: holdings(table) for name, table in before[family].items()}
+                self._commit(backend, _changes(backend.save(), wanted), comments=True)
+        except (TpctlError, ValueError) as failed:
+            return f"The rollback failed too: {failed}. Run `tpctl uninstall`, then look at `tpctl status`"
+        return "Everything was rolled back: the rules are as they were before"
+
+    @staticmethod
+    def _commit(backend: Backend, changes: tuple[TableChange, ...], comments: bool) -> None:
+        if changes:
+            backend.commit(changes, comments=comments)
+
+    def _retrying(self, attempt: Callable[[], None]) -> None:
+        for remaining in range(self.options.max_retries, -1, -1):
+            try:
+                attempt()
+                return
+            except TransientError:
+                if remaining == 0:
+                    raise
+                time.sleep(self.options.sleep_between_retries_seconds)
+
+    def _exclusive(self, backends: Mapping[Family, Backend]) -> AbstractContextManager[None]:
+        """nf_tables transactions are atomic and iptables-nft takes no lock; libiptc rewrites whole tables."""
+        legacy = any(backend.variant == "legacy" for backend in backends.values())
+        return xtables_lock(self.options.wait_seconds) if legacy else nullcontext()
+
+    def _clear_other_variant(self) -> list[str]:
+        """Remove our rules from the variant that is not used, and warn when it holds rules of others."""
+        notices = []
+        for variant in tools.VARIANTS:
+            if variant == self.variant:
+                continue
+            backends = self._all_backends(variant)
+            tables = {family: backend.save() for family, backend in backends.items()}
+            if any(_owned(held) for held in tables.values()):
+                self._retrying(lambda backends=backends: self._replace(backends, IptablesPlan(())))  # type: ignore[misc]
+                notices.append(f"removed an earlier installation from the {variant} variant")
+            if any(_holds_foreign(held) for held in tables.values()):
+                notices.append(
+                    f"iptables-{variant} holds rules as well, which `iptables` ({self.variant}) does not show; "
+                    "both act on this host's traffic"
+                )
+        return notices
+
+    # -- where things are ----------------------------------------------------------------------------------------------
+
+    def _require_tools(self, plan: IptablesPlan) -> None:
+        for rules in plan.families:
+            if rules.family not in self.choice.tools:
+                name = tools.command(rules.family)
+                raise HostError(
+                    f"IPv{rules.family} is in use on this host, but {name}-{self.variant} is not installed; "
+                    "install it, or leave IPv6 alone with --ip-family-mode ipv4"
+                )
+
+    def _backends(self, variant: str, found: Mapping[Family, tools.Tools]) -> dict[Family, Backend]:
+        kind = RestoreBackend if variant == "nft" else LegacyBackend
+        return {family: kind(found[family], self.options) for family in sorted(found)}
+
+    def _all_backends(self, variant: str) -> dict[Family, Backend]:
+        """The backends of a variant for the families in which it could hold anything."""
+        if variant == self.variant:
+            return self._backends(variant, self.choice.tools)
+        families = [family for family in Family if variant == "nft" or tools.legacy_tables_exist(family)]
+        found = {family: found for family in families if (found := tools.find(variant, family))}
+        return self._backends(variant, found)
+
+    def _owners(self, variant: str) -> frozenset[str]:
+        backends = self._all_backends(variant).values()
+        return frozenset().union(*(table.owners() for backend in backends for table in backend.save().values()))
+
+
+def select(options: EngineOptions) -> IptablesEngine:
+    """The engine for the variant of this host. Raises HostError or InputError as `tools.choose` does."""
+    return IptablesEngine(options, tools.choose(options))
+
+
+def _changes(current: Tables, wanted: Mapping[str, TableRules]) -> tuple[TableChange, ...]:
+    """The changes of one family; a table that neither holds nor should hold anything of ours is not touched."""
+    names = [*wanted, *(name for name in current if name not in wanted)]
+    made = (change(current.get(name, saved.SavedTable(name)), wanted.get(name, TableRules(name))) for name in names)
+    return tuple(table for table in made if table.operations)
+
+
+def _owned(tables: Tables) -> bool:
+    return any(table.owners() for table in tables.values())
+
+
+def _holds_foreign(tables: Tables) -> bool:
+    return any(
+        saved.owner_of_chain(rule.chain) is None and saved.owner_of_rule(rule.text) is None
+        for table in tables.values()
+        for rule in table.rules
+    )
+
+
+def _listing(variant: str, family: Family, tables: Tables) -> Iterator[str]:
+    for table in tables.values():
+        for rule in table.owned_jumps():
+            yield f"IPv{family} {variant} {table.name}: -A {rule.chain} {rule.text}"
+        for chain in table.owned_chains():
+            yield f"IPv{family} {variant} {table.name}: chain {chain} ({len(list(table.rules_of(chain)))} rules)"
+
+
+def _drift(family: Family, tables: Tables, plan: IptablesPlan) -> Iterator[str]:
+    wanted = plan.of(family)
+    for name in dict.fromkeys([*wanted, *tables]):
+        current = tables.get(name, saved.SavedTable(name))
+        expected = _canonical(wanted.get(name, TableRules(name)))
+        try:
+            actual = _canonical(holdings(current))
+        except ValueError as error:
+            yield f"IPv{family} {name}: a rule cannot be read: {error}"
+            continue
+        where = f"IPv{family} {name}"
+        yield from difflib.unified_diff(expected, actual, f"plan {where}", f"kernel {where}", n=0, lineterm="")
+
+
+def _canonical(rules: TableRules) -> list[str]:
+    lines = []
+    for chain, content in sorted(rules.chains):
+        lines.append(f":{chain}")
+        lines += [f"-A {chain} {rule.canonical().render()}" for rule in content]
+    jumps = sorted(enumerate(rules.jumps), key=lambda item: (item[1].chain, item[0]))
+    return lines + [f"-A {jump.chain} {jump.rule.canonical().render()}" for _, jump in jumps]
+
+
+def _counters(tables: Mapping[Family, Tables]) -> Iterator[RuleCounter]:
+    for family, held in tables.items():
+        for table in held.values():
+            for rule in table.rules:
+                if saved.owner_of_chain(rule.chain) or saved.owner_of_rule(rule.text):
+                    text = saved.comment_of(rule.text) or rule.text
+                    yield RuleCounter(int(family), table.name, rule.chain, text, rule.packets, rule.bytes)

@@ -1,0 +1,186 @@
+"""Where configuration comes from: YAML files, the environment, flags. Each becomes a list of raw values with an origin.
+
+Nothing here knows what a value means; `agent.config` reads and checks them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.options import BY_KEY, BY_NAME, BY_VARIABLE, OPTIONS, UNSUPPORTED, Option, Unsupported
+
+PREFIXES = ("KUMA_TRANSPARENT_PROXY_", "TPCTL_")
+"""Of environment variables; the later one wins."""
+
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value that somebody gave for an option, not yet read."""
+
+    option: Option
+    raw: object
+    origin: str
+    """As a message begins: "flag --x", "environment TPCTL_X", "file f: a.b"."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a source holds, and what is wrong with it."""
+
+    given: list[Given] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean "x"?`, or nothing when no known word is near."""
+    import difflib  # lazily: only a mistake needs it
+
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.75)
+    return f'; did you mean "{by_lower[near[0]]}"?' if near else ""
+
+
+def from_flags(flags: Mapping[str, Sequence[str]]) -> Findings:
+    """Flags by option name, with every occurrence."""
+    found = Findings()
+    for name, occurrences in flags.items():
+        option = BY_NAME[name]
+        keep_all = option.accumulates and len(occurrences) > 1
+        raw: object = list(occurrences) if keep_all else occurrences[-1]
+        found.given.append(Given(option, raw, f"flag {option.flag}"))
+    return found
+
+
+def from_environment(environ: Mapping[str, str]) -> Findings:
+    """The variables with one of the prefixes. An empty variable is an empty list, or, for any other type, not set."""
+    found = Findings()
+    refused = {row.variable: row for row in UNSUPPORTED}
+    for prefix in PREFIXES:
+        for variable, value in sorted(environ.items()):
+            if not variable.startswith(prefix):
+                continue
+            suffix = variable.removeprefix(prefix)
+            option = BY_VARIABLE.get(suffix)
+            if option is not None:
+                if value.strip() or option.default == ():
+                    found.given.append(Given(option, value, f"environment {variable}"))
+            elif suffix in refused:
+                if _is_used(refused[suffix], value.strip()):
+                    found.problems.append(f"environment {variable}: {refused[suffix].reason}")
+            else:
+                known = (f"{prefix}{row.variable}" for row in OPTIONS)
+                hint = did_you_mean(variable, known)
+                found.notices.append(f"warning: environment {variable} is not known and has no effect{hint}")
+    return found
+
+
+def from_files(paths: Iterable[str]) -> Findings:
+    """YAML or JSON files in order; `-` is stdin."""
+    found = Findings()
+    for path in paths:
+        name = "stdin" if path == STDIN else path
+        try:
+            tree = _parse(_read(path))
+        except _UnusableFileError as error:
+            found.problems.append(f"file {name}: {error}")
+            continue
+        if tree is None:
+            continue
+        if not isinstance(tree, Mapping):
+            kind = "a list" if isinstance(tree, list) else f"the single value {tree!r}"
+            found.problems.append(
+                f"file {name}: holds {kind}; write keys, as in redirect: {{inbound: {{port: 15006}}}}"
+            )
+            continue
+        _walk(tree, name, found)
+    return found
+
+
+def _is_used(row: Unsupported, raw: object) -> bool:
+    if row.is_bool:
+        return raw not in (None, False, "", "false", "False", "FALSE", "f", "F", "0")
+    return raw not in (None, "", [])
+
+
+class _UnusableFileError(Exception):
+    """A file that cannot be read or parsed; says why."""
+
+
+def _read(path: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    except OSError as error:
+        raise _UnusableFileError(f"cannot be read: {error.strerror or error}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _UnusableFileError(f"is not UTF-8 text (byte {error.start})") from None
+
+
+def _parse(text: str) -> object:
+    """The tree a YAML or JSON text stands for."""
+    import yaml  # lazily: 15 ms that an install without a file need not spend
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in a mapping, of which yaml would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise _UnusableFileError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+                    seen.add(key.value)
+            return dict(super().construct_mapping(node, deep=deep))
+
+    if text.lstrip().startswith("{") and "\t" in text:
+        text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise _UnusableFileError(f"is not YAML: {where}{getattr(error, 'problem', None) or error}") from None
+    except (RecursionError, ValueError, TypeError) as error:
+        raise _UnusableFileError(f"is not YAML: {error}") from None
+
+
+def _walk(tree: Mapping[object, object], file: str, found: Findings) -> None:
+    """Match the leaves of a file with the table; null means "not set"."""
+    refused = {row.key: row for row in UNSUPPORTED if row.key}
+    sections = {parent for key in (*BY_KEY, *refused) for parent in _parents(key)}
+    for key, raw in _flatten(tree, "", sections):
+        option, origin = BY_KEY.get(key), f"file {file}: {key}"
+        if option is not None:
+            if raw is not None:
+                found.given.append(Given(option, raw, origin))
+        elif key in refused:
+            if _is_used(refused[key], raw):
+                found.problems.append(f"{origin}: {refused[key].reason}")
+        elif key in sections:
+            if raw is not None:
+                example = next(known for known in BY_KEY if known.startswith(f"{key}."))
+                found.problems.append(f"{origin}: {raw!r} is a value where keys belong, as in {example}")
+        else:
+            found.problems.append(f"{origin}: there is no such key{did_you_mean(key, (*BY_KEY, *sections))}")
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _flatten(tree: Mapping[object, object], path: str, sections: set[str]) -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        here = f"{path}{key}"
+        if here in sections and isinstance(value, Mapping):
+            yield from _flatten(value, f"{here}.", sections)
+        else:
+            yield here, value

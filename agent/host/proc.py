@@ -1,0 +1,19 @@
+"""Where the kernel shows the network of the calling thread's network namespace.
+
+/sys/class/net shows the namespace that mounted /sys, which after `nsenter --net` is another one; /proc/self/net follows
+the process's main thread. /proc/thread-self/net (Linux 3.17) is always right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NET = Path("/proc/thread-self/net")
+
+
+def read_net(name: str) -> str:
+    """A file of /proc/net; empty when the kernel has none of that name (IPv6 turned off, for instance)."""
+    try:
+        return (NET / name).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,293 @@
+"""Every input of a policy, in one table: its YAML key, flag, variable, meaning and default.
+
+The YAML reader, the reader of the environment, the command line and the documentation are all made from `OPTIONS`.
+Keys, flags and variables are kumactl's, except the rows that say otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from agent.config_values import (
+    Reader,
+    choice,
+    number,
+    read_bool,
+    read_duration,
+    read_executables,
+    read_networks,
+    read_path,
+    read_port,
+    read_ports,
+    read_text,
+    read_uid_exclusions,
+    read_virtual_networks,
+)
+from agent.policy import DEFAULT_DNS_PORT, DEFAULT_INBOUND_PORT, DEFAULT_OUTBOUND_PORT
+
+MAX_UNSIGNED = 2**32 - 1
+
+
+class Section(enum.StrEnum):
+    """The heading of --help under which an option stands."""
+
+    DATA_PLANE = "Data plane"
+    INBOUND = "Inbound"
+    OUTBOUND = "Outbound"
+    DNS = "DNS"
+    VIRTUAL_NETWORKS = "Virtual networks"
+    PACKETS = "Packets and logging"
+    ENGINE = "Engine"
+    RUN = "This run"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One input."""
+
+    name: str
+    """The attribute of `agent.config.Config` that holds it."""
+    section: Section
+    key: str
+    """The path in kumactl's YAML, with dots."""
+    flag: str
+    variable: str
+    """The environment variable without its prefix."""
+    read: Reader
+    default: object
+    metavar: str
+    """What --help shows for the value; empty for a truth value."""
+    help: str
+    accumulates: bool = False
+    """Whether repeating the flag adds to the list (kumactl's port lists do not: the last one wins)."""
+    new: bool = False
+    """tpctl has this input and kumactl has not, in any form."""
+
+    @property
+    def is_bool(self) -> bool:
+        """Whether the flag may stand alone."""
+        return self.read is read_bool
+
+
+_PORTS = "PORTS"
+_CIDRS = "CIDRS"
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "proxy_user", Section.DATA_PLANE, "kumaDPUser", "--kuma-dp-user", "KUMA_DP_USER", read_text, "", "USER",
+        "User (name or uid) the data plane runs as; its own connections are not redirected. "
+        "Left out: uid 5678, else the user kuma-dp.",
+    ),
+    Option(
+        "ip_family_mode", Section.DATA_PLANE, "ipFamilyMode", "--ip-family-mode", "IP_FAMILY_MODE",
+        choice("dualstack", "ipv4"), "dualstack", "MODE",
+        "dualstack redirects IPv4 and IPv6, ipv4 leaves IPv6 alone.",
+    ),
+    Option(
+        "inbound_enabled", Section.INBOUND, "redirect.inbound.enabled", "--redirect-inbound",
+        "REDIRECT_INBOUND_ENABLED", read_bool, True, "",
+        "Redirect connections that arrive; =false for a gateway.",
+    ),
+    Option(
+        "inbound_port", Section.INBOUND, "redirect.inbound.port", "--redirect-inbound-port", "REDIRECT_INBOUND_PORT",
+        read_port, DEFAULT_INBOUND_PORT, "PORT",
+        "Port where the data plane takes inbound connections.",
+    ),
+    Option(
+        "inbound_exclude_ports", Section.INBOUND, "redirect.inbound.excludePorts", "--exclude-inbound-ports",
+        "REDIRECT_INBOUND_EXCLUDE_PORTS", read_ports, (), _PORTS,
+        "Leave inbound connections to these ports alone: 22,8000-8100. Repeated: the last one wins.",
+    ),
+    Option(
+        "inbound_include_ports", Section.INBOUND, "redirect.inbound.includePorts", "--include-inbound-ports",
+        "REDIRECT_INBOUND_INCLUDE_PORTS", read_ports, (), _PORTS,
+        "Redirect only these; excluded ports then have no effect.",
+    ),
+    Option(
+        "inbound_exclude_sources", Section.INBOUND, "redirect.inbound.excludePortsForIPs", "--exclude-inbound-ips",
+        "REDIRECT_INBOUND_EXCLUDE_PORTS_FOR_IPS", read_networks, (), _CIDRS,
+        "Leave inbound connections from these addresses alone. Repeatable.", accumulates=True,
+    ),
+    Option(
+        "inbound_insert", Section.INBOUND, "redirect.inbound.insertRedirectInsteadOfAppend",
+        "--redirect-inbound-insert-instead-of-append", "REDIRECT_INBOUND_INSERT_REDIRECT_INSTEAD_OF_APPEND",
+        read_bool, False, "",
+        "Stand before the rules of other software.",
+    ),
+    Option(
+        "outbound_enabled", Section.OUTBOUND, "redirect.outbound.enabled", "--redirect-outbound",
+        "REDIRECT_OUTBOUND_ENABLED", read_bool, True, "",
+        "Redirect connections that this host opens.",
+    ),
+    Option(
+        "outbound_port", Section.OUTBOUND, "redirect.outbound.port", "--redirect-outbound-port",
+        "REDIRECT_OUTBOUND_PORT", read_port, DEFAULT_OUTBOUND_PORT, "PORT",
+        "Port where the data plane takes outbound connections.",
+    ),
+    Option(
+        "outbound_exclude_ports", Section.OUTBOUND, "redirect.outbound.excludePorts", "--exclude-outbound-ports",
+        "REDIRECT_OUTBOUND_EXCLUDE_PORTS", read_ports, (), _PORTS,
+        "Leave outbound TCP connections to these ports alone. Repeated: the last one wins.",
+    ),
+    Option(
+        "outbound_include_ports", Section.OUTBOUND, "redirect.outbound.includePorts", "--include-outbound-ports",
+        "REDIRECT_OUTBOUND_INCLUDE_PORTS", read_ports, (), _PORTS,
+        "Redirect only these; excluded ports then have no effect.",
+    ),
+    Option(
+        "outbound_exclude_destinations", Section.OUTBOUND, "redirect.outbound.excludePortsForIPs",
+        "--exclude-outbound-ips", "REDIRECT_OUTBOUND_EXCLUDE_PORTS_FOR_IPS", read_networks, (), _CIDRS,
+        "Leave everything to these addresses alone, DNS too. Repeatable.", accumulates=True,
+    ),
+    Option(
+        "outbound_exclude_uids", Section.OUTBOUND, "redirect.outbound.excludePortsForUIDs",
+        "--exclude-outbound-ports-for-uids", "REDIRECT_OUTBOUND_EXCLUDE_PORTS_FOR_UIDS", read_uid_exclusions, (),
+        "[PROTO:][PORTS:]UIDS",
+        "Leave what these users open to these ports alone: udp:53:101, tcp:22,80-90:1000-1999, 1000. Repeatable.",
+        accumulates=True,
+    ),
+    Option(
+        "outbound_insert", Section.OUTBOUND, "redirect.outbound.insertRedirectInsteadOfAppend",
+        "--redirect-outbound-insert-instead-of-append", "REDIRECT_OUTBOUND_INSERT_REDIRECT_INSTEAD_OF_APPEND",
+        read_bool, False, "",
+        "Stand before the rules of other software.",
+    ),
+    Option(
+        "dns_enabled", Section.DNS, "redirect.dns.enabled", "--redirect-dns", "REDIRECT_DNS_ENABLED",
+        read_bool, False, "",
+        "Redirect DNS queries to the name servers of resolv.conf.",
+    ),
+    Option(
+        "dns_capture_all", Section.DNS, "redirect.dns.captureAll", "--redirect-all-dns-traffic",
+        "REDIRECT_DNS_CAPTURE_ALL", read_bool, False, "",
+        "Redirect DNS queries to every server.",
+    ),
+    Option(
+        "dns_port", Section.DNS, "redirect.dns.port", "--redirect-dns-port", "REDIRECT_DNS_PORT",
+        read_port, DEFAULT_DNS_PORT, "PORT",
+        "Port where the data plane takes DNS queries.",
+    ),
+    Option(
+        "dns_tcp", Section.DNS, "redirect.dns.tcp", "--redirect-dns-tcp", "REDIRECT_DNS_TCP", read_bool, False, "",
+        "Redirect DNS over TCP too; otherwise it passes, as most data planes serve DNS over UDP only.", new=True,
+    ),
+    Option(
+        "resolv_conf", Section.DNS, "redirect.dns.resolvConfigPath", "--resolv-conf",
+        "REDIRECT_DNS_RESOLV_CONFIG_PATH", read_path, "/etc/resolv.conf", "FILE",
+        "Where the name servers are read from.",
+    ),
+    Option(
+        "dns_skip_zone_split", Section.DNS, "redirect.dns.skipConntrackZoneSplit", "--skip-dns-conntrack-zone-split",
+        "REDIRECT_DNS_SKIP_CONNTRACK_ZONE_SPLIT", read_bool, False, "",
+        "Keep all DNS in one conntrack zone.",
+    ),
+    Option(
+        "virtual_networks", Section.VIRTUAL_NETWORKS, "redirect.vnet.networks", "--vnet", "REDIRECT_VNET_NETWORKS",
+        read_virtual_networks, (), "INTERFACE[+]:CIDR",
+        "Treat what leaves this bridge's network as outbound traffic of this host, and redirect its DNS queries: "
+        "docker0:172.17.0.0/16, br+:fd00::/64. Repeatable.",
+        accumulates=True,
+    ),
+    Option(
+        "drop_invalid", Section.PACKETS, "dropInvalidPackets", "--drop-invalid-packets", "DROP_INVALID_PACKETS",
+        read_bool, False, "",
+        "Drop packets that conntrack cannot place, of the whole host.",
+    ),
+    Option(
+        "log_enabled", Section.PACKETS, "log.enabled", "--iptables-logs", "LOG_ENABLED", read_bool, False, "",
+        "Write a kernel log line for every new connection.",
+    ),
+    Option(
+        "log_level", Section.PACKETS, "log.level", "--log-level", "LOG_LEVEL", number(0, 7), 7, "0-7",
+        "Level of these lines, as in syslog(2).",
+    ),
+    Option(
+        "engine", Section.ENGINE, "engine", "--engine", "ENGINE", choice("auto", "iptables"), "auto", "ENGINE",
+        "What redirects: auto or iptables.", new=True,
+    ),
+    Option(
+        "iptables_mode", Section.ENGINE, "iptablesMode", "--iptables-mode", "IPTABLES_MODE",
+        choice("auto", "nft", "legacy"), "auto", "MODE",
+        "auto (what the host's own iptables command is), nft or legacy.", new=True,
+    ),
+    Option(
+        "executables", Section.ENGINE, "iptablesExecutables", "--iptables-executables", "IPTABLES_EXECUTABLES",
+        read_executables, {}, "NAME:PATH,...",
+        "Programs to use: iptables, iptables-save and iptables-restore, and the three of ip6tables. "
+        "All three of a family, or none.",
+        accumulates=True,
+    ),
+    Option(
+        "comments_disabled", Section.ENGINE, "comments.disabled", "--disable-comments", "COMMENTS_DISABLED",
+        read_bool, False, "",
+        "Write rules without comments.",
+    ),
+    Option(
+        "wait", Section.ENGINE, "wait", "--wait", "WAIT", number(0, MAX_UNSIGNED), 5, "SECONDS",
+        "How long to wait for the xtables lock; 0 does not wait.",
+    ),
+    Option(
+        "wait_interval", Section.ENGINE, "waitInterval", "--wait-interval", "WAIT_INTERVAL",
+        number(0, MAX_UNSIGNED), 0, "MICROSECONDS",
+        "How often to look whether the lock is free.",
+    ),
+    Option(
+        "max_retries", Section.ENGINE, "retry.maxRetries", "--max-retries", "RETRY_MAX_RETRIES",
+        number(0, 1000), 4, "NUMBER",
+        "How often to try again when the kernel refuses.",
+    ),
+    Option(
+        "sleep_between_retries", Section.ENGINE, "retry.sleepBetweenRetries", "--sleep-between-retries",
+        "RETRY_SLEEP_BETWEEN_RETRIES", read_duration, 2.0, "DURATION",
+        "Pause between tries: 2s, 500ms.",
+    ),
+    Option(
+        "store_firewalld", Section.ENGINE, "storeFirewalld", "--store-firewalld", "STORE_FIREWALLD",
+        read_bool, False, "",
+        "Accepted for kumactl's sake; not carried out yet, with a warning.",
+    ),
+    Option(
+        "verbose", Section.RUN, "verbose", "--verbose", "VERBOSE", read_bool, False, "",
+        "Say more about what is done.",
+    ),
+    Option(
+        "dry_run", Section.RUN, "dryRun", "--dry-run", "DRY_RUN", read_bool, False, "",
+        "Print what would be given to the kernel, and change nothing.",
+    ),
+)  # fmt: skip
+
+BY_NAME = {option.name: option for option in OPTIONS}
+BY_KEY = {option.key: option for option in OPTIONS}
+BY_VARIABLE = {option.variable: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """An input of kumactl that tpctl refuses when it is used, rather than ignoring it."""
+
+    key: str | None
+    variable: str
+    reason: str
+    is_bool: bool = False
+    """Saying false, which is what leaving it out means, is no use of it."""
+
+
+_ONE_CHAIN_NAME = "tpctl's chain names cannot be changed: status and uninstall recognise its rules by them"
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(
+        "redirect.inbound.excludePortsForUIDs", "REDIRECT_INBOUND_EXCLUDE_PORTS_FOR_UIDS",
+        "packets that arrive have no owner, so inbound connections cannot be excluded by uid; "
+        "use redirect.inbound.excludePorts or redirect.inbound.excludePortsForIPs",
+    ),
+    Unsupported(
+        "cniMode", "CNI_MODE",
+        "tpctl is a host agent and does not run as a CNI plugin; leave cniMode out", is_bool=True,
+    ),
+    *(
+        Unsupported(None, f"REDIRECT_{direction}_{chain}", _ONE_CHAIN_NAME)
+        for direction in ("INBOUND", "OUTBOUND")
+        for chain in ("CHAIN_NAME", "REDIRECT_CHAIN_NAME")
+    ),
+)  # fmt: skip

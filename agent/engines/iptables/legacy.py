@@ -140,9 +140,9 @@ def _commit_all(family: Family, changes: list[TableChange], comments: bool) -> N
 
 def _commit_table(family: Family, change: TableChange, comments: bool) -> None:
     iptc = load()
-    # To tell a chain from an extension, python-iptables looks the target up in every table, which would create them all.
-    iptc.Table.existing_table_names.update({name: name == change.table for name in iptc.Table.ALL})
     table_class = iptc.Table if family is Family.IPV4 else iptc.Table6
+    # To tell a chain from an extension, python-iptables asks every table for the target, which would create them all.
+    table_class.existing_table_names.update({name: name == change.table for name in table_class.ALL})
     table = table_class(change.table, autocommit=False)
     table.refresh()  # a cached handle would show what the table held when it was opened
     for operation in change.operations:

@@ -96,7 +96,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - the last resort: no traceback reaches a user who did not ask for one
+    except Exception as error:  # the last resort
         if debug:
             raise
         fail(f"internal error ({type(error).__name__}: {error}); run again with --debug for the traceback")

@@ -82,6 +82,12 @@ def _operations(current: SavedTable, wanted: TableRules) -> Iterator[Operation]:
     yield from (Place(jump.chain, jump.rule, jump.position) for jump in wanted.jumps)
 
 
+def flushing(current: SavedTable) -> Iterator[Operation]:
+    """The operations that leave a table with empty built-in chains only. Chain policies stay."""
+    yield from (Empty(chain) for chain in current.chains)
+    yield from (DeleteChain(chain) for chain, policy in current.chains.items() if policy == "-")
+
+
 def holdings(current: SavedTable) -> TableRules:
     """What tpctl or kumactl has in a table, in the form `change` takes: the way back to it.
 

@@ -12,7 +12,7 @@ from agent.engine_options import EngineOptions
 from agent.engines.base import Inspection, Removal, RuleCounter
 from agent.engines.iptables import nft_hooks, saved, tools
 from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError
-from agent.engines.iptables.change import TableChange, change, holdings, restore_text
+from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
 from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
 from agent.engines.iptables.ruleset import FamilyRules, TableRules, rules_for
 from agent.errors import HostError, TpctlError
@@ -28,13 +28,25 @@ class IptablesPlan:
     families: tuple[FamilyRules, ...]
     comments: bool = True
 
+    @classmethod
+    def of_policy(cls, policy: Policy, options: EngineOptions) -> IptablesPlan:
+        """The plan for a policy."""
+        families = tuple(rules_for(policy, family) for family in sorted(policy.families))
+        return cls(families, options.comments)
+
     def render(self) -> str:
         """The restore text of each family, for a host on which nothing of ours is installed."""
-        parts = []
-        for rules in self.families:
-            fresh = tuple(change(saved.SavedTable(table.table), table) for table in rules.tables)
-            parts.append(f"### IPv{rules.family} ###\n{restore_text(fresh, comments=self.comments)}")
-        return "\n".join(parts)
+        return self.render_over({})
+
+    def render_over(self, current: Mapping[Family, Tables]) -> str:
+        """The restore text of each family that replaces what `current` holds of ours."""
+        families = sorted({rules.family for rules in self.families} | set(current))
+        texts = {family: _changes(current.get(family, {}), self.of(family)) for family in families}
+        return "\n".join(
+            f"### IPv{family} ###\n{restore_text(changes, comments=self.comments)}"
+            for family, changes in texts.items()
+            if changes
+        )
 
     def of(self, family: Family) -> Mapping[str, TableRules]:
         """A family's tables by name, in the order in which they are applied."""
@@ -53,8 +65,12 @@ class IptablesEngine:
 
     def plan(self, policy: Policy) -> IptablesPlan:
         """The rules for a policy."""
-        families = tuple(rules_for(policy, family) for family in sorted(policy.families))
-        return IptablesPlan(families, self.options.comments)
+        return IptablesPlan.of_policy(policy, self.options)
+
+    def preview(self, policy: Policy) -> str:
+        """The exact restore text that `apply` would use on this host now. Reads, and changes nothing."""
+        backends = self._backends(self.variant, self.choice.tools)
+        return self.plan(policy).render_over({family: backend.save() for family, backend in backends.items()})
 
     def apply(self, plan: IptablesPlan) -> Sequence[str]:
         """Replace whatever tpctl or kumactl installed by `plan`; one commit a table, rolled back as a whole."""
@@ -94,6 +110,32 @@ class IptablesEngine:
                 if variant == "nft":
                     removed += nft_hooks.remove_empty(keep_hooks)
         return Removal(tuple(removed))
+
+    def everything(self, tables: Sequence[str]) -> list[str]:
+        """Every rule and user-defined chain of the named tables, whoever made them, in both variants and families."""
+        return [
+            f"IPv{family} {variant} {table.name}: {line}"
+            for variant in tools.VARIANTS
+            for family, backend in self._all_backends(variant).items()
+            for table in backend.save().values()
+            if table.name in tables
+            for line in (
+                *(f"-A {rule.chain} {rule.text}" for rule in table.rules),
+                *(f"chain {chain}" for chain, policy in table.chains.items() if policy == "-"),
+            )
+        ]
+
+    def flush(self, tables: Sequence[str]) -> list[str]:
+        """Remove what `everything` lists; says what went."""
+        gone = self.everything(tables)
+        for variant in tools.VARIANTS:
+            backends = self._all_backends(variant)
+            with self._exclusive(backends):
+                for backend in backends.values():
+                    held = (table for name, table in backend.save().items() if name in tables)
+                    changes = (TableChange(table.name, tuple(flushing(table))) for table in held if not table.is_blank)
+                    self._commit(backend, tuple(changes), comments=True)
+        return gone
 
     def docker_dns(self) -> bool:
         """Whether Docker's embedded DNS server is wired into this namespace."""

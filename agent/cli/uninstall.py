@@ -1,0 +1,60 @@
+"""`tpctl uninstall`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from agent.errors import InputError
+
+EXAMPLE = """\b
+Examples:
+  tpctl uninstall              remove what tpctl or kumactl installed
+  tpctl uninstall --dry-run    only show what would go
+  tpctl uninstall --flush      the blunt tool: empty nat and raw altogether
+"""
+
+
+@click.command("uninstall", epilog=EXAMPLE)
+@click.argument("what", required=False, metavar="[transparent-proxy]")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; change nothing.")
+@click.option("--flush", is_flag=True, help="Remove EVERY rule and chain of nat and raw, other software's too.")
+@click.option("--yes", is_flag=True, help="Do not ask before --flush.")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+@click.option("--verbose", is_flag=True, help="List every chain and rule removed.")
+def command(what: str | None, dry_run: bool, flush: bool, yes: bool, as_json: bool, verbose: bool) -> None:
+    """Take the redirection away, leaving nothing behind.
+
+    Needs no configuration, no user and no record: tpctl's and kumactl's rules are recognised by their chains and
+    comments, in both variants of iptables and both IP families. Rules of other software keep their place and counters.
+    Running it twice is fine.
+    """
+    from agent import lifecycle
+
+    if what not in (None, "transparent-proxy"):
+        raise InputError(f'uninstall takes no argument but "transparent-proxy": {what}')
+    if flush and not dry_run and not yes:
+        _ask(lifecycle.flush(dry_run=True).removed)
+    removal = lifecycle.flush(dry_run=dry_run) if flush else lifecycle.uninstall(dry_run=dry_run)
+    for notice in removal.notices:
+        click.echo(f"note: {notice}", err=True)
+    if as_json:
+        document = {"dryRun": dry_run, "removed": list(removal.removed), "notices": list(removal.notices)}
+        click.echo(json.dumps(document, indent=2))
+        return
+    if not removal.removed:
+        click.echo("nothing of tpctl or kumactl is installed; nothing to do")
+        return
+    if dry_run or verbose:
+        for line in removal.removed:
+            click.echo(f"{'would remove' if dry_run else 'removed'} {line}")
+    if not dry_run:
+        click.echo(f"removed: {len(removal.removed)} rules, chains and addresses; everything else is as it was")
+
+
+def _ask(lost: tuple[str, ...]) -> None:
+    for line in lost:
+        click.echo(f"would remove {line}")
+    click.echo("This removes the rules of every other program (Docker, kube-proxy, firewalls) in nat and raw as well.")
+    click.confirm("Go on?", abort=True)

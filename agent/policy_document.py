@@ -1,0 +1,127 @@
+"""A policy as plain data for the state file and JSON output, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from agent.policy import (
+    Dns,
+    DnsCapture,
+    Family,
+    Inbound,
+    NameServer,
+    Outbound,
+    Policy,
+    PortRange,
+    Ports,
+    Protocol,
+    UidExclusion,
+    UidRange,
+    VirtualNetwork,
+)
+
+Document = dict[str, Any]
+
+
+def to_document(policy: Policy) -> Document:
+    """The policy as JSON types. Ranges, addresses and networks are text."""
+    inbound, outbound, dns = policy.inbound, policy.outbound, policy.dns
+    return {
+        "proxyUid": policy.proxy_uid,
+        "families": sorted(int(family) for family in policy.families),
+        "loopback": policy.loopback,
+        "inbound": {
+            "enabled": inbound.enabled,
+            "port": inbound.port,
+            "includePorts": _texts(inbound.include_ports),
+            "excludePorts": _texts(inbound.exclude_ports),
+            "excludeSources": _texts(inbound.exclude_sources),
+            "insert": inbound.insert,
+        },
+        "outbound": {
+            "enabled": outbound.enabled,
+            "port": outbound.port,
+            "includePorts": _texts(outbound.include_ports),
+            "excludePorts": _texts(outbound.exclude_ports),
+            "excludeDestinations": _texts(outbound.exclude_destinations),
+            "excludeUids": [
+                {"protocol": str(rule.protocol), "ports": _texts(rule.ports), "uids": str(rule.uids)}
+                for rule in outbound.exclude_uids
+            ],
+            "insert": outbound.insert,
+        },
+        "dns": {
+            "capture": str(dns.capture),
+            "port": dns.port,
+            "servers": _texts(dns.servers),
+            "tcp": dns.tcp,
+            "splitZones": dns.split_zones,
+        },
+        "virtualNetworks": [
+            {"interface": vnet.interface, "network": str(vnet.network)} for vnet in policy.virtual_networks
+        ],
+        "dropInvalid": policy.drop_invalid,
+        "logLevel": policy.log_level,
+    }
+
+
+def from_document(document: Mapping[str, Any]) -> Policy:
+    """The policy of a document. Raises ValueError, TypeError or KeyError when it is none that `to_document` made."""
+    inbound, outbound, dns = document["inbound"], document["outbound"], document["dns"]
+    return Policy(
+        proxy_uid=int(document["proxyUid"]),
+        families=frozenset(Family(family) for family in document["families"]),
+        loopback=str(document["loopback"]),
+        inbound=Inbound(
+            enabled=bool(inbound["enabled"]),
+            port=int(inbound["port"]),
+            include_ports=_ports(inbound["includePorts"]),
+            exclude_ports=_ports(inbound["excludePorts"]),
+            exclude_sources=tuple(ip_network(text) for text in inbound["excludeSources"]),
+            insert=bool(inbound["insert"]),
+        ),
+        outbound=Outbound(
+            enabled=bool(outbound["enabled"]),
+            port=int(outbound["port"]),
+            include_ports=_ports(outbound["includePorts"]),
+            exclude_ports=_ports(outbound["excludePorts"]),
+            exclude_destinations=tuple(ip_network(text) for text in outbound["excludeDestinations"]),
+            exclude_uids=tuple(
+                UidExclusion(Protocol(rule["protocol"]), _ports(rule["ports"]), UidRange(*_bounds(rule["uids"])))
+                for rule in outbound["excludeUids"]
+            ),
+            insert=bool(outbound["insert"]),
+        ),
+        dns=Dns(
+            capture=DnsCapture(dns["capture"]),
+            port=int(dns["port"]),
+            servers=tuple(_server(text) for text in dns["servers"]),
+            tcp=bool(dns["tcp"]),
+            split_zones=bool(dns["splitZones"]),
+        ),
+        virtual_networks=tuple(
+            VirtualNetwork(str(vnet["interface"]), ip_network(vnet["network"])) for vnet in document["virtualNetworks"]
+        ),
+        drop_invalid=bool(document["dropInvalid"]),
+        log_level=None if document["logLevel"] is None else int(document["logLevel"]),
+    )
+
+
+def _texts(items: tuple[object, ...]) -> list[str]:
+    return [str(item) for item in items]
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def _ports(texts: list[str]) -> Ports:
+    return tuple(PortRange(*_bounds(text)) for text in texts)
+
+
+def _server(text: str) -> NameServer:
+    address, _, interface = text.partition("%")
+    return NameServer(ip_address(address), interface or None)

@@ -1,0 +1,189 @@
+"""What is installed in this network namespace, on record; and the lock that keeps two tpctl from working at once.
+
+The record is a convenience: rules identify themselves, and uninstall works without it. It lies under /run/tpctl, keyed
+by network namespace because rules are per namespace, and is gone after a reboot as the rules are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import agent
+from agent.errors import ApplyError
+from agent.policy import Policy
+from agent.policy_document import from_document, to_document
+
+DIRECTORY = Path("/run/tpctl")
+FORMAT = 1
+LOCK_WAIT_SECONDS = 30.0
+LOCK_POLL_SECONDS = 0.05
+SO_NETNS_COOKIE = 71
+"""include/uapi/asm-generic/socket.h, since Linux 5.14: a number no other namespace gets until the next boot."""
+
+INSTALLING = "installing"
+INSTALLED = "installed"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The record of an installation."""
+
+    policy: Policy
+    engine: str
+    variant: str | None
+    phase: str = INSTALLED
+    """"installing" from before the first change to the kernel until after the last one."""
+    installed_at: str = ""
+    """ISO 8601, UTC."""
+    version: str = agent.__version__
+    """The tpctl that installed it."""
+    comments: bool = True
+    engine_record: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine needs to leave the host as it found it."""
+
+
+def namespace_key() -> str:
+    """What tells this network namespace from every other one of this boot."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            (cookie,) = struct.unpack("Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))
+            return f"netns-{cookie}"
+    except OSError:
+        return f"netns-inode-{Path('/proc/self/ns/net').stat().st_ino}"
+
+
+def path() -> Path:
+    """The record's place for this network namespace."""
+    return DIRECTORY / namespace_key() / "state.json"
+
+
+def load() -> State | None:
+    """The record, or None when there is none that can be read (a damaged one counts as none)."""
+    try:
+        document = json.loads(path().read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            return None
+        return State(
+            policy=from_document(document["policy"]),
+            engine=str(document["engine"]),
+            variant=document["variant"],
+            phase=str(document["phase"]),
+            installed_at=str(document["installedAt"]),
+            version=str(document["version"]),
+            comments=bool(document["comments"]),
+            engine_record=dict(document["engineRecord"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def load_policy() -> Policy | None:
+    """The installed policy, or None when nothing is on record."""
+    found = load()
+    return found.policy if found else None
+
+
+def save(state: State) -> None:
+    """Replace the record, whole or not at all. Raises ApplyError when it cannot be written."""
+    document = {
+        "format": FORMAT,
+        "version": state.version,
+        "installedAt": state.installed_at or now(),
+        "phase": state.phase,
+        "engine": state.engine,
+        "variant": state.variant,
+        "comments": state.comments,
+        "policy": to_document(state.policy),
+        "engineRecord": dict(state.engine_record),
+    }
+    target = path()
+    try:
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".state-")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(document, stream, indent=2)
+            stream.write("\n")
+            os.fchmod(descriptor, 0o644)
+        Path(temporary).replace(target)
+    except OSError as error:
+        raise ApplyError(f"the record {target} cannot be written: {error.strerror}") from error
+
+
+def clear() -> None:
+    """Forget the record, and the folder that held it."""
+    folder = path().parent
+    for leftover in (folder / "state.json", *folder.glob(".state-*")):
+        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def now() -> str:
+    """The time, as the record keeps it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Let only one tpctl change this namespace at a time.
+
+    The lock goes with the process that holds it. Raises ApplyError, naming the holder, when it is not free within 30 s.
+    """
+    place = DIRECTORY / f"{namespace_key()}.lock"
+    try:
+        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = _acquire(place)
+    except OSError as error:
+        raise ApplyError(f"the lock {place} cannot be taken: {error.strerror}") from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        if not path().exists():
+            place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                DIRECTORY.rmdir()
+        os.close(descriptor)
+
+
+def _acquire(place: Path) -> int:
+    """A descriptor that holds the lock."""
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(place, descriptor):
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(descriptor)
+                raise ApplyError(
+                    f"another tpctl (process {holder}) has held {place} for {LOCK_WAIT_SECONDS:g} s; "
+                    "nothing was changed"
+                ) from None
+            time.sleep(LOCK_POLL_SECONDS)
+        os.close(descriptor)
+
+
+def _is_still(place: Path, descriptor: int) -> bool:
+    """Whether the locked file is the one others will open: an uninstall removes it while it holds the lock."""
+    try:
+        return os.path.samestat(place.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

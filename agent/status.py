@@ -1,0 +1,110 @@
+"""What is installed, whether the kernel still holds it, and whether the data plane is there to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from agent import state
+from agent.engine_options import EngineOptions
+from agent.engines.base import Inspection
+from agent.engines.registry import select
+from agent.host.sockets import Listener, listeners
+from agent.policy import DnsCapture, Policy, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A port on which the data plane should listen."""
+
+    role: str
+    protocol: Protocol
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PortStatus:
+    """Who listens on such a port."""
+
+    role: str
+    protocol: Protocol
+    port: int
+    uids: tuple[int, ...]
+    """The owners of the listening sockets; empty when nothing listens."""
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `tpctl status` tells."""
+
+    record: state.State | None
+    inspection: Inspection
+    ports: tuple[PortStatus, ...]
+    problems: tuple[str, ...]
+    """What is not as it should be; empty when all is well."""
+
+
+def report() -> Report:
+    """Read the record and the kernel of this network namespace. Raises HostError on a host without iptables."""
+    record = state.load()
+    options = EngineOptions(comments=record.comments) if record else EngineOptions()
+    if record and record.variant:
+        options = EngineOptions(iptables_mode=record.variant, comments=record.comments)
+    engine = select(options)
+    inspection = engine.inspect(engine.plan(record.policy) if record else None)
+    ports = tuple(_ports(record.policy)) if record and inspection.installed else ()
+    return Report(record, inspection, ports, tuple(_problems(record, inspection, ports)))
+
+
+def expected_ports(policy: Policy) -> Iterator[Expected]:
+    """The ports a policy sends traffic to."""
+    if policy.inbound.enabled:
+        yield Expected("inbound", Protocol.TCP, policy.inbound.port)
+    if policy.outbound.enabled or policy.virtual_networks:
+        yield Expected("outbound", Protocol.TCP, policy.outbound.port)
+    if policy.dns.capture is not DnsCapture.OFF or policy.virtual_networks:
+        yield Expected("dns", Protocol.UDP, policy.dns.port)
+        if policy.dns.tcp:
+            yield Expected("dns", Protocol.TCP, policy.dns.port)
+
+
+def port_status(expected: Expected, policy: Policy, found: Iterable[Listener]) -> PortStatus:
+    """Judge the listeners of one port. Pure."""
+    mine = [listener for listener in found if listener.port == expected.port]
+    uids = tuple(sorted({listener.uid for listener in mine}))
+    problem = None
+    where = f"{expected.protocol} port {expected.port} ({expected.role})"
+    if not mine:
+        problem = f"nothing listens on {where}: redirected connections are refused"
+    elif any(uid != policy.proxy_uid for uid in uids):
+        wrong = ", ".join(str(uid) for uid in uids if uid != policy.proxy_uid)
+        problem = (
+            f"the listener on {where} runs as uid {wrong}, not as the data plane user {policy.proxy_uid}: "
+            "its own connections are redirected back to it"
+        )
+    elif expected.role == "inbound" and all(listener.address.is_loopback for listener in mine):
+        problem = (
+            f"the listener on {where} is bound to loopback: connections from other hosts are refused; bind 0.0.0.0"
+        )
+    return PortStatus(expected.role, expected.protocol, expected.port, uids, problem)
+
+
+def _ports(policy: Policy) -> Iterator[PortStatus]:
+    found = {protocol: listeners(protocol) for protocol in Protocol}
+    return (port_status(expected, policy, found[expected.protocol]) for expected in expected_ports(policy))
+
+
+def _problems(record: state.State | None, inspection: Inspection, ports: Iterable[PortStatus]) -> Iterator[str]:
+    if record and record.phase != state.INSTALLED:
+        yield "an install was interrupted; run `tpctl install` again, or `tpctl uninstall`"
+    if record and not inspection.installed:
+        yield "the record says tpctl is installed, but the kernel holds none of its rules: something removed them"
+    if inspection.installed and not record:
+        yield "rules of tpctl are installed, but there is no record of the policy; run `tpctl install` again"
+    if inspection.drift:
+        yield "the kernel's rules differ from the plan: see drift; `tpctl install` puts them right"
+    yield from (
+        f"{found} are installed beside tpctl" if record else f"{found} are installed" for found in inspection.foreign
+    )
+    yield from (port.problem for port in ports if port.problem)

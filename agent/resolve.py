@@ -202,8 +202,8 @@ def _listed_servers(
         return ()
     if not servers:
         found.problems.append(
-            f"{config.origin('resolv_conf')}: {config.resolv_conf} lists no name server, so {config.origin('dns_enabled')} has "
-            "nothing to redirect; add one, or use --redirect-all-dns-traffic"
+            f"{config.origin('dns_enabled')}: {config.resolv_conf} lists no name server, so there is nothing to redirect; "
+            "add one, or use --redirect-all-dns-traffic"
         )
         return ()
     for family in sorted(families):
@@ -228,15 +228,15 @@ def _refuse_resolver_loop(config: Config, policy: Policy, host: Host, found: _Fi
             continue
         if uid is None and _excludes_dns_of(policy, None):
             found.warn(
-                f"{server} of {config.resolv_conf} is a resolver on this host that does not run now: make sure that the "
-                "excluded uids are its own, or its queries will loop"
+                f"{server} of {config.resolv_conf} is a resolver on this host that does not run now: make sure that "
+                "the excluded uids are its own, or its queries will loop"
             )
             continue
         found.problems.append(_loop_message(config, server, uid))
 
 
 def _owner_uid(owner: Listener, host: Host) -> int:
-    """The uid a resolver asks its upstream servers as: what its process is now, not what it was when it bound the port."""
+    """The uid a resolver asks its upstream servers as: what its process is now, not what it was when it bound 53."""
     uid = host.process_uid(owner)
     return owner.uid if uid is None else uid
 

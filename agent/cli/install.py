@@ -1,0 +1,143 @@
+"""`tpctl install`: redirect this host's traffic to the data plane."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.cli.policy_options import PolicyCommand, PolicyInput, install_options
+from agent.errors import InputError
+
+if TYPE_CHECKING:
+    from agent.config import Config
+    from agent.lifecycle import InstallReport
+    from agent.options import Option
+    from agent.resolve import Resolved
+
+KUMACTL_WORD = "transparent-proxy"
+"""`kumactl install transparent-proxy`: the word is accepted so that existing scripts only change the command."""
+
+EPILOG = """\b
+Truth values may stand alone or with a value: --redirect-dns, --redirect-inbound=false.
+Every flag has a YAML key (--print-config shows it) and a variable, TPCTL_... or
+KUMA_TRANSPARENT_PROXY_...; flags override variables, variables override files.
+
+\b
+Examples:
+  tpctl install --kuma-dp-user kuma-dp --exclude-inbound-ports 22 --redirect-dns
+  tpctl install --config /etc/tpctl.yaml --dry-run
+"""
+
+
+@click.command(cls=PolicyCommand, epilog=EPILOG, context_settings={"max_content_width": 110})
+@install_options
+@click.option("--print-config", is_flag=True, help="Print the effective configuration with its origins, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("what", required=False, metavar=f"[{KUMACTL_WORD}]")
+def command(policy_input: PolicyInput, what: str | None, print_config: bool, as_json: bool) -> None:
+    """Redirect this host's traffic to the data plane.
+
+    Connections that arrive go to port 15006, those the host opens to port 15001 and, if asked for, DNS queries to port
+    15053. An earlier installation of tpctl or kumactl is replaced without a gap. Needs root, except for --dry-run.
+    """
+    from agent.host.facts import LiveHost
+    from agent.resolve import resolve
+
+    _check_word(what)
+    config = policy_input.load_config()
+    if print_config:
+        _print_config(config, as_json=as_json)
+        return
+    resolved = resolve(config, LiveHost())
+    if config.dry_run:
+        _dry_run(resolved, as_json=as_json)
+    else:
+        _install(config, resolved, as_json=as_json)
+
+
+def _check_word(what: str | None) -> None:
+    if what not in (None, KUMACTL_WORD):
+        hint = (
+            "; give a truth value with an equals sign, as in --redirect-dns=false" if what in ("true", "false") else ""
+        )
+        raise InputError(f'"{what}" is not expected here; only {KUMACTL_WORD} may stand without a flag{hint}')
+
+
+def _print_config(config: Config, *, as_json: bool) -> None:
+    from agent.cli import output
+    from agent.cli.print_config import as_data, as_yaml
+
+    if as_json:
+        output.as_json({"config": as_data(config), "notices": config.notices})
+    else:
+        output.notices(config.notices)
+        click.echo(as_yaml(config))
+
+
+def _dry_run(resolved: Resolved, *, as_json: bool) -> None:
+    from agent import lifecycle
+    from agent.cli import output
+
+    text = lifecycle.dry_run(resolved.policy, resolved.options)
+    if as_json:
+        output.as_json({"dry_run": True, "text": text, "notices": resolved.notices})
+    else:
+        output.notices(resolved.notices)
+        click.echo(text, nl=not text.endswith("\n"))
+
+
+def _install(config: Config, resolved: Resolved, *, as_json: bool) -> None:
+    from agent import lifecycle
+    from agent.cli import output
+    from agent.host.privilege import require_root
+
+    require_root("tpctl install")
+    if not as_json:  # before the kernel is touched, so that they are seen when it refuses
+        output.notices(resolved.notices)
+    if config.verbose and not as_json:
+        output.notices(
+            f"{option.key} is {getattr(config, option.name)!s}, by {config.origins[option.name]}"
+            for option in _given(config)
+        )
+    report = lifecycle.install(resolved.policy, resolved.options)
+    if as_json:
+        output.as_json(_report_data(resolved, report))
+    else:
+        _print_report(resolved, report)
+
+
+def _given(config: Config) -> list[Option]:
+    from agent.options import OPTIONS
+
+    return [option for option in OPTIONS if config.is_given(option.name)]
+
+
+def _report_data(resolved: Resolved, report: InstallReport) -> dict[str, object]:
+    from agent.cli import output
+
+    return {
+        "installed": True,
+        "engine": report.engine,
+        "variant": report.variant,
+        "families": list(report.families),
+        "replaced": list(report.replaced),
+        "policy": dict(output.describe(resolved.policy)),
+        "notices": [*resolved.notices, *report.notices],
+    }
+
+
+def _print_report(resolved: Resolved, report: InstallReport) -> None:
+    from agent.cli import output
+
+    output.notices(report.notices)
+    variant = f", {report.variant}" if report.variant else ""
+    click.echo(f"installed: {output.family_names(report.families)} by {report.engine}{variant}")
+    output.pairs(
+        [
+            *output.describe(resolved.policy),
+            *(("replaced", one) for one in report.replaced),
+            ("look at it", "tpctl status"),
+            ("take it away", "tpctl uninstall"),
+        ]
+    )

@@ -1,0 +1,63 @@
+"""The effective configuration, as `tpctl install --print-config` shows it: YAML that can be given to --config again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agent.config import Config
+from agent.options import OPTIONS, Option
+from agent.policy import PortRange
+
+_COMMENT_COLUMN = 60
+
+
+def as_data(config: Config) -> dict[str, dict[str, object]]:
+    """By YAML key: the value, and where it came from."""
+    return {
+        option.key: {"value": _plain(option, getattr(config, option.name)), "origin": config.origins[option.name]}
+        for option in OPTIONS
+    }
+
+
+def as_yaml(config: Config) -> str:
+    """kumactl's YAML, each value with its origin as a comment."""
+    tree: dict[str, Any] = {}
+    for option in OPTIONS:
+        *sections, last = option.key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        value = json.dumps(_plain(option, getattr(config, option.name)), ensure_ascii=False)
+        branch[last] = (value, config.origins[option.name])
+    return "\n".join(_lines(tree, 0))
+
+
+def _lines(tree: Mapping[str, Any], depth: int) -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, tuple):
+            text, origin = value
+            yield f"{'  ' * depth}{key}: {text}".ljust(_COMMENT_COLUMN) + f" # {origin}"
+        else:
+            yield f"{'  ' * depth}{key}:"
+            yield from _lines(value, depth + 1)
+
+
+def _plain(option: Option, value: object) -> object:
+    """A value in the types of JSON, which `option.read` takes back."""
+    if isinstance(value, float):
+        return _duration(value)
+    if isinstance(value, tuple):
+        return [_plain(option, item) for item in value]
+    if isinstance(value, PortRange) and value.first == value.last:
+        return value.first
+    return value if isinstance(value, bool | int | str | Mapping) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    nanoseconds = round(seconds * 10**9)
+    for unit, size in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if nanoseconds % size == 0:
+            return f"{nanoseconds // size}{unit}"
+    return f"{nanoseconds}ns"

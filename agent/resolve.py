@@ -202,7 +202,7 @@ def _listed_servers(
         return ()
     if not servers:
         found.problems.append(
-            f"{config.origin('dns_enabled')}: {config.resolv_conf} lists no name server, so there is nothing to redirect; "
+            f"{config.origin('dns_enabled')}: {config.resolv_conf} lists no name server, so nothing can be redirected; "
             "add one, or use --redirect-all-dns-traffic"
         )
         return ()

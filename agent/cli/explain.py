@@ -1,4 +1,4 @@
-"""`tpctl explain`: what happens to one connection, and why, by asking the specification. Touches nothing, needs no root."""
+"""`tpctl explain`: what happens to one connection, and why, by the specification. Touches nothing and needs no root."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.errors import InputError
 from agent.policy import DNS_PORT, MAX_PORT, MAX_UID, Address, Policy
 
 if TYPE_CHECKING:
-    from agent.decide import Connection, Direction, State, Verdict
+    from agent.decide import Connection, Direction, Verdict
 
 FALLBACK_INTERFACE = "eth0"
 EPILOG = """\b
@@ -156,6 +156,7 @@ def _policy(policy_input: PolicyInput) -> tuple[Policy, str, tuple[str, ...]]:
 def connection_of(question: Question, direction: Direction, policy: Policy) -> Connection:
     """The connection a question is about; what it leaves open is filled in as this host would. Raises InputError."""
     from agent.decide import Connection, Direction, State
+    from agent.host.facts import LiveHost
 
     problems: list[str] = []
     to = _endpoint("--to", question.to, problems)
@@ -169,7 +170,9 @@ def connection_of(question: Question, direction: Direction, policy: Policy) -> C
         problems.append(f"--from and --to: {source[0]} is IPv{source[0].version} and {to[0]} is IPv{to[0].version}")
     if problems or to is None:
         raise InputError(problems)
-    local, interface, own = _path(to[0], outgoing=outgoing, loopback=policy.loopback)
+    peer = to[0] if outgoing or source is None else source[0]
+    interface, own = _path(peer, policy.loopback)
+    local = LiveHost().is_local(to[0])
     return Connection(
         direction=direction,
         protocol=question.protocol,
@@ -184,20 +187,19 @@ def connection_of(question: Question, direction: Direction, policy: Policy) -> C
     )
 
 
-def _path(destination: Address, *, outgoing: bool, loopback: str) -> tuple[bool, str, Address]:
-    """Whether a destination is this host's, the interface to it, and the source this host would use."""
+def _path(peer: Address, loopback: str) -> tuple[str, Address]:
+    """The interface between this host and a peer, and this host's address on it."""
     from agent.host import interfaces
     from agent.host.facts import LiveHost
 
-    local = LiveHost().is_local(destination)
-    route = interfaces.route_to(destination)
-    source = route.source if route else type(destination)(0)
-    if outgoing and local:
-        return local, loopback, source
-    if outgoing and route:
-        return local, route.interface, source
+    route = interfaces.route_to(peer)
+    source = route.source if route else type(peer)(0)
+    if LiveHost().is_local(peer):
+        return loopback, source
+    if route:
+        return route.interface, source
     others = (name for name in interfaces.names() if not interfaces.is_loopback(name))
-    return local, next(others, FALLBACK_INTERFACE), source
+    return next(others, FALLBACK_INTERFACE), source
 
 
 def _endpoint(flag: str, text: str, problems: list[str]) -> tuple[Address, int | None] | None:

@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 _BARE_FLAGS = frozenset(option.flag for option in OPTIONS if option.is_bool)
 _ONLY_INSTALL = frozenset({"dry_run"})
+_OF_ANY_RUN = frozenset({"config_files", "as_json", "help"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _with_options(function: Callable[..., R], left_out: frozenset[str]) -> Calla
         help="YAML or JSON file with kumactl's keys; - is stdin. Repeatable: the later overrides the earlier.",
     )(called)
     for option in reversed(options):
-        # Every value is text here and all occurrences are kept: agent.config reads them, to report all problems at once.
+        # Every value is text here and all occurrences are kept: agent.config reads them, and reports all problems.
         decorated = click.option(
             option.flag, option.name, multiple=True, metavar=option.metavar or None, help=_help(option)
         )(decorated)
@@ -124,7 +125,8 @@ class PolicyCommand(click.Command):
             if record is None or isinstance(parameter, click.Argument):
                 continue
             option = BY_NAME.get(parameter.name or "")
-            section = option.section if option else self.own_section or Section.RUN
+            own = self.own_section if parameter.name not in _OF_ANY_RUN else None
+            section = option.section if option else own or Section.RUN
             if option and option.is_bool:
                 record = (option.flag, record[1])
             sections[section].append(record)

@@ -51,7 +51,6 @@ def install(policy: Policy, options: EngineOptions) -> InstallReport:
 
 def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> InstallReport:
     previous = state.load()
-    before = engine.inspect(None)
     policy, notices = _adapted(engine, policy)
     plan = engine.plan(policy)
     record = state.State(
@@ -68,7 +67,7 @@ def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> 
     try:
         if Family.IPV6 in policy.families:
             added = loopback.add(policy.loopback)
-        notices += engine.apply(plan)
+        applied = engine.apply(plan)
     except TpctlError:
         if added:
             loopback.remove(policy.loopback)
@@ -77,9 +76,16 @@ def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> 
     if Family.IPV6 not in policy.families:
         loopback.remove(policy.loopback)
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
-    replaced = (*(("an earlier installation of tpctl",) if before.installed else ()), *before.foreign)
     families = tuple(sorted(int(family) for family in policy.families))
-    return InstallReport(engine.name, engine.variant, engine.choice.reason, families, policy, replaced, tuple(notices))
+    return InstallReport(
+        engine=engine.name,
+        variant=engine.variant,
+        reason=engine.choice.reason,
+        families=families,
+        policy=policy,
+        replaced=applied.replaced,
+        notices=(*notices, *applied.notices),
+    )
 
 
 def _adapted(engine: IptablesEngine, policy: Policy) -> tuple[Policy, list[str]]:

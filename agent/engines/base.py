@@ -5,7 +5,6 @@ An engine never decides anything: it carries out a `Policy` so that the kernel a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -41,6 +40,15 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
+class Applied:
+    """What an engine did besides what it was asked for."""
+
+    replaced: tuple[str, ...] = ()
+    """Installations that stood there before, in words."""
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Removal:
     """What was taken away, or would be."""
 
@@ -69,10 +77,10 @@ class Engine(Protocol[P]):
         """The plan for a policy. Pure: reads nothing, changes nothing."""
         ...
 
-    def apply(self, plan: P) -> Sequence[str]:
+    def apply(self, plan: P) -> Applied:
         """Replace whatever tpctl or kumactl installed by `plan`; all of it or nothing.
 
-        Returns notices for the operator. Raises ApplyError when the kernel refused; everything is then as before.
+        Raises ApplyError when the kernel refused; everything is then as before.
         """
         ...
 

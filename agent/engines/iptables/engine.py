@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 from agent.engine_options import EngineOptions
-from agent.engines.base import Inspection, Removal, RuleCounter
+from agent.engines.base import Applied, Inspection, Removal, RuleCounter
 from agent.engines.iptables import nft_hooks, saved, tools
 from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError
 from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
@@ -18,6 +19,7 @@ from agent.engines.iptables.ruleset import FamilyRules, TableRules, rules_for
 from agent.errors import HostError, TpctlError
 from agent.policy import Family, Policy
 
+R = TypeVar("R")
 Tables = Mapping[str, saved.SavedTable]
 
 
@@ -72,27 +74,29 @@ class IptablesEngine:
         backends = self._backends(self.variant, self.choice.tools)
         return self.plan(policy).render_over({family: backend.save() for family, backend in backends.items()})
 
-    def apply(self, plan: IptablesPlan) -> Sequence[str]:
+    def apply(self, plan: IptablesPlan) -> Applied:
         """Replace whatever tpctl or kumactl installed by `plan`; one commit a table, rolled back as a whole."""
         self._require_tools(plan)
         backends = self._backends(self.variant, self.choice.tools)
-        self._retrying(lambda: self._replace(backends, plan))
-        return self._clear_other_variant()
+        before = self._retrying(lambda: self._replace(backends, plan))
+        replaced = _installations(self.variant, before.values())
+        others, notices = self._clear_other_variant()
+        return Applied((*replaced, *others), (*notices, *_unmarked_kuma_rules(before.values())))
 
     def inspect(self, plan: IptablesPlan | None) -> Inspection:
         """What both variants hold; drift is told against `plan` in the variant that holds our rules."""
-        holding = [variant for variant in tools.VARIANTS if "tpctl" in self._owners(variant)]
-        foreign = tuple(
-            f"kumactl rules ({variant})" for variant in tools.VARIANTS if "kumactl" in self._owners(variant)
-        )
+        held = {variant: self._tables(variant) for variant in tools.VARIANTS}
+        owners = {variant: _owners(held[variant].values()) for variant in tools.VARIANTS}
+        holding = [variant for variant in tools.VARIANTS if "tpctl" in owners[variant]]
+        foreign = tuple(f"kumactl's rules ({variant})" for variant in tools.VARIANTS if "kumactl" in owners[variant])
         if not holding:
             return Inspection(self.name, None, installed=False, foreign=foreign)
         variant = self.variant if self.variant in holding else holding[0]
-        tables = {family: backend.save() for family, backend in self._all_backends(variant).items()}
+        tables = held[variant]
         drift = tuple(line for family in tables for line in _drift(family, tables[family], plan)) if plan else ()
         if len(holding) > 1:
             drift += ("rules of tpctl are in both variants, nft and legacy",)
-        families = tuple(int(family) for family in tables if _owned(tables[family]))
+        families = tuple(int(family) for family in tables if _owners([tables[family]]))
         return Inspection(self.name, variant, True, families, drift, tuple(_counters(tables)), foreign)
 
     def remove(self, *, dry_run: bool = False, keep_hooks: frozenset[nft_hooks.Hook] = frozenset()) -> Removal:
@@ -106,7 +110,7 @@ class IptablesEngine:
             held = [line for family, backend in backends.items() for line in _listing(variant, family, backend.save())]
             removed += held
             if held and not dry_run:
-                self._retrying(lambda backends=backends: self._replace(backends, IptablesPlan(())))  # type: ignore[misc]
+                self._empty(backends)
                 if variant == "nft":
                     removed += nft_hooks.remove_empty(keep_hooks)
         return Removal(tuple(removed))
@@ -145,14 +149,19 @@ class IptablesEngine:
 
     # -- the parts of apply and remove ---------------------------------------------------------------------------------
 
-    def _replace(self, backends: Mapping[Family, Backend], plan: IptablesPlan) -> None:
+    def _empty(self, backends: Mapping[Family, Backend]) -> None:
+        self._retrying(lambda: self._replace(backends, IptablesPlan(())))
+
+    def _replace(self, backends: Mapping[Family, Backend], plan: IptablesPlan) -> dict[Family, Tables]:
+        """Replace what is ours in every family; hands back what the tables held before."""
         with self._exclusive(backends):
-            before = {family: backend.save() for family, backend in backends.items()}
+            before: dict[Family, Tables] = {family: backend.save() for family, backend in backends.items()}
             try:
                 for family, backend in backends.items():
                     self._commit(backend, _changes(before[family], plan.of(family)), plan.comments)
             except TpctlError as error:
                 raise type(error)(f"{error}. {self._roll_back(backends, before)}") from error
+        return before
 
     def _roll_back(self, backends: Mapping[Family, Backend], before: Mapping[Family, Tables]) -> str:
         """Put every table back; says how it went."""
@@ -169,38 +178,37 @@ class IptablesEngine:
         if changes:
             backend.commit(changes, comments=comments)
 
-    def _retrying(self, attempt: Callable[[], None]) -> None:
-        for remaining in range(self.options.max_retries, -1, -1):
+    def _retrying(self, attempt: Callable[[], R]) -> R:
+        for _ in range(self.options.max_retries):
             try:
-                attempt()
-                return
+                return attempt()
             except TransientError:
-                if remaining == 0:
-                    raise
                 time.sleep(self.options.sleep_between_retries_seconds)
+        return attempt()
 
     def _exclusive(self, backends: Mapping[Family, Backend]) -> AbstractContextManager[None]:
         """nf_tables transactions are atomic and iptables-nft takes no lock; libiptc rewrites whole tables."""
         legacy = any(backend.variant == "legacy" for backend in backends.values())
         return xtables_lock(self.options.wait_seconds) if legacy else nullcontext()
 
-    def _clear_other_variant(self) -> list[str]:
+    def _clear_other_variant(self) -> tuple[list[str], list[str]]:
         """Remove our rules from the variant that is not used, and warn when it holds rules of others."""
+        replaced: list[str] = []
         notices = []
         for variant in tools.VARIANTS:
             if variant == self.variant:
                 continue
             backends = self._all_backends(variant)
             tables = {family: backend.save() for family, backend in backends.items()}
-            if any(_owned(held) for held in tables.values()):
-                self._retrying(lambda backends=backends: self._replace(backends, IptablesPlan(())))  # type: ignore[misc]
-                notices.append(f"removed an earlier installation from the {variant} variant")
+            if _owners(tables.values()):
+                self._empty(backends)
+                replaced += _installations(variant, tables.values())
             if any(_holds_foreign(held) for held in tables.values()):
                 notices.append(
                     f"iptables-{variant} holds rules as well, which `iptables` ({self.variant}) does not show; "
                     "both act on this host's traffic"
                 )
-        return notices
+        return replaced, notices
 
     # -- where things are ----------------------------------------------------------------------------------------------
 
@@ -225,9 +233,8 @@ class IptablesEngine:
         found = {family: found for family in families if (found := tools.find(variant, family))}
         return self._backends(variant, found)
 
-    def _owners(self, variant: str) -> frozenset[str]:
-        backends = self._all_backends(variant).values()
-        return frozenset().union(*(table.owners() for backend in backends for table in backend.save().values()))
+    def _tables(self, variant: str) -> dict[Family, Tables]:
+        return {family: backend.save() for family, backend in self._all_backends(variant).items()}
 
 
 def select(options: EngineOptions) -> IptablesEngine:
@@ -242,8 +249,27 @@ def _changes(current: Tables, wanted: Mapping[str, TableRules]) -> tuple[TableCh
     return tuple(table for table in made if table.operations)
 
 
-def _owned(tables: Tables) -> bool:
-    return any(table.owners() for table in tables.values())
+def _owners(families: Iterable[Tables]) -> frozenset[str]:
+    return frozenset(owner for tables in families for table in tables.values() for owner in table.owners())
+
+
+def _installations(variant: str, families: Iterable[Tables]) -> tuple[str, ...]:
+    return tuple(f"{owner}'s rules ({variant})" for owner in sorted(_owners(families)))
+
+
+def _unmarked_kuma_rules(families: Iterable[Tables]) -> Iterator[str]:
+    """kumactl --disable-comments leaves rules in the built-in chains that nothing tells from other software's."""
+    for tables in families:
+        if "kumactl" not in _owners([tables]):
+            continue
+        rules = [rule for table in tables.values() for rule in table.rules]
+        if not any(saved.owner_of_chain(rule.chain) and saved.comment_of(rule.text) for rule in rules):
+            yield from (
+                "kumactl was installed without comments, so this rule may be its own; it was left: "
+                f"-A {rule.chain} {rule.text}"
+                for rule in rules
+                if rule.chain in ("PREROUTING", "OUTPUT") and saved.looks_like_kumactl(rule.text)
+            )
 
 
 def _holds_foreign(tables: Tables) -> bool:

@@ -111,6 +111,15 @@ def owner_of_rule(text: str) -> str | None:
     return None
 
 
+def looks_like_kumactl(text: str) -> bool:
+    """Whether an uncommented rule of a built-in chain has a shape kumactl writes there (DNS and zone rules)."""
+    return (
+        "--comment" not in text
+        and ("--dport 53 " in text or "--sport 53 " in text)
+        and ("-j REDIRECT" in text or "-j CT" in text or "--uid-owner" in text)
+    )
+
+
 def comment_of(text: str) -> str | None:
     """The comment of a rule's text, when it can be read."""
     try:

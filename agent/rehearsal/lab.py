@@ -1,0 +1,199 @@
+"""The scratch laboratory: a topology, listeners on it, and dialling with a report of who answered."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from agent.decide import Connection, Direction
+from agent.policy import Address, Family, Policy, Protocol
+from agent.rehearsal import sockets
+from agent.rehearsal.layout import HOST, Layout, seat
+from agent.rehearsal.namespaces import Namespace
+from agent.rehearsal.sockets import Answer, Listener, Seat
+from agent.rehearsal.topology import build
+
+NEGATIVE_SECONDS = 0.2
+"""How long silence is waited for; within one machine an answer takes less than a millisecond."""
+_FIRST_SOURCE_PORT = 20000
+_OUTCOMES = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset"}
+
+
+class Lab:
+    """Namespaces laid out for one policy. Use as a context manager; everything is gone at the end.
+
+    Raises HostError when the kernel does not allow it.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.spaces: dict[str, Namespace] = build(layout)
+        self._selector = selectors.DefaultSelector()
+        self._listeners: dict[tuple[str, Protocol, Family, int], Listener] = {}
+        # Every dial has a source port of its own: NAT of UDP would remember the last one's fate.
+        self._source_ports = itertools.count(_FIRST_SOURCE_PORT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every socket and let the namespaces go."""
+        for listener in self._listeners.values():
+            listener.socket.close()
+        self._selector.close()
+        for space in self.spaces.values():
+            space.close()
+
+    @contextlib.contextmanager
+    def inside(self, node: str, uid: int = 0) -> Iterator[None]:
+        """Run the block inside a node's namespace, as `uid`; programs started there inherit the namespace."""
+        with self.spaces[node].inside(uid):
+            yield
+
+    def listen(self, node: str, protocol: Protocol, port: int, uid: int = 0) -> None:
+        """Open named listeners of every family on a port, created by `uid`, unless there are some already."""
+        for family in self.layout.families:
+            key = (node, protocol, family, port)
+            if key in self._listeners:
+                continue
+            with self.inside(node, uid):
+                made = sockets.new_socket(protocol, family, transparent=node != HOST)
+                sockets.listen(made, protocol, family, port)
+            listener = Listener(Seat(node, port), protocol, family, made)
+            self._listeners[key] = listener
+            self._selector.register(made, selectors.EVENT_READ, listener)
+
+    def serve_data_plane(self, policy: Policy) -> None:
+        """Open the listeners that a data plane under the policy's user would have."""
+        for port in (policy.inbound.port, policy.outbound.port):
+            self.listen(HOST, Protocol.TCP, port, policy.proxy_uid)
+        for protocol in Protocol:
+            self.listen(HOST, protocol, policy.dns.port, policy.proxy_uid)
+
+    def serve(self, connection: Connection) -> None:
+        """Open listeners where the connection may end when it is not redirected."""
+        protocol = Protocol(connection.protocol)
+        node, port = seat(self.layout, connection)
+        self.listen(node, protocol, port)
+
+    def dial(self, connection: Connection, *, timeout: float = NEGATIVE_SECONDS) -> Answer:
+        """Open the connection for real and say who answered. `timeout` is in seconds."""
+        protocol = Protocol(connection.protocol)
+        try:
+            dialler = self._dialler(connection, protocol)
+        except OSError as error:
+            return Answer(_outcome(error))
+        with dialler:
+            return _Dial(self._selector, dialler, protocol).run(timeout)
+
+    def _dialler(self, connection: Connection, protocol: Protocol) -> socket.socket:
+        """A socket that has begun to connect."""
+        node = self.layout.origin(connection)
+        inbound = connection.direction is Direction.INBOUND
+        with self.inside(node, connection.uid or 0):
+            made = sockets.new_socket(protocol, connection.family, transparent=inbound)
+            try:
+                scope = 0
+                if connection.family is Family.IPV6 and connection.destination.is_link_local:
+                    scope = socket.if_nametoindex(connection.interface)
+                source_port = connection.source_port or next(self._source_ports)
+                made.bind(_sockname(connection.source, source_port, scope))
+                assert connection.destination_port is not None
+                made.connect(_sockname(connection.destination, connection.destination_port, scope))
+            except BlockingIOError:
+                pass
+            except BaseException:
+                made.close()
+                raise
+        return made
+
+
+def _sockname(address: Address, port: int, scope: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    return (str(address), port) if address.version == 4 else (str(address), port, 0, scope)
+
+
+def _outcome(error: OSError) -> str:
+    return _OUTCOMES.get(error.errno or 0, f"unreachable ({error.strerror})")
+
+
+class _Dial:
+    """One dial: turns the selector until the dialler has an answer or the time is up."""
+
+    def __init__(self, selector: selectors.BaseSelector, dialler: socket.socket, protocol: Protocol) -> None:
+        self.selector = selector
+        self.dialler = dialler
+        self.protocol = protocol
+        self.port = int(dialler.getsockname()[1])
+        self.accepted: list[socket.socket] = []
+        self.seen: Answer | None = None
+        self.result: Answer | None = None
+
+    def run(self, timeout: float) -> Answer:
+        """The answer, or a timeout."""
+        deadline = time.monotonic() + timeout
+        events = selectors.EVENT_WRITE
+        if self.protocol is Protocol.UDP:
+            try:
+                self.dialler.send(b"who answers?")
+            except OSError as error:
+                return Answer(_outcome(error))
+            events = selectors.EVENT_READ
+        self.selector.register(self.dialler, events, None)
+        try:
+            while self.result is None and (left := deadline - time.monotonic()) > 0:
+                for key, _ in self.selector.select(left):
+                    self._ready(key.data)
+        finally:
+            self.selector.unregister(self.dialler)
+            for connection in self.accepted:
+                connection.close()
+        return self.result or Answer("timeout")
+
+    def _ready(self, listener: Listener | None) -> None:
+        if listener is None:
+            self._dialler_ready()
+        elif listener.protocol is Protocol.UDP:
+            asker = sockets.answer_datagram(listener)
+            if asker and asker[1] == self.port:
+                self.seen = Answer("answered", listener.seat, None, asker[0])
+        else:
+            self._accept(listener)
+
+    def _accept(self, listener: Listener) -> None:
+        try:
+            connection, peer = listener.socket.accept()
+        except OSError:
+            return
+        self.accepted.append(connection)
+        if int(peer[1]) == self.port:
+            original = sockets.original_destination(connection, listener.family)
+            self.seen = Answer("answered", listener.seat, original, sockets.address_of(peer))
+        with contextlib.suppress(OSError):
+            connection.send(str(listener.seat).encode())
+
+    def _dialler_ready(self) -> None:
+        try:
+            said = self.dialler.recv(256).decode()
+        except BlockingIOError:
+            # A TCP connection that was just established: now wait for the name.
+            self.selector.modify(self.dialler, selectors.EVENT_READ, None)
+            return
+        except OSError as error:
+            self.result = Answer(_outcome(error))
+            return
+        if self.seen and str(self.seen.seat) == said:
+            self.result = self.seen
+        else:
+            self.result = Answer("closed" if not said else f"unexpected answer {said!r}")

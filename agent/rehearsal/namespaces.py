@@ -1,0 +1,95 @@
+"""Anonymous network namespaces, entered by one single-threaded process.
+
+A socket belongs to the namespace it was created in, and netfilter's owner match reads the fsuid of its creator. So no
+helper processes are needed: enter, become the user, create the socket, come back. Nothing is put in /run/netns; a
+namespace lives as long as its file descriptor, and so disappears with this process even after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.errors import HostError
+
+CLONE_NEWNET = 0x40000000
+_HERE = "/proc/thread-self/ns/net"
+
+
+def _libc() -> ctypes.CDLL:
+    """The C library; os.setns and os.unshare only come with Python 3.12."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, call: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise HostError(f"{call}: {os.strerror(number)} (root, or CAP_SYS_ADMIN, is needed for network namespaces)")
+
+
+def _enter(fd: int) -> None:
+    _checked(_libc().setns(fd, CLONE_NEWNET), "setns")
+
+
+class Namespace:
+    """A network namespace held open by a file descriptor. Raises HostError when the kernel refuses."""
+
+    def __init__(self) -> None:
+        back = os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _checked(_libc().unshare(CLONE_NEWNET), "unshare")
+            try:
+                self.fd = os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC)
+            finally:
+                _enter(back)
+        finally:
+            os.close(back)
+
+    @contextlib.contextmanager
+    def inside(self, uid: int = 0) -> Iterator[None]:
+        """Run the block inside the namespace, with `uid` as the effective user.
+
+        Programs started in the block inherit the namespace. Only for a process with one thread: the user id is the
+        whole process's.
+        """
+        back = os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC)
+        before = os.geteuid()
+        try:
+            _enter(self.fd)
+            try:
+                if uid != before:
+                    os.seteuid(uid)
+                yield
+            finally:
+                if uid != before:
+                    os.seteuid(before)
+                _enter(back)
+        finally:
+            os.close(back)
+
+    def close(self) -> None:
+        """Let the kernel remove the namespace, with the links in it, once no socket of it is open."""
+        os.close(self.fd)
+
+
+def write_sysctls(values: dict[str, str]) -> None:
+    """Set kernel settings of the current namespace, named as under /proc/sys/net; those this kernel lacks are skipped.
+
+    /proc/sys/net shows the namespace of the task that opens it, so no mount is needed. Raises HostError.
+    """
+    for name, value in values.items():
+        path = Path("/proc/sys/net", name)
+        if not path.exists():
+            continue
+        try:
+            path.write_text(value)
+        except OSError as refused:
+            raise HostError(f"{path}: {refused.strerror}") from refused
+
+
+def has_ipv6() -> bool:
+    """Whether this kernel speaks IPv6 at all."""
+    return Path("/proc/sys/net/ipv6").exists()

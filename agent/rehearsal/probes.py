@@ -1,0 +1,264 @@
+"""The connections worth trying for a policy: every rule it has, its edges, and what it must leave alone. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from agent.decide import Connection
+from agent.policy import (
+    DNS_PORT,
+    MAX_PORT,
+    RESERVED,
+    Address,
+    Family,
+    Network,
+    Policy,
+    PortRange,
+    Ports,
+    Protocol,
+    UidRange,
+    contains,
+    includes,
+    of_family,
+)
+from agent.rehearsal.layout import HOST_ADDRESS, PEER, Bridge, Layout, member
+
+ROOT = 0
+_APPLICATION_UIDS = (1000, 1001, 1002, 4242, 61000)
+_REMOTES: dict[Family, tuple[Address, ...]] = {
+    Family.IPV4: tuple(map(ip_address, ("203.0.113.10", "198.51.100.10", "192.0.2.10", "9.9.9.10"))),
+    Family.IPV6: tuple(map(ip_address, ("2001:db8:10::10", "2001:db8:ffff::10", "2600::10"))),
+}
+_ORDINARY_PORTS = (8080, 9090, 3000, 4000, 7777, 31337)
+_REUSED_PORT = 19053
+"""A source port that a query of the data plane and one of an application share; no dial gets it otherwise."""
+_MOST_RANGES = 16
+"""A policy with more port ranges, networks or users is sampled: the first so many are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One connection to try, and what it stands for."""
+
+    label: str
+    connection: Connection
+
+
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """Who and what takes part, chosen so that no exclusion hits them by accident."""
+
+    policy: Policy
+    layout: Layout
+    family: Family
+    app: int
+    remote: Address
+    port_in: int
+    port_out: int
+
+    @property
+    def own(self) -> Address:
+        return HOST_ADDRESS[self.family]
+
+    @property
+    def local(self) -> Address:
+        return RESERVED[self.family].local.network_address
+
+    def out(self, label: str, port: int, *, uid: int | None = None, to: Address | None = None) -> Probe:
+        """A TCP connection of the host; by the application to the ordinary remote unless told otherwise."""
+        connection = self.layout.outgoing(Protocol.TCP, to or self.remote, port, self.app if uid is None else uid)
+        return Probe(f"IPv{self.family} {label}", connection)
+
+    def query(self, label: str, server: Address, protocol: Protocol = Protocol.UDP, *, uid: int | None = None) -> Probe:
+        """A DNS query of the host."""
+        connection = self.layout.outgoing(protocol, server, DNS_PORT, self.app if uid is None else uid)
+        return Probe(f"IPv{self.family} {label}", connection)
+
+    def arrive(
+        self, label: str, port: int, *, source: Address | None = None, to: Address | None = None,
+        protocol: Protocol = Protocol.TCP,
+    ) -> Probe:  # fmt: skip
+        """A connection from elsewhere; to the host unless told otherwise."""
+        connection = self.layout.arriving(source or self.remote, to or self.own, protocol, port)
+        return Probe(f"IPv{self.family} {label}", connection)
+
+
+def probes(policy: Policy, layout: Layout) -> list[Probe]:
+    """The probes of a staged policy, in an order a reader can follow. Families that are not redirected get a few too."""
+    found: list[Probe] = []
+    for family in sorted(layout.families):
+        cast = _cast(policy, layout, family)
+        for part in (_inbound, _outbound, _to_self, _dns, _virtual_networks):
+            found += part(cast)
+    return found
+
+
+def application_uid(policy: Policy) -> int:
+    """An ordinary user that no exclusion of the policy names, if there is one."""
+    ranges = [rule.uids for rule in policy.outbound.exclude_uids]
+    free = (uid for uid in _APPLICATION_UIDS if uid != policy.proxy_uid and not any(uid in r for r in ranges))
+    return next(free, 1000 if policy.proxy_uid != 1000 else 1001)
+
+
+def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
+    inbound, outbound = policy.inbound, policy.outbound
+    avoided = (*inbound.exclude_sources, *outbound.exclude_destinations)
+    servers = {server.address for server in policy.dns.servers}
+
+    def ordinary(address: Address) -> bool:
+        return not contains(avoided, address) and address not in servers and layout.locate(address) == PEER
+
+    remotes = _REMOTES[family]
+    return _Cast(
+        policy,
+        layout,
+        family,
+        application_uid(policy),
+        next(filter(ordinary, remotes), remotes[0]),
+        _ordinary_port(policy, (*inbound.include_ports, *inbound.exclude_ports)),
+        _ordinary_port(policy, (*outbound.include_ports, *outbound.exclude_ports)),
+    )
+
+
+def data_plane_ports(policy: Policy) -> frozenset[int]:
+    """The ports where the data plane itself listens."""
+    return frozenset((policy.inbound.port, policy.outbound.port, policy.dns.port))
+
+
+def _ordinary_port(policy: Policy, named: Ports) -> int:
+    free = (p for p in _ORDINARY_PORTS if not includes(named, p) and p not in data_plane_ports(policy))
+    return next(free, _ORDINARY_PORTS[0])
+
+
+def _edges(policy: Policy, ranges: Ports) -> Iterator[int]:
+    """The first and last port of each range and their neighbours, once each."""
+    taken = data_plane_ports(policy) | {DNS_PORT}
+    for item in ranges[:_MOST_RANGES]:
+        for port in (item.first, item.last, item.first - 1, item.last + 1):
+            if 1 <= port <= MAX_PORT and port not in taken:
+                taken |= {port}
+                yield port
+
+
+def _named(ranges: Iterable[PortRange], port: int, what: str) -> str:
+    return f"{what} port {port}" if includes(ranges, port) else f"port {port}, next to {what} ones"
+
+
+def _sample(network: Network) -> Address:
+    """An address inside a network that is neither its first nor, usually, its last."""
+    return network[min(9, network.num_addresses - 1)]
+
+
+def _inbound(cast: _Cast) -> Iterator[Probe]:
+    inbound = cast.policy.inbound
+    yield cast.arrive("inbound", cast.port_in)
+    yield cast.arrive("inbound ssh", 22)
+    for what, ranges in (("included", inbound.include_ports), ("excluded", inbound.exclude_ports)):
+        for port in _edges(cast.policy, ranges):
+            yield cast.arrive(f"inbound, {_named(ranges, port, what)}", port)
+    for source in tuple(of_family(inbound.exclude_sources, cast.family))[:_MOST_RANGES]:
+        if cast.layout.locate(_sample(source)) == PEER:
+            yield cast.arrive(f"inbound from the excluded {source}", cast.port_in, source=_sample(source))
+    yield cast.arrive("inbound UDP", cast.port_in, protocol=Protocol.UDP)
+
+
+def _outbound(cast: _Cast) -> Iterator[Probe]:
+    outbound = cast.policy.outbound
+    yield cast.out("outbound by an application", cast.port_out)
+    yield cast.out("outbound by root", cast.port_out, uid=ROOT)
+    yield cast.out("outbound by the data plane", cast.port_out, uid=cast.policy.proxy_uid)
+    for what, ranges in (("included", outbound.include_ports), ("excluded", outbound.exclude_ports)):
+        for port in _edges(cast.policy, ranges):
+            yield cast.out(f"outbound, {_named(ranges, port, what)}", port)
+    for network in tuple(of_family(outbound.exclude_destinations, cast.family))[:_MOST_RANGES]:
+        if cast.layout.locate(_sample(network)) == PEER:
+            yield cast.out(f"outbound to the excluded {network}", cast.port_out, to=_sample(network))
+    for rule in outbound.exclude_uids[:_MOST_RANGES]:
+        yield from _excluded_users(cast, rule.protocol, rule.ports, rule.uids)
+    udp = cast.layout.outgoing(Protocol.UDP, cast.remote, cast.port_out, cast.app)
+    yield Probe(f"IPv{cast.family} outbound UDP", udp)
+
+
+def _excluded_users(cast: _Cast, protocol: Protocol, ports: Ports, uids: UidRange) -> Iterator[Probe]:
+    port = DNS_PORT if protocol is Protocol.UDP and includes(ports, DNS_PORT) else ports[0].first
+    server = next((s.address for s in cast.policy.servers(cast.family) if s.interface is None), cast.remote)
+    to = server if port == DNS_PORT else cast.remote
+    for uid in sorted({uids.first, uids.last}):
+        connection = cast.layout.outgoing(protocol, to, port, uid)
+        yield Probe(f"IPv{cast.family} {protocol} port {port} by the excluded uid {uid}", connection)
+
+
+def _to_self(cast: _Cast) -> Iterator[Probe]:
+    """Connections that never leave the host: the application's, and the data plane's, which crosses the inbound side."""
+    proxy, port = cast.policy.proxy_uid, cast.port_in
+    passthrough = RESERVED[cast.family].passthrough.network_address
+    yield cast.out("application to its own host's address", port, to=cast.own)
+    yield cast.out("application to the loopback address", port, to=cast.local)
+    yield cast.out("data plane to its own host's address", port, uid=proxy, to=cast.own)
+    yield cast.out("data plane to the loopback address", port, uid=proxy, to=cast.local)
+    if cast.family is Family.IPV4:
+        other = ip_address("127.0.0.2")
+        yield cast.out("application to 127.0.0.2", port, to=other)
+        yield cast.out("data plane to 127.0.0.2", port, uid=proxy, to=other)
+    if cast.family in cast.policy.families:
+        delivered = cast.out(f"data plane from {passthrough} to the application", port, uid=proxy, to=cast.own)
+        yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=passthrough))
+    for excluded in cast.policy.inbound.exclude_ports[:1]:
+        if excluded.first not in data_plane_ports(cast.policy):
+            label = f"data plane to its own host's excluded port {excluded.first}"
+            yield cast.out(label, excluded.first, uid=proxy, to=cast.own)
+
+
+def _dns(cast: _Cast) -> Iterator[Probe]:
+    policy = cast.policy
+    links = {uplink.name for uplink in cast.layout.uplinks}
+    servers = [s for s in policy.servers(cast.family) if s.interface is None or s.interface in links]
+    for server in servers[:_MOST_RANGES]:
+        scoped: Callable[[Probe], Probe] = lambda probe, name=server.interface: _on(probe, name)  # noqa: E731
+        yield scoped(cast.query(f"DNS to {server}", server.address))
+        yield scoped(cast.query(f"DNS over TCP to {server}", server.address, Protocol.TCP))
+        yield scoped(cast.query(f"DNS to {server} by the data plane", server.address, uid=policy.proxy_uid))
+    yield cast.query("DNS to another server", cast.remote)
+    yield cast.query("DNS over TCP to another server", cast.remote, Protocol.TCP)
+    yield cast.query("DNS to another server by the data plane", cast.remote, uid=policy.proxy_uid)
+    if policy.splits_zones(cast.family) and cast.family in policy.families:
+        server_address = next((s.address for s in servers if s.interface is None), cast.remote)
+        yield from _zones(cast, server_address)
+
+
+def _on(probe: Probe, interface: str | None) -> Probe:
+    if interface is None:
+        return probe
+    return Probe(probe.label, dataclasses.replace(probe.connection, interface=interface))
+
+
+def _zones(cast: _Cast, server: Address) -> Iterator[Probe]:
+    """The same addresses and ports in turn by the data plane and an application: neither may inherit the other's fate."""
+    for who, uid in (("the data plane", cast.policy.proxy_uid), ("an application", cast.app)):
+        probe = cast.query(f"DNS by {who}, from a port the other uses", server, uid=uid)
+        yield Probe(probe.label, dataclasses.replace(probe.connection, source_port=_REUSED_PORT))
+
+
+def _virtual_networks(cast: _Cast) -> Iterator[Probe]:
+    for bridge in cast.layout.bridges:
+        network = bridge.network(cast.family)
+        if network is not None:
+            yield from _container(cast, bridge, network)
+
+
+def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]:
+    source, name = member(network), bridge.name
+    yield cast.arrive(f"{name}: container to another host", cast.port_out, source=source, to=cast.remote)
+    yield cast.arrive(f"{name}: container to the host's own address", cast.port_in, source=source)
+    yield cast.arrive(f"{name}: container to the bridge's address", cast.port_in, source=source, to=network[1])
+    query = f"{name}: container's DNS"
+    yield cast.arrive(query, DNS_PORT, source=source, to=cast.remote, protocol=Protocol.UDP)
+    yield cast.arrive(f"{query} to the bridge's address", DNS_PORT, source=source, to=network[1], protocol=Protocol.UDP)
+    yield cast.arrive(f"{query} over TCP", DNS_PORT, source=source, to=cast.remote)
+    yield cast.arrive(f"another host to {name}'s container", cast.port_in, to=source)
+
+
+

@@ -1,0 +1,152 @@
+"""Builds a `Layout` in anonymous namespaces, over netlink."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from typing import Any
+
+from agent.policy import Family, Network
+from agent.rehearsal.layout import (
+    HOST,
+    HOST_ADDRESS,
+    HOST_LINK_LOCAL,
+    PEER,
+    PEER_ADDRESS,
+    UPLINK_PREFIX,
+    Bridge,
+    Layout,
+    gateway,
+    member,
+)
+from agent.rehearsal.namespaces import Namespace, write_sysctls
+
+_MAIN_TABLE = 254
+_LOCAL_TABLE = 255
+_SCOPE_HOST = 254
+_SCOPE_LINK = 253
+_EVERYTHING = {Family.IPV4: "0.0.0.0/0", Family.IPV6: "::/0"}
+_LINK_LOCAL = "fe80::/64"
+
+_SYSCTLS = {
+    # Addresses are usable at once, without a second of duplicate address detection.
+    "ipv6/conf/all/disable_ipv6": "0",
+    "ipv6/conf/default/disable_ipv6": "0",
+    "ipv6/conf/default/accept_dad": "0",
+    "ipv6/conf/default/accept_ra": "0",
+    "ipv6/conf/default/router_solicitations": "0",
+    "ipv4/conf/all/rp_filter": "0",
+    "ipv4/conf/default/rp_filter": "0",
+    "ipv4/ip_forward": "1",
+    "ipv6/conf/all/forwarding": "1",
+    # Listeners are created under the users that matter, on any port.
+    "ipv4/ip_unprivileged_port_start": "0",
+    # A closed UDP port answers every time, not once in a while.
+    "ipv4/icmp_ratelimit": "0",
+    "ipv6/icmp/ratelimit": "0",
+}
+
+
+class _Node:
+    """One namespace and its netlink socket."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        from pyroute2.iproute import IPRoute
+
+        self.namespace = namespace
+        with namespace.inside():
+            write_sysctls(_SYSCTLS)
+            self.netlink: Any = IPRoute()
+        self.netlink.link("set", index=1, state="up")
+
+    def index(self, name: str) -> int:
+        return int(self.netlink.link_lookup(ifname=name)[0])
+
+    def address(self, name: str, address: object, prefix: int) -> None:
+        self.netlink.addr("add", index=self.index(name), address=str(address), prefixlen=prefix)
+
+    def up(self, name: str) -> None:
+        self.netlink.link("set", index=self.index(name), state="up")
+
+    def default_route(self, family: Family, via: object) -> None:
+        self.netlink.route("add", dst=_EVERYTHING[family], gateway=str(via), table=_MAIN_TABLE)
+
+    def answer_for(self, network: Network | str) -> None:
+        """AnyIP: every address of the network is local. More specific routes must stand in the same table to win."""
+        self.netlink.route("add", dst=str(network), type="local", scope=_SCOPE_HOST, table=_LOCAL_TABLE, oif=1)
+
+    def on_link(self, network: Network | str, name: str) -> None:
+        self.netlink.route("add", dst=str(network), oif=self.index(name), scope=_SCOPE_LINK, table=_LOCAL_TABLE)
+
+    def via(self, network: Network, gateway_address: object) -> None:
+        self.netlink.route("add", dst=str(network), gateway=str(gateway_address), table=_LOCAL_TABLE)
+
+
+def build(layout: Layout) -> dict[str, Namespace]:
+    """Make the namespaces of a layout and everything in them, by node name. Raises HostError."""
+    spaces: dict[str, Namespace] = {}
+    nodes: dict[str, _Node] = {}
+    try:
+        for name in (HOST, PEER, *(bridge.name for bridge in layout.bridges)):
+            spaces[name] = Namespace()
+            nodes[name] = _Node(spaces[name])
+        _connect_peer(layout, nodes)
+        for bridge in layout.bridges:
+            _connect_container(layout, nodes, bridge)
+    except BaseException:
+        for space in spaces.values():
+            space.close()
+        raise
+    finally:
+        for node in nodes.values():
+            node.netlink.close()
+    return spaces
+
+
+def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:
+    host, peer = nodes[HOST], nodes[PEER]
+    for family in layout.families:
+        peer.answer_for(_EVERYTHING[family])
+    for number, uplink in enumerate(layout.uplinks):
+        far = f"up{number}"
+        _cable(host, uplink.name, peer, far)
+        if Family.IPV6 in layout.families:
+            host.address(uplink.name, HOST_LINK_LOCAL, 64)
+            peer.on_link(_LINK_LOCAL, far)
+        for server in uplink.servers:
+            peer.address(far, server, 64)
+    for family in layout.families:
+        prefix = UPLINK_PREFIX[family]
+        host.address(layout.uplinks[0].name, HOST_ADDRESS[family], prefix)
+        peer.address("up0", PEER_ADDRESS[family], prefix)
+        peer.on_link(f"{_base(family)}/{prefix}", "up0")
+        host.default_route(family, PEER_ADDRESS[family])
+
+
+def _base(family: Family) -> object:
+    return PEER_ADDRESS[family] - 1
+
+
+def _cable(near: _Node, near_name: str, far: _Node, far_name: str) -> None:
+    near.netlink.link(
+        "add", ifname=near_name, kind="veth", peer={"ifname": far_name, "net_ns_fd": far.namespace.fd}
+    )
+    near.up(near_name)
+    far.up(far_name)
+
+
+def _connect_container(layout: Layout, nodes: dict[str, _Node], bridge: Bridge) -> None:
+    host, peer, container = nodes[HOST], nodes[PEER], nodes[bridge.name]
+    _cable(host, bridge.name, container, "eth0")
+    for network in bridge.networks:
+        family = Family.of(network)
+        if family not in layout.families:
+            continue
+        # Through the member, not on link: AnyIP does not answer neighbour discovery for the other addresses.
+        host.address(bridge.name, gateway(network), network.max_prefixlen)
+        host.on_link(ip_network(member(network)), bridge.name)
+        host.via(network, member(network))
+        container.address("eth0", member(network), network.prefixlen)
+        container.answer_for(network)
+        container.on_link(ip_network(gateway(network)), "eth0")
+        container.default_route(family, gateway(network))
+        peer.via(network, HOST_ADDRESS[family])

@@ -6,17 +6,19 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from agent import loopback, state
 from agent.engine_options import EngineOptions
-from agent.engines.base import Removal
-from agent.engines.iptables import nft_hooks
-from agent.engines.iptables.engine import IptablesEngine, IptablesPlan
+from agent.engines.base import Engine, Removal
+from agent.engines.iptables.engine import IptablesPlan, docker_dns
+from agent.engines.iptables.engine import select as select_iptables
 from agent.engines.registry import select
 from agent.errors import HostError, TpctlError
 from agent.host.privilege import require_root
 from agent.policy import DnsCapture, Family, Policy
 
+FLUSHED_TABLES = ("nat", "raw")
 DOCKER_ZONES = (
     "DNS queries are not kept in conntrack zones: all DNS is captured, and Docker's embedded DNS server "
     "rewrites ports of the same queries"
@@ -28,9 +30,9 @@ class InstallReport:
     """What an install did."""
 
     engine: str
-    variant: str
+    variant: str | None
     reason: str
-    """Why this variant."""
+    """Why this engine and variant."""
     families: tuple[int, ...]
     policy: Policy
     replaced: tuple[str, ...] = ()
@@ -49,10 +51,9 @@ def install(policy: Policy, options: EngineOptions) -> InstallReport:
         return _install(engine, policy, options)
 
 
-def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> InstallReport:
+def _install(engine: Engine[Any], policy: Policy, options: EngineOptions) -> InstallReport:
     previous = state.load()
-    policy, notices = _adapted(engine, policy)
-    plan = engine.plan(policy)
+    policy, notices = _adapted(policy)
     record = state.State(
         policy=policy,
         engine=engine.name,
@@ -60,14 +61,15 @@ def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> 
         phase=state.INSTALLING,
         installed_at=state.now(),
         comments=options.comments,
-        engine_record=_engine_record(engine, previous),
+        # A later install must not take tpctl's own for what was there before.
+        footprint=previous.footprint if previous else engine.footprint(),
     )
     state.save(record)
     added = False
     try:
         if Family.IPV6 in policy.families:
             added = loopback.add(policy.loopback)
-        applied = engine.apply(plan)
+        applied = engine.apply(engine.plan(policy))
     except TpctlError:
         if added:
             loopback.remove(policy.loopback)
@@ -76,33 +78,23 @@ def _install(engine: IptablesEngine, policy: Policy, options: EngineOptions) -> 
     if Family.IPV6 not in policy.families:
         loopback.remove(policy.loopback)
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
-    families = tuple(sorted(int(family) for family in policy.families))
     return InstallReport(
         engine=engine.name,
         variant=engine.variant,
-        reason=engine.choice.reason,
-        families=families,
+        reason=engine.reason,
+        families=tuple(sorted(int(family) for family in policy.families)),
         policy=policy,
         replaced=applied.replaced,
         notices=(*notices, *applied.notices),
     )
 
 
-def _adapted(engine: IptablesEngine, policy: Policy) -> tuple[Policy, list[str]]:
+def _adapted(policy: Policy) -> tuple[Policy, list[str]]:
     """The policy, less what this host's other software rules out."""
     zones = policy.dns.capture is DnsCapture.ALL and policy.dns.split_zones
-    if zones and engine.docker_dns():
+    if zones and docker_dns():
         return dataclasses.replace(policy, dns=dataclasses.replace(policy.dns, split_zones=False)), [DOCKER_ZONES]
     return policy, []
-
-
-def _engine_record(engine: IptablesEngine, previous: state.State | None) -> dict[str, object]:
-    """The hooks from before the first install; a later one must not take tpctl's own for somebody else's."""
-    if previous and "hooks" in previous.engine_record:
-        return {"hooks": previous.engine_record["hooks"]}
-    if engine.variant != "nft":
-        return {}
-    return {"hooks": nft_hooks.to_json(nft_hooks.existing())}
 
 
 def _restore_record(previous: state.State | None) -> None:
@@ -134,8 +126,7 @@ def uninstall(*, dry_run: bool = False) -> Removal:
     engine = select(EngineOptions())
     with state.locked():
         record = state.load()
-        hooks = record.engine_record.get("hooks") if record else None
-        removal = engine.remove(dry_run=dry_run, keep_hooks=nft_hooks.from_json(hooks))
+        removal = engine.remove(dry_run=dry_run, footprint=record.footprint if record else None)
         removed = list(removal.removed)
         name = record.policy.loopback if record else "lo"
         if loopback.remove(name, dry_run=dry_run):
@@ -148,12 +139,12 @@ def uninstall(*, dry_run: bool = False) -> Removal:
 def flush(*, dry_run: bool = False) -> Removal:
     """Remove every rule and chain of nat and raw, everybody's, in both variants and families."""
     require_root("tpctl uninstall --flush")
-    engine = select(EngineOptions())
+    engine = select_iptables(EngineOptions())
     if dry_run:
-        return Removal(tuple(engine.everything(("nat", "raw"))))
+        return Removal(tuple(engine.everything(FLUSHED_TABLES)))
     ours = uninstall()
     with state.locked():
-        others = engine.flush(("nat", "raw"))
+        others = engine.flush(FLUSHED_TABLES)
     return Removal((*ours.removed, *_unique(others, ours.removed)), ours.notices)
 
 

@@ -50,8 +50,8 @@ class State:
     version: str = agent.__version__
     """The tpctl that installed it."""
     comments: bool = True
-    engine_record: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine needs to leave the host as it found it."""
+    footprint: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine needs to know of the host as it was before the first install."""
 
 
 def namespace_key() -> str:
@@ -83,7 +83,7 @@ def load() -> State | None:
             installed_at=str(document["installedAt"]),
             version=str(document["version"]),
             comments=bool(document["comments"]),
-            engine_record=dict(document["engineRecord"]),
+            footprint=dict(document["footprint"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -106,7 +106,7 @@ def save(state: State) -> None:
         "variant": state.variant,
         "comments": state.comments,
         "policy": to_document(state.policy),
-        "engineRecord": dict(state.engine_record),
+        "footprint": dict(state.footprint),
     }
     target = path()
     try:

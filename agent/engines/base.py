@@ -5,8 +5,9 @@ An engine never decides anything: it carries out a `Policy` so that the kernel a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from agent.policy import Policy
 
@@ -61,24 +62,45 @@ class Plan(Protocol):
     """An engine's complete intention for a policy; a value, printed by --dry-run and carried out by apply."""
 
     def render(self) -> str:
-        """Exactly what the kernel will be given, as text, per family, with a comment a rule."""
+        """What the kernel of a host without tpctl would be given, as text, with a comment a rule."""
         ...
 
 
 P = TypeVar("P", bound=Plan)
 
+Footprint = Mapping[str, Any]
+"""What an engine must know of the host before the first install, to leave it so. JSON types; kept in the record."""
+
 
 class Engine(Protocol[P]):
-    """One technology of redirection."""
+    """One technology of redirection, ready for this host."""
 
     name: str
+
+    @property
+    def variant(self) -> str | None:
+        """The flavour of the technology, where there are several ("nft" or "legacy" iptables)."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this engine and variant, for the operator."""
+        ...
 
     def plan(self, policy: Policy) -> P:
         """The plan for a policy. Pure: reads nothing, changes nothing."""
         ...
 
+    def preview(self, policy: Policy) -> str:
+        """Exactly what `apply` would give the kernel on this host now, as text. Reads, and changes nothing."""
+        ...
+
+    def footprint(self) -> Footprint:
+        """What `remove` needs to know of the host as it was before the first install."""
+        ...
+
     def apply(self, plan: P) -> Applied:
-        """Replace whatever tpctl or kumactl installed by `plan`; all of it or nothing.
+        """Replace whatever this engine (or kumactl through the same technology) installed by `plan`; all or nothing.
 
         Raises ApplyError when the kernel refused; everything is then as before.
         """
@@ -88,6 +110,6 @@ class Engine(Protocol[P]):
         """What the kernel holds now, compared with `plan` when there is one."""
         ...
 
-    def remove(self, *, dry_run: bool = False) -> Removal:
-        """Remove what tpctl or kumactl installed, and nothing else; with `dry_run` only say what would go."""
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None) -> Removal:
+        """Remove what this engine (or kumactl) installed, and nothing else; with `dry_run` only say what would go."""
         ...

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from agent.engine_options import EngineOptions
-from agent.engines.base import Applied, Inspection, Removal, RuleCounter
+from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
 from agent.engines.iptables import nft_hooks, saved, tools
-from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError
+from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError, read_tables
 from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
 from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
 from agent.engines.iptables.ruleset import FamilyRules, TableRules, rules_for
@@ -64,6 +64,7 @@ class IptablesEngine:
         self.options = options
         self.choice = choice
         self.variant = choice.variant
+        self.reason = choice.reason
 
     def plan(self, policy: Policy) -> IptablesPlan:
         """The rules for a policy."""
@@ -99,11 +100,13 @@ class IptablesEngine:
         families = tuple(int(family) for family in tables if _owners([tables[family]]))
         return Inspection(self.name, variant, True, families, drift, tuple(_counters(tables)), foreign)
 
-    def remove(self, *, dry_run: bool = False, keep_hooks: frozenset[nft_hooks.Hook] = frozenset()) -> Removal:
-        """Remove what tpctl or kumactl installed, in both variants and families.
+    def footprint(self) -> Footprint:
+        """The tables and base chains of nf_tables that exist: iptables-nft makes them and never removes them."""
+        return {"hooks": nft_hooks.to_json(nft_hooks.existing())}
 
-        `keep_hooks` are the tables and base chains of nf_tables that existed before the install.
-        """
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None) -> Removal:
+        """Remove what tpctl or kumactl installed, in both variants and families."""
+        keep = nft_hooks.from_json((footprint or {}).get("hooks"))
         removed: list[str] = []
         for variant in tools.VARIANTS:
             backends = self._all_backends(variant)
@@ -112,7 +115,7 @@ class IptablesEngine:
             if held and not dry_run:
                 self._empty(backends)
                 if variant == "nft":
-                    removed += nft_hooks.remove_empty(keep_hooks)
+                    removed += nft_hooks.remove_empty(keep)
         return Removal(tuple(removed))
 
     def everything(self, tables: Sequence[str]) -> list[str]:
@@ -140,12 +143,6 @@ class IptablesEngine:
                     changes = (TableChange(table.name, tuple(flushing(table))) for table in held if not table.is_blank)
                     self._commit(backend, tuple(changes), comments=True)
         return gone
-
-    def docker_dns(self) -> bool:
-        """Whether Docker's embedded DNS server is wired into this namespace."""
-        backend = self._all_backends(self.variant).get(Family.IPV4)
-        nat = backend.save().get("nat") if backend else None
-        return nat is not None and saved.DOCKER_DNS_CHAIN in nat.chains
 
     # -- the parts of apply and remove ---------------------------------------------------------------------------------
 
@@ -240,6 +237,16 @@ class IptablesEngine:
 def select(options: EngineOptions) -> IptablesEngine:
     """The engine for the variant of this host. Raises HostError or InputError as `tools.choose` does."""
     return IptablesEngine(options, tools.choose(options))
+
+
+def docker_dns() -> bool:
+    """Whether Docker's embedded DNS server is wired into this network namespace, through either variant."""
+    return any(
+        saved.DOCKER_DNS_CHAIN in table.chains
+        for variant in tools.VARIANTS
+        if (found := tools.find(variant, Family.IPV4))
+        for table in read_tables(found).values()
+    )
 
 
 def _changes(current: Tables, wanted: Mapping[str, TableRules]) -> tuple[TableChange, ...]:

@@ -1,0 +1,82 @@
+"""What the relay dials for a connection, and what it must not dial."""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from agent.policy import DNS_PORT, RESERVED, Family, NameServer
+from agent.relay.original_destination import Destination
+
+_FAMILY = {socket.AF_INET: Family.IPV4, socket.AF_INET6: Family.IPV6}
+PASSTHROUGH = {af: str(RESERVED[family].passthrough.network_address) for af, family in _FAMILY.items()}
+LOCAL = {af: str(RESERVED[family].local.network_address) for af, family in _FAMILY.items()}
+
+
+class Role(enum.StrEnum):
+    """Which listener a connection came to."""
+
+    INBOUND = "inbound"
+    OUTBOUND = "outbound"
+    DNS = "dns"
+
+
+class Dial(NamedTuple):
+    """One attempt to reach somebody."""
+
+    destination: Destination
+    source: str | None = None
+    """The address to dial from; None leaves the choice to the kernel."""
+    substitute: Destination | None = None
+    """What to dial, from any address, when this host does not have the source."""
+
+
+def inbound(destination: Destination) -> tuple[Dial, ...]:
+    """How to reach the application a client meant.
+
+    The source is what tells the rules that the connection is the relay's (o2). Where that address is missing (::6 was
+    not added to lo), dialling the client's destination without it would be captured again (o3), so the application is
+    reached on the loopback address, which never is (o5).
+    """
+    family = socket.AddressFamily(destination.family)
+    return (Dial(destination, PASSTHROUGH[family], destination._replace(host=LOCAL[family], scope=0)),)
+
+
+def outbound(destination: Destination) -> tuple[Dial, ...]:
+    """How to reach the server an application meant."""
+    return (Dial(destination),)
+
+
+def name_server(server: NameServer) -> Destination:
+    """Where a name server of resolv.conf is asked. Raises OSError when its interface does not exist."""
+    if isinstance(server.address, type(ip_address("0.0.0.0"))):
+        return Destination(str(server.address), DNS_PORT)
+    scope = socket.if_nametoindex(server.interface) if server.interface else 0
+    return Destination(str(server.address), DNS_PORT, socket.AF_INET6, scope)
+
+
+@dataclass(frozen=True, slots=True)
+class SelfDialGuard:
+    """Knows the relay's own listeners.
+
+    They are bound to the wildcard address, so each of the host's addresses and all of 127.0.0.0/8 leads to them.
+    """
+
+    ports: frozenset[int]
+    is_local: Callable[[Destination], bool]
+    """Asked only for the relay's own ports, so it may be slow."""
+
+    def refuses(self, destination: Destination) -> bool:
+        """Whether dialling the destination would reach one of the relay's own listeners."""
+        if destination.port not in self.ports:
+            return False
+        address = ip_address(destination.host)
+        return address.is_loopback or address.is_unspecified or self.is_local(destination)
+
+    def others(self, destinations: Iterable[Destination]) -> tuple[Destination, ...]:
+        """Those that are not the relay itself, in order."""
+        return tuple(destination for destination in destinations if not self.refuses(destination))

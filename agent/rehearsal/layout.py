@@ -112,9 +112,7 @@ class Layout:
         behind = self.bridge_of(source)
         interface = behind[0].name if behind else self.uplinks[0].name
         local = self.is_local(destination)
-        return Connection(
-            Direction.INBOUND, protocol, source, destination, port, interface, local_destination=local
-        )
+        return Connection(Direction.INBOUND, protocol, source, destination, port, interface, local_destination=local)
 
     def origin(self, connection: Connection) -> str:
         """The node that opens a connection."""
@@ -136,9 +134,7 @@ def stage(policy: Policy, families: frozenset[Family] = frozenset(Family)) -> St
     keep = tuple(vnet for vnet in policy.virtual_networks if _fits(vnet, notes))
     bridges = _bridges(keep)
     uplinks = _uplinks(policy, {bridge.name for bridge in bridges}, notes)
-    fit = dataclasses.replace(
-        policy, loopback=LOOPBACK, virtual_networks=keep, families=policy.families & families
-    )
+    fit = dataclasses.replace(policy, loopback=LOOPBACK, virtual_networks=keep, families=policy.families & families)
     for family in sorted(policy.families - families):
         notes.append(f"this kernel has no IPv{family}: not rehearsed")
     return Staging(fit, Layout(uplinks, bridges, families), tuple(notes))

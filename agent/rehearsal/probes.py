@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -87,7 +87,7 @@ class _Cast:
 
 
 def probes(policy: Policy, layout: Layout) -> list[Probe]:
-    """The probes of a staged policy, in an order a reader can follow. Families that are not redirected get a few too."""
+    """The probes of a staged policy, in an order a reader can follow; a family that is not redirected is tried too."""
     found: list[Probe] = []
     for family in sorted(layout.families):
         cast = _cast(policy, layout, family)
@@ -192,7 +192,7 @@ def _excluded_users(cast: _Cast, protocol: Protocol, ports: Ports, uids: UidRang
 
 
 def _to_self(cast: _Cast) -> Iterator[Probe]:
-    """Connections that never leave the host: the application's, and the data plane's, which crosses the inbound side."""
+    """Connections that never leave the host: the application's, and the data plane's, which cross the inbound side."""
     proxy, port = cast.policy.proxy_uid, cast.port_in
     passthrough = RESERVED[cast.family].passthrough.network_address
     yield cast.out("application to its own host's address", port, to=cast.own)
@@ -217,10 +217,12 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
     links = {uplink.name for uplink in cast.layout.uplinks}
     servers = [s for s in policy.servers(cast.family) if s.interface is None or s.interface in links]
     for server in servers[:_MOST_RANGES]:
-        scoped: Callable[[Probe], Probe] = lambda probe, name=server.interface: _on(probe, name)  # noqa: E731
-        yield scoped(cast.query(f"DNS to {server}", server.address))
-        yield scoped(cast.query(f"DNS over TCP to {server}", server.address, Protocol.TCP))
-        yield scoped(cast.query(f"DNS to {server} by the data plane", server.address, uid=policy.proxy_uid))
+        for label, protocol, uid in (
+            (f"DNS to {server}", Protocol.UDP, None),
+            (f"DNS over TCP to {server}", Protocol.TCP, None),
+            (f"DNS to {server} by the data plane", Protocol.UDP, policy.proxy_uid),
+        ):
+            yield _on(cast.query(label, server.address, protocol, uid=uid), server.interface)
     yield cast.query("DNS to another server", cast.remote)
     yield cast.query("DNS over TCP to another server", cast.remote, Protocol.TCP)
     yield cast.query("DNS to another server by the data plane", cast.remote, uid=policy.proxy_uid)
@@ -236,7 +238,7 @@ def _on(probe: Probe, interface: str | None) -> Probe:
 
 
 def _zones(cast: _Cast, server: Address) -> Iterator[Probe]:
-    """The same addresses and ports in turn by the data plane and an application: neither may inherit the other's fate."""
+    """The same addresses and ports, by the data plane and by an application: neither may inherit the other's fate."""
     for who, uid in (("the data plane", cast.policy.proxy_uid), ("an application", cast.app)):
         probe = cast.query(f"DNS by {who}, from a port the other uses", server, uid=uid)
         yield Probe(probe.label, dataclasses.replace(probe.connection, source_port=_REUSED_PORT))
@@ -259,6 +261,3 @@ def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]
     yield cast.arrive(f"{query} to the bridge's address", DNS_PORT, source=source, to=network[1], protocol=Protocol.UDP)
     yield cast.arrive(f"{query} over TCP", DNS_PORT, source=source, to=cast.remote)
     yield cast.arrive(f"another host to {name}'s container", cast.port_in, to=source)
-
-
-

@@ -40,7 +40,7 @@ class Rehearsal:
     """A rehearsal's outcome."""
 
     policy: Policy
-    variant: str
+    variant: str | None
     results: tuple[Result, ...]
     notes: tuple[str, ...]
     """What could not be rehearsed, and what the engine had to say."""
@@ -66,7 +66,7 @@ def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
             engine = select(options)
             if Family.IPV6 in staging.policy.families:
                 loopback.add(staging.policy.loopback)
-            notices = engine.apply(engine.plan(staging.policy))
+            notices = engine.apply(engine.plan(staging.policy)).notices
         lab.serve_data_plane(staging.policy)
         results = tuple(attempt(lab, staging.policy, probes(staging.policy, staging.layout)))
     return Rehearsal(staging.policy, engine.variant, results, (*staging.notes, *notices))

@@ -127,9 +127,7 @@ def _base(family: Family) -> object:
 
 
 def _cable(near: _Node, near_name: str, far: _Node, far_name: str) -> None:
-    near.netlink.link(
-        "add", ifname=near_name, kind="veth", peer={"ifname": far_name, "net_ns_fd": far.namespace.fd}
-    )
+    near.netlink.link("add", ifname=near_name, kind="veth", peer={"ifname": far_name, "net_ns_fd": far.namespace.fd})
     near.up(near_name)
     far.up(far_name)
 

@@ -1,0 +1,143 @@
+"""`tpctl verify`: rehearse a policy on this kernel, in scratch namespaces."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.cli.policy_options import PolicyCommand, PolicyInput, load_policy, policy_options
+from agent.errors import HostError, InputError
+
+if TYPE_CHECKING:
+    from agent.engine_options import EngineOptions
+    from agent.policy import Address, Policy
+    from agent.rehearsal.rehearse import Rehearsal, Result
+
+WRONG = 3
+"""The exit code for "something is not as it should be"."""
+
+EPILOG = """\b
+Without policy flags the installed policy is rehearsed; with any of them, the policy they describe.
+Exits with 3 when any connection ended elsewhere than it should.
+
+\b
+Examples:
+  tpctl verify
+  tpctl verify --kuma-dp-user kuma-dp --exclude-inbound-ports 22 --json
+"""
+
+
+@click.command(cls=PolicyCommand, epilog=EPILOG)
+@policy_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--failures", "only_failures", is_flag=True, help="Print only the probes that went wrong.")
+def command(policy_input: PolicyInput, as_json: bool, only_failures: bool) -> int:
+    """Rehearse a policy on this kernel: install it in a scratch namespace and open real connections there.
+
+    The scratch host, its peer and its containers vanish afterwards. This host's own rules are neither read nor changed,
+    so verify says whether this kernel and these tools carry the policy out, and status whether the host still holds it.
+    """
+    from agent.cli import output
+    from agent.rehearsal.rehearse import rehearse
+
+    policy, options, which, notices = _subject(policy_input)
+    if os.geteuid() != 0:
+        raise HostError("tpctl verify makes network namespaces and needs root: run it with sudo")
+    rehearsal = rehearse(policy, options)
+    notices = (*notices, *rehearsal.notes)
+    if as_json:
+        output.as_json({"policy": which, "notices": notices, **_data(rehearsal)})
+    else:
+        output.notices(notices)
+        _print(rehearsal, which, only_failures=only_failures)
+    return 0 if rehearsal.ok else WRONG
+
+
+def _subject(policy_input: PolicyInput) -> tuple[Policy, EngineOptions, str, tuple[str, ...]]:
+    """The policy, how to carry it out, "given" or "installed", and notices."""
+    if policy_input.given:
+        resolved = load_policy(policy_input)
+        return resolved.policy, resolved.options, "given", resolved.notices
+    from agent import state
+    from agent.engine_options import EngineOptions
+
+    installed = state.load()
+    if installed is None:
+        raise InputError(
+            "nothing is installed in this network namespace; describe a policy with the flags of tpctl install, "
+            "as in --kuma-dp-user kuma-dp"
+        )
+    options = EngineOptions(
+        engine=installed.engine, iptables_mode=installed.variant or "auto", comments=installed.comments
+    )
+    return installed.policy, options, "installed", ()
+
+
+def _endpoint(address: Address, port: int | None) -> str:
+    if port is None:
+        return str(address)
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def _expectation(result: Result) -> str:
+    """Who should answer, in a word or two."""
+    port = result.verdict.port
+    return f"redirect {port}" if port else str(result.verdict.action)
+
+
+def _got(result: Result) -> str:
+    """Who answered, in a word or two."""
+    if result.answer.seat is None or result.expected is None:
+        return str(result.answer)
+    if result.answer.seat != result.expected:
+        return f"{result.answer.seat} answered"
+    return _expectation(result) if result.original_kept else f"original destination lost ({result.answer.original})"
+
+
+def _data(rehearsal: Rehearsal) -> dict[str, object]:
+    return {
+        "ok": rehearsal.ok,
+        "variant": rehearsal.variant,
+        "probes": [
+            {
+                "label": result.probe.label,
+                "direction": result.probe.connection.direction,
+                "protocol": result.probe.connection.protocol,
+                "from": str(result.probe.connection.source),
+                "to": _endpoint(result.probe.connection.destination, result.probe.connection.destination_port),
+                "interface": result.probe.connection.interface,
+                "uid": result.probe.connection.uid,
+                "expected": _expectation(result),
+                "answerer_expected": result.expected and str(result.expected),
+                "rule": result.verdict.rule,
+                "reason": result.verdict.reason,
+                "answerer": str(result.answer),
+                "ok": result.ok,
+            }
+            for result in rehearsal.results
+        ],
+    }
+
+
+def _print(rehearsal: Rehearsal, which: str, *, only_failures: bool) -> None:
+    wrong = [result for result in rehearsal.results if not result.ok]
+    shown = wrong if only_failures else rehearsal.results
+    rows = [_row(result) for result in shown]
+    header = ("probe", "from", "to", "expected", "got", "", "because")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row, ok in zip([header, *rows], [None, *(result.ok for result in shown)], strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.secho(line, bold=ok is None, fg="red" if ok is False else None)
+    count = len(rehearsal.results)
+    verdict = f"{len(wrong)} of {count} probes ended elsewhere" if wrong else f"all {count} probes ended as they should"
+    click.secho(f"\n{verdict} ({which} policy, iptables-{rehearsal.variant})", fg="red" if wrong else "green")
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    connection = result.probe.connection
+    who = str(connection.source) if connection.uid is None else f"uid {connection.uid}"
+    to = f"{connection.protocol} {_endpoint(connection.destination, connection.destination_port)}"
+    because = f"{result.verdict.reason} ({result.verdict.rule})"
+    return result.probe.label, who, to, _expectation(result), _got(result), "ok" if result.ok else "WRONG", because

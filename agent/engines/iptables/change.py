@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from agent.engines.iptables.parts import Jump, TableRules
 from agent.engines.iptables.rule import Rule, parse
-from agent.engines.iptables.ruleset import Jump, TableRules
 from agent.engines.iptables.saved import SavedTable
 
 

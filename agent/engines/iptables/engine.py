@@ -15,7 +15,8 @@ from agent.engines.iptables import nft_hooks, saved, tools
 from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError, read_tables
 from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
 from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
-from agent.engines.iptables.ruleset import FamilyRules, TableRules, rules_for
+from agent.engines.iptables.parts import FamilyRules, TableRules
+from agent.engines.iptables.ruleset import rules_for
 from agent.errors import HostError, TpctlError
 from agent.policy import Family, Policy
 

@@ -1,0 +1,144 @@
+"""What the rules of every table are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from agent.engines.iptables.rule import COMMENT_LIMIT, Criterion, Match, Option, Rule, match
+from agent.policy import (
+    DNS_PORT,
+    RESERVED,
+    DnsCapture,
+    Family,
+    NameServer,
+    Network,
+    Policy,
+    PortRange,
+    Ports,
+    Protocol,
+    UidRange,
+    includes,
+    of_family,
+)
+
+COMMENT_PREFIX = "tpctl/"
+MULTIPORT_SLOTS = 15
+"""XT_MULTI_PORTS in include/uapi/linux/netfilter/xt_multiport.h; a range takes two."""
+
+SYN = match("tcp", Option("tcp-flags", ("FIN,SYN,RST,ACK", "SYN")))
+"""Only a connection's first segment is redirected: on a host whose conntrack was idle, running connections look new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A rule in a built-in chain."""
+
+    chain: str
+    rule: Rule
+    position: int | None = None
+    """1 is the top of the chain; None is its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRules:
+    """What one table should hold of ours."""
+
+    table: str
+    chains: tuple[tuple[str, tuple[Rule, ...]], ...] = ()
+    jumps: tuple[Jump, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRules:
+    """What one family should hold of ours. The order of the tables is the order in which they are applied."""
+
+    family: Family
+    tables: tuple[TableRules, ...]
+
+
+def port_matches(protocol: Protocol, ports: Ports) -> Iterator[Match]:
+    """Matches that together cover the destination ports, each small enough for one rule."""
+    if len(ports) == 1:
+        yield match(protocol, ("dport", _port_text(ports)))
+        return
+    slots = 0
+    chunk: list[PortRange] = []
+    for port in ports:
+        size = 1 if port.first == port.last else 2
+        if slots + size > MULTIPORT_SLOTS:
+            yield match("multiport", ("dports", _port_text(chunk)))
+            slots, chunk = 0, []
+        slots += size
+        chunk.append(port)
+    if chunk:
+        yield match("multiport", ("dports", _port_text(chunk)))
+
+
+def _port_text(ports: Iterable[PortRange]) -> str:
+    return ",".join(str(port).replace("-", ":") for port in ports)
+
+
+def owned_by(uids: object, *, negated: bool = False) -> Match:
+    """Matches packets whose socket was created by one of the uids; negated, also those that have no socket."""
+    return match("owner", Option("uid-owner", (str(uids),), negated))
+
+
+def address(network: Network) -> Criterion:
+    """A source or destination."""
+    return Criterion(str(network))
+
+
+def comment(text: str) -> str:
+    """A rule's comment, cut to what the kernel keeps."""
+    return (COMMENT_PREFIX + text).encode()[: COMMENT_LIMIT - 1].decode(errors="ignore")
+
+
+def dport(protocol: Protocol, port: int) -> Match:
+    """Matches one destination port."""
+    return match(protocol, ("dport", str(port)))
+
+
+class Parts:
+    """What the tables of one family have in common."""
+
+    def __init__(self, policy: Policy, family: Family) -> None:
+        self.policy = policy
+        self.family = family
+        self.reserved = RESERVED[family]
+        self.host_length = 32 if family is Family.IPV4 else 128
+
+    def captured_servers(self) -> Iterator[dict[str, Any]]:
+        """The criteria of each captured server; nothing at all stands for every server."""
+        if self.policy.dns.capture is DnsCapture.ALL:
+            yield {}
+            return
+        for server in self.policy.servers(self.family):
+            criteria = {"destination": self.host(server)}
+            if server.interface:
+                criteria["out_interface"] = Criterion(server.interface)
+            yield criteria
+
+    def host(self, server: NameServer) -> Criterion:
+        """A name server's address as a criterion."""
+        return Criterion(f"{server.address}/{self.host_length}")
+
+    def excluded_destinations(self) -> Iterator[Network]:
+        """Those of this family."""
+        return of_family(self.policy.outbound.exclude_destinations, self.family)
+
+    def dns_excluded_uids(self) -> Iterator[UidRange]:
+        """The users whose DNS queries are left alone."""
+        for exclusion in self.policy.outbound.exclude_uids:
+            if exclusion.protocol is Protocol.UDP and includes(exclusion.ports, DNS_PORT):
+                yield exclusion.uids
+
+    def leave(self, text: str, **criteria: Any) -> Rule:
+        """A rule that leaves the chain, so that the packet goes on as if tpctl were not there."""
+        return Rule("RETURN", comment=comment(text), **criteria)
+
+    def redirect(self, protocol: Protocol, port: int, text: str, **criteria: Any) -> Rule:
+        """A rule that sends the connection to a port of this host."""
+        options = (Option("to-ports", (str(port),)),)
+        return Rule("REDIRECT", protocol=protocol, target_options=options, comment=comment(text), **criteria)

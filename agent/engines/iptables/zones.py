@@ -1,0 +1,96 @@
+"""The rules of the table raw: DNS flows are put into conntrack zones (`agent.decide.zone` says which and why)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from agent.decide import CAPTURED_ZONE, UPSTREAM_ZONE
+from agent.engines.iptables.parts import Jump, Parts, TableRules, address, comment, dport, owned_by
+from agent.engines.iptables.rule import Criterion, Option, Rule, match
+from agent.policy import (
+    DNS_PORT,
+    DnsCapture,
+    Protocol,
+)
+
+ZONE_INBOUND = "TPCTL_ZONE_PREROUTING"
+ZONE_OUTBOUND = "TPCTL_ZONE_OUTPUT"
+ZONE_QUERY = "TPCTL_ZONE_QUERY"
+
+
+class ZoneRules(Parts):
+    """The table raw of one family."""
+
+    def raw(self) -> TableRules:
+        """The table; empty when zones are not split."""
+        if not self.policy.splits_zones(self.family):
+            return TableRules("raw")
+        chains = (
+            (ZONE_INBOUND, tuple(self._zone_inbound())),
+            (ZONE_OUTBOUND, tuple(self._zone_outbound())),
+            (ZONE_QUERY, tuple(self._zone_query())),
+        )
+        jumps = tuple(
+            Jump(chain, Rule(own, protocol="udp", comment=comment("conntrack zones of DNS")))
+            for chain, own in (("PREROUTING", ZONE_INBOUND), ("OUTPUT", ZONE_OUTBOUND))
+        )
+        return TableRules("raw", chains, jumps)
+
+    def _zone_rule(self, zone: int, text: str, **criteria: Any) -> Rule:
+        options = (Option("zone", (str(zone),)),)
+        return Rule("CT", protocol="udp", target_options=options, comment=comment(text), **criteria)
+
+    def _zone_inbound(self) -> Iterator[Rule]:
+        query = (dport(Protocol.UDP, DNS_PORT),)
+        answer = (match("udp", ("sport", str(DNS_PORT))),)
+        for vnet in self.policy.networks(self.family):
+            interface = Criterion(vnet.interface)
+            yield self._zone_rule(
+                CAPTURED_ZONE, f"z6: a query from {vnet.interface}", in_interface=interface, matches=query
+            )
+        forwarded = (*query, match("addrtype", Option("dst-type", ("LOCAL",), negated=True)))
+        if self.policy.dns.capture is DnsCapture.ALL:
+            yield self._zone_rule(UPSTREAM_ZONE, "z7: a forwarded query", matches=forwarded)
+            yield self._zone_rule(UPSTREAM_ZONE, "z4: an answer", matches=answer)
+            return
+        for server in self.policy.servers(self.family):
+            here = self.host(server)
+            scope = Criterion(server.interface) if server.interface else None
+            yield self._zone_rule(
+                UPSTREAM_ZONE,
+                f"z7: a forwarded query to {server}",
+                destination=here,
+                in_interface=scope,
+                matches=forwarded,
+            )
+            yield self._zone_rule(
+                UPSTREAM_ZONE, f"z4: an answer of {server}", source=here, in_interface=scope, matches=answer
+            )
+
+    def _zone_outbound(self) -> Iterator[Rule]:
+        query = (dport(Protocol.UDP, DNS_PORT),)
+        for criteria in self.captured_servers():
+            yield Rule(
+                ZONE_QUERY, protocol="udp", matches=query, comment=comment("a query to a captured server"), **criteria
+            )
+        answer = match("udp", ("sport", str(self.policy.dns.port)))
+        text = "z2: the data plane answers an application"
+        yield self._zone_rule(CAPTURED_ZONE, text, matches=(answer, owned_by(self.policy.proxy_uid)))
+        for server in self.policy.servers(self.family):
+            if self.policy.dns.capture is DnsCapture.LISTED and server.address.is_loopback:
+                yield self._zone_rule(
+                    UPSTREAM_ZONE,
+                    f"z3: the local resolver {server} answers the data plane",
+                    source=self.host(server),
+                    destination=address(self.reserved.local),
+                )
+
+    def _zone_query(self) -> Iterator[Rule]:
+        text = "z1: the data plane asks its name server"
+        yield self._zone_rule(UPSTREAM_ZONE, text, matches=(owned_by(self.policy.proxy_uid),))
+        for uids in self.dns_excluded_uids():
+            yield self._zone_rule(UPSTREAM_ZONE, f"z5: excluded uids {uids}", matches=(owned_by(uids),))
+        for network in self.excluded_destinations():
+            yield self._zone_rule(UPSTREAM_ZONE, "z5: excluded destination", destination=address(network))
+        yield self._zone_rule(CAPTURED_ZONE, "z3: a query that is redirected")

@@ -1,0 +1,252 @@
+"""Two throwaway network namespaces for the relay's tests: our host, and a peer that is its client and its server.
+
+The rules are plain iptables, those of docs/ruleset.md reduced to what the relay needs, so that a test of the relay
+does not depend on an engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CLONE_NEWNET = 0x40000000
+RELAY_USER = "nobody"
+RELAY_UID = 65534
+PEER4, HOST4 = "10.99.0.1", "10.99.0.2"
+PEER6, HOST6 = "fd99::1", "fd99::2"
+PEER = {socket.AF_INET: PEER4, socket.AF_INET6: PEER6}
+HOST = {socket.AF_INET: HOST4, socket.AF_INET6: HOST6}
+LIBC = ctypes.CDLL(None, use_errno=True)
+_numbers = itertools.count()
+TIMEOUT = 10.0
+
+
+def run(*argv: str, stdin: str | None = None) -> str:
+    """Run a command that must succeed; its output."""
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, f"{argv}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def rules(family: int) -> str:
+    """The redirection of one family, for iptables-restore."""
+    local, passthrough = ("127.0.0.1/32", "127.0.0.6/32") if family == 4 else ("::1/128", "::6/128")
+    return f"""*nat
+-A PREROUTING -p tcp -j REDIRECT --to-ports 15006
+-A OUTPUT -p udp --dport 53 -m owner --uid-owner {RELAY_UID} -j RETURN
+-A OUTPUT -p udp --dport 53 -j REDIRECT --to-ports 15053
+-A OUTPUT -p tcp --dport 53 -m owner ! --uid-owner {RELAY_UID} -j REDIRECT --to-ports 15053
+-A OUTPUT -p tcp -o lo -s {passthrough} -j RETURN
+-A OUTPUT -p tcp -o lo ! -d {local} -m owner --uid-owner {RELAY_UID} -j REDIRECT --to-ports 15006
+-A OUTPUT -p tcp -o lo -m owner ! --uid-owner {RELAY_UID} -j RETURN
+-A OUTPUT -p tcp -m owner --uid-owner {RELAY_UID} -j RETURN
+-A OUTPUT -p tcp -d {local} -j RETURN
+-A OUTPUT -p tcp -j REDIRECT --to-ports 15001
+COMMIT
+"""
+
+
+class Net:
+    """The two namespaces. Sockets opened `inside` one stay there, whoever uses them."""
+
+    def __init__(self) -> None:
+        unique = f"{os.getpid()}-{next(_numbers)}"
+        self.host = f"relay-host-{unique}"
+        self.peer = f"relay-peer-{unique}"
+
+    def create(self, *, redirect: bool = True, passthrough6: bool = True) -> None:
+        """Make them; `redirect` adds `rules`, `passthrough6` the address ::6 on lo."""
+        for name in (self.host, self.peer):
+            run("ip", "netns", "add", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+        run("ip", "-n", self.host, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", self.peer)
+        for name, v4, v6 in ((self.host, HOST4, HOST6), (self.peer, PEER4, PEER6)):
+            run("ip", "-n", name, "link", "set", "eth0", "up")
+            run("ip", "-n", name, "addr", "add", f"{v4}/24", "dev", "eth0")
+            run("ip", "-n", name, "-6", "addr", "add", f"{v6}/64", "dev", "eth0", "nodad")
+        if passthrough6:
+            run("ip", "-n", self.host, "-6", "addr", "add", "::6/128", "dev", "lo")
+        if redirect:
+            self.restore(4, rules(4))
+            self.restore(6, rules(6))
+
+    def restore(self, family: int, text: str) -> None:
+        """Give our host's nat table rules."""
+        self.on_host("iptables-restore" if family == 4 else "ip6tables-restore", stdin=text)
+
+    def on_host(self, *argv: str, stdin: str | None = None) -> str:
+        """Run a command on our host."""
+        return run("nsenter", f"--net=/run/netns/{self.host}", *argv, stdin=stdin)
+
+    def remove(self) -> None:
+        """Remove them."""
+        for name in (self.host, self.peer):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """The calling thread's new sockets belong to the namespace."""
+        with Path("/proc/thread-self/ns/net").open() as home, Path(f"/run/netns/{name}").open() as target:
+            assert LIBC.setns(target.fileno(), CLONE_NEWNET) == 0
+            try:
+                yield
+            finally:
+                assert LIBC.setns(home.fileno(), CLONE_NEWNET) == 0
+
+    def connect(self, name: str, address: tuple[str, int], source: str | None = None) -> socket.socket:
+        """A connection from a namespace."""
+        with self.inside(name):
+            return socket.create_connection(address, timeout=TIMEOUT, source_address=(source, 0) if source else None)
+
+    def listen(self, name: str, address: tuple[str, int]) -> socket.socket:
+        """A listening socket in a namespace."""
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with self.inside(name):
+            return socket.create_server(address, family=family, backlog=1024)
+
+    def datagram(
+        self, name: str, family: socket.AddressFamily, address: tuple[str, int] | None = None
+    ) -> socket.socket:
+        """A UDP socket in a namespace."""
+        with self.inside(name):
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.settimeout(TIMEOUT)
+        if address is not None:
+            sock.bind(address)
+        return sock
+
+
+class Server:
+    """Serves each connection of a listener in a thread of its own."""
+
+    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket, Any], None]) -> None:
+        self._listener = listener
+        self._serve = serve
+        self.peers: list[Any] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, peer = self._listener.accept()
+            except OSError:
+                return
+            self.peers.append(peer)
+            client.settimeout(TIMEOUT)
+            threading.Thread(target=self._one, args=(client, peer), daemon=True).start()
+
+    def _one(self, client: socket.socket, peer: Any) -> None:
+        with contextlib.suppress(OSError), client:
+            self._serve(client, peer)
+
+    def close(self) -> None:
+        """Stop accepting."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def say_who(name: str) -> Callable[[socket.socket, Any], None]:
+    """A service that tells its name, the client's address and the address that was dialled."""
+
+    def serve(client: socket.socket, peer: Any) -> None:
+        client.sendall(json.dumps([name, peer[0], client.getsockname()[0], client.getsockname()[1]]).encode())
+
+    return serve
+
+
+def echo(client: socket.socket, _peer: Any) -> None:
+    """A service that returns what it is sent, and ends when the client does."""
+    while data := client.recv(65536):
+        client.sendall(data)
+
+
+def digest_service(size: int) -> Callable[[socket.socket, Any], None]:
+    """A service that reads to the end, then sends the digest of what came and `size` bytes of its own."""
+
+    def serve(client: socket.socket, _peer: Any) -> None:
+        client.sendall(read_digest(client) + pattern(size))
+
+    return serve
+
+
+def pattern(size: int) -> bytes:
+    """Bytes in which a lost, doubled or moved block changes the digest."""
+    block = b"".join(number.to_bytes(4, "big") for number in range(16384))
+    return (block * (size // len(block) + 1))[:size]
+
+
+def read_digest(sock: socket.socket) -> bytes:
+    """The digest of everything up to the end of the stream."""
+    total = hashlib.sha256()
+    while data := sock.recv(1 << 20):
+        total.update(data)
+    return total.digest()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Everything up to the end of the stream."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+class Relay:
+    """A `tpctl relay` on our host."""
+
+    def __init__(self, net: Net, directory: Path, *options: str, user: str | None = RELAY_USER) -> None:
+        self._log = directory / f"relay-{next(_numbers)}.log"
+        self._net = net
+        argv = [sys.executable, "-m", "agent.cli.main", "relay", "--log-format", "json", *options]
+        if user is not None:
+            argv += ["--user", user]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(["nsenter", f"--net=/run/netns/{net.host}", *argv], stderr=log)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has logged."""
+        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The first log line that begins with `event`."""
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
+            for line in self.lines():
+                if str(line["event"]).startswith(event):
+                    return line
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no log line {event!r} in: {self._log.read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Tell it to end; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(TIMEOUT)
+        finally:
+            self.process.kill()
+
+
+@contextlib.contextmanager
+def relay(net: Net, directory: Path, *options: str, user: str | None = RELAY_USER) -> Iterator[Relay]:
+    """A relay that is ready, and that has not failed in the end."""
+    running = Relay(net, directory, "--drain-timeout", "0.2", *options, user=user)
+    try:
+        running.wait_for("ready")
+        yield running
+    finally:
+        code = running.stop()
+    assert code == 0, running.lines()

@@ -1,0 +1,226 @@
+"""The relay's DNS listener, asked by real clients through real redirection."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns import relay_net
+from tests.netns.relay_net import HOST4, HOST6, PEER4, PEER6, Net, Server
+
+pytestmark = pytest.mark.root
+
+QUESTION = b"\x07example\x03com\x00\x00\x01\x00\x01"
+PARAGRAPH = b"\x01\x20\x00\x01\x00\x00\x00\x00\x00\x00" + QUESTION
+ANSWER = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xcb\x00\x71"
+SERVFAIL = 2
+PEER_SECOND = "10.99.0.9"
+
+
+def query(identifier: int) -> bytes:
+    return identifier.to_bytes(2, "big") + PARAGRAPH
+
+
+def answer_to(message: bytes, last: int) -> bytes:
+    """An A record 203.0.113.<last>, which tells the name servers apart."""
+    return message[:2] + b"\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00" + message[12:] + ANSWER + bytes((last,))
+
+
+class NameServer:
+    """A UDP name server; `serve` gives the answers to a message, none to stay silent."""
+
+    def __init__(self, sock: socket.socket, serve: Callable[[bytes], list[bytes]]) -> None:
+        self.sock = sock
+        self.sock.settimeout(None)
+        self.serve = serve
+        self.seen: list[tuple[int, int]] = []
+        """The source port and id of each query."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                message, client = self.sock.recvfrom(4096)
+                if message == b"end":
+                    return
+                self.seen.append((client[1], int.from_bytes(message[:2], "big")))
+                for answer in self.serve(message):
+                    self.sock.sendto(answer, client)
+
+    def close(self, net: Net) -> None:
+        with net.datagram(net.peer, self.sock.family) as waker:
+            waker.sendto(b"end", self.sock.getsockname())
+        self.sock.close()
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    network = Net()
+    try:
+        network.create()
+        relay_net.run("ip", "-n", network.peer, "addr", "add", f"{PEER_SECOND}/24", "dev", "eth0")
+        yield network
+    finally:
+        network.remove()
+
+
+@contextlib.contextmanager
+def name_server(net: Net, address: str, serve: Callable[[bytes], list[bytes]]) -> Iterator[NameServer]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = NameServer(net.datagram(net.peer, family, (address, 53)), serve)
+    try:
+        yield server
+    finally:
+        server.close(net)
+
+
+def resolv_conf(directory: Path, *servers: str) -> str:
+    """A resolv.conf that the relay's user can read; returns its path."""
+    path = Path(f"/tmp/tpctl-test-{os.getpid()}-{directory.name}.conf")
+    path.write_text("".join(f"nameserver {server}\n" for server in servers))
+    return str(path)
+
+
+@contextlib.contextmanager
+def relay_for(net: Net, directory: Path, *servers: str) -> Iterator[Path]:
+    path = Path(resolv_conf(directory, *servers))
+    try:
+        with relay_net.relay(net, directory, "--resolv-conf", str(path)):
+            yield path
+    finally:
+        path.unlink()
+
+
+def ask(net: Net, server: str, identifier: int = 0x1234) -> bytes:
+    """Ask a name server from our host; the socket is connected, so only an answer from the address asked is seen."""
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    with net.datagram(net.host, family) as client:
+        client.connect((server, 53))
+        client.send(query(identifier))
+        return client.recv(4096)
+
+
+@pytest.mark.parametrize("asked", [PEER4, PEER6, "127.0.0.53", "127.0.0.1", "::1", HOST4, HOST6, "192.0.2.77"])
+def test_an_answer_comes_from_the_address_that_was_asked(net: Net, tmp_path: Path, asked: str) -> None:
+    relay_net.run("ip", "-n", net.host, "route", "replace", "default", "via", PEER4)
+    with name_server(net, PEER4, lambda message: [answer_to(message, 1)]), relay_for(net, tmp_path, PEER4):
+        assert ask(net, asked) == answer_to(query(0x1234), 1)
+
+
+@pytest.mark.parametrize("asked", [HOST4, HOST6])
+def test_a_direct_query_of_a_peer_is_answered_from_the_address_it_asked(net: Net, tmp_path: Path, asked: str) -> None:
+    family = socket.AF_INET6 if ":" in asked else socket.AF_INET
+    with name_server(net, PEER6, lambda message: [answer_to(message, 6)]), relay_for(net, tmp_path, PEER6):
+        with net.datagram(net.peer, family) as client:
+            client.connect((asked, 15053))
+            client.send(query(7))
+            assert client.recv(4096) == answer_to(query(7), 6)
+
+
+def test_ids_and_ports_are_not_those_of_the_client_and_differ(net: Net, tmp_path: Path) -> None:
+    with name_server(net, PEER4, lambda message: [answer_to(message, 1)]) as server, relay_for(net, tmp_path, PEER4):
+        for _ in range(20):
+            ask(net, PEER4, 1)
+    assert len({port for port, _ in server.seen}) > 10
+    assert len({identifier for _, identifier in server.seen}) > 10
+
+
+def test_many_queries_at_once_get_their_own_answers(net: Net, tmp_path: Path) -> None:
+    with name_server(net, PEER4, lambda message: [answer_to(message, 1)]), relay_for(net, tmp_path, PEER4):
+        with net.datagram(net.host, socket.AF_INET) as client:
+            client.connect((PEER4, 53))
+            for identifier in range(300):
+                client.send(query(identifier))
+            answers = {client.recv(4096) for _ in range(300)}
+    assert answers == {answer_to(query(identifier), 1) for identifier in range(300)}
+
+
+def test_answers_that_were_not_asked_for_are_ignored(net: Net, tmp_path: Path) -> None:
+    def serve(message: bytes) -> list[bytes]:
+        forged = bytes((message[0] ^ 1,)) + message[1:]
+        return [answer_to(forged, 66), message, b"x", answer_to(message, 1)]
+
+    with name_server(net, PEER4, serve), relay_for(net, tmp_path, PEER4):
+        assert ask(net, PEER4) == answer_to(query(0x1234), 1)
+
+
+def test_the_next_server_is_asked_when_the_first_is_silent(net: Net, tmp_path: Path) -> None:
+    with (
+        name_server(net, PEER4, lambda _message: []) as silent,
+        name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
+        relay_for(net, tmp_path, PEER4, PEER_SECOND),
+    ):
+        started = time.monotonic()
+        assert ask(net, PEER4) == answer_to(query(0x1234), 2)
+        assert 1.5 < time.monotonic() - started < 4
+        assert len(silent.seen) == 1
+
+
+def test_the_next_server_is_asked_at_once_when_the_first_does_not_listen(net: Net, tmp_path: Path) -> None:
+    with (
+        name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
+        relay_for(net, tmp_path, PEER4, PEER_SECOND),
+    ):
+        started = time.monotonic()
+        assert ask(net, PEER4) == answer_to(query(0x1234), 2)
+        assert time.monotonic() - started < 1
+
+
+def test_without_a_server_that_answers_the_query_fails(net: Net, tmp_path: Path) -> None:
+    with relay_for(net, tmp_path, PEER4):
+        answer = ask(net, PEER4)
+    assert answer[:2] == b"\x12\x34"
+    assert answer[3] & 0x0F == SERVFAIL
+    assert answer.endswith(QUESTION)
+
+
+def test_changes_of_resolv_conf_are_followed(net: Net, tmp_path: Path) -> None:
+    with (
+        name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
+        relay_for(net, tmp_path) as path,
+    ):
+        assert ask(net, PEER4)[3] & 0x0F == SERVFAIL
+        path.write_text(f"nameserver {PEER_SECOND}\n")
+        time.sleep(2.1)
+        assert ask(net, PEER4) == answer_to(query(0x1234), 2)
+
+
+@pytest.mark.parametrize("asked", [PEER4, PEER6])
+def test_queries_over_tcp_reach_a_server_that_listens(net: Net, tmp_path: Path, asked: str) -> None:
+    framed = len(query(5)).to_bytes(2, "big") + query(5)
+
+    def serve(client: socket.socket, _peer: object) -> None:
+        answer = answer_to(client.recv(4096)[2:], 3)
+        client.sendall(len(answer).to_bytes(2, "big") + answer)
+
+    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), serve)
+    try:
+        with relay_for(net, tmp_path, PEER4, PEER_SECOND), net.connect(net.host, (asked, 53)) as client:
+            client.sendall(framed)
+            client.shutdown(socket.SHUT_WR)
+            assert relay_net.read_all(client)[2:] == answer_to(query(5), 3)
+    finally:
+        server.close()
+
+
+def test_queries_that_come_back_to_the_relay_end(net: Net, tmp_path: Path) -> None:
+    """Run as another user than the policy's, the relay would ask itself for ever."""
+    path = Path(resolv_conf(tmp_path, PEER4))
+    try:
+        with relay_net.relay(net, tmp_path, "--resolv-conf", str(path), user="daemon") as running:
+            with net.datagram(net.host, socket.AF_INET) as client:
+                client.connect((PEER4, 53))
+                client.send(query(9))
+                running.wait_for("dropped: the relay's own DNS queries")
+            with net.connect(net.host, (PEER4, 8080)) as refused, pytest.raises(ConnectionResetError):
+                refused.recv(1)
+            running.wait_for("refused: the relay's own connections")
+    finally:
+        path.unlink()

@@ -1,0 +1,250 @@
+"""How the relay starts and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns import relay_net
+from tests.netns.relay_net import HOST4, HOST6, PEER4, Net, Relay, Server
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    network = Net()
+    try:
+        network.create(passthrough6=False)
+        yield network
+    finally:
+        network.remove()
+
+
+@pytest.fixture(scope="module")
+def echo_server(net: Net) -> Iterator[Server]:
+    server = Server(net.listen(net.peer, (PEER4, 7000)), relay_net.echo)
+    yield server
+    server.close()
+
+
+def talk(client: socket.socket, message: bytes = b"ping") -> None:
+    client.sendall(message)
+    assert client.recv(100) == message
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains(net: Net, tmp_path: Path, echo_server: Server, workers: str, number: int) -> None:
+    running = Relay(net, tmp_path, "--workers", workers)
+    try:
+        running.wait_for("ready")
+        with net.connect(net.host, (PEER4, 7000)) as client:
+            talk(client)
+            running.process.send_signal(number)
+            running.wait_for("draining")
+            with pytest.raises(ConnectionRefusedError):
+                net.connect(net.host, (PEER4, 7000))
+            talk(client)
+            assert running.process.poll() is None
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        assert running.process.wait(5) == 0
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_drain_timeout_ends_what_is_left(net: Net, tmp_path: Path, echo_server: Server, workers: str) -> None:
+    running = Relay(net, tmp_path, "--workers", workers, "--drain-timeout", "0.5")
+    try:
+        running.wait_for("ready")
+        with net.connect(net.host, (PEER4, 7000)) as client:
+            talk(client)
+            started = time.monotonic()
+            assert running.stop() == 0
+            assert 0.4 < time.monotonic() - started < 3
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_ends_at_once(net: Net, tmp_path: Path, echo_server: Server, workers: str) -> None:
+    running = Relay(net, tmp_path, "--workers", workers)
+    try:
+        running.wait_for("ready")
+        with net.connect(net.host, (PEER4, 7000)) as client:
+            talk(client)
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_for("draining")
+            assert running.stop() == 0
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+def workers_of(running: Relay) -> list[int]:
+    pid = running.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_workers_share_the_connections(net: Net, tmp_path: Path, echo_server: Server) -> None:
+    with relay_net.relay(net, tmp_path, "--workers", "2") as running:
+        clients = [net.connect(net.host, (PEER4, 7000)) for _ in range(40)]
+        for client in clients:
+            talk(client)
+        descriptors = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in workers_of(running)]
+        for client in clients:
+            client.close()
+    assert len(descriptors) == 2
+    assert min(descriptors) > 15, descriptors
+
+
+def test_a_worker_that_dies_takes_the_others_with_it(net: Net, tmp_path: Path) -> None:
+    running = Relay(net, tmp_path, "--workers", "3")
+    try:
+        running.wait_for("ready")
+        workers = workers_of(running)
+        os.kill(workers[1], signal.SIGKILL)
+        assert running.process.wait(5) == 1
+        running.wait_for("a worker has died")
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+def test_workers_end_with_a_supervisor_that_is_killed(net: Net, tmp_path: Path) -> None:
+    running = Relay(net, tmp_path, "--workers", "2")
+    running.wait_for("ready")
+    workers = workers_of(running)
+    running.stop(signal.SIGKILL)
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/exe").exists() and alive(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("kind", "port"), [(socket.SOCK_STREAM, 15001), (socket.SOCK_STREAM, 15006), (socket.SOCK_DGRAM, 15053)]
+)
+def test_a_port_in_use_is_one_error_that_names_it(
+    net: Net, tmp_path: Path, workers: str, kind: socket.SocketKind, port: int
+) -> None:
+    with net.inside(net.host):
+        taken = socket.socket(socket.AF_INET, kind)
+    with taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("0.0.0.0", port))
+        if kind is socket.SOCK_STREAM:
+            taken.listen()
+        running = Relay(net, tmp_path, "--workers", workers)
+        assert running.process.wait(5) == 2
+    log = next(tmp_path.glob("relay-*.log")).read_text()
+    errors = [line for line in log.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, log
+    assert f"port {port} " in errors[0]
+    assert "in use" in errors[0]
+
+
+def test_a_second_relay_does_not_share_the_ports_of_the_first(net: Net, tmp_path: Path) -> None:
+    with relay_net.relay(net, tmp_path, "--workers", "2"):
+        assert Relay(net, tmp_path, "--workers", "2").process.wait(5) == 2
+
+
+def test_it_becomes_the_user_before_it_opens_a_socket(net: Net, tmp_path: Path) -> None:
+    with relay_net.relay(net, tmp_path) as running:
+        status = Path(f"/proc/{running.process.pid}/status").read_text().splitlines()
+        assert "Uid:\t65534\t65534\t65534\t65534" in status
+        listening = net.on_host("ss", "-Hlnte", "sport = :15006")
+        assert "uid:65534" in listening
+
+
+def test_running_as_root_is_pointed_out(net: Net, tmp_path: Path) -> None:
+    with relay_net.relay(net, tmp_path, user=None) as running:
+        running.wait_for("running as root")
+
+
+def test_an_unknown_user_is_bad_input(net: Net, tmp_path: Path) -> None:
+    assert Relay(net, tmp_path, user="no-such-user").process.wait(5) == 2
+
+
+def test_without_the_passthrough_address_the_application_is_reached_on_loopback(net: Net, tmp_path: Path) -> None:
+    listener = net.listen(net.host, ("::", 8081))
+    server = Server(listener, relay_net.say_who("application"))
+    try:
+        with relay_net.relay(net, tmp_path) as running, net.connect(net.peer, (HOST6, 8081)) as client:
+            assert relay_net.read_all(client) == b'["application", "::1", "::1", 8081]'
+            assert running.wait_for("an address the relay dials")["address"] == "::6"
+    finally:
+        server.close()
+
+
+def test_a_connection_that_nobody_redirected_is_dialled_only_if_it_is_not_the_relay(net: Net, tmp_path: Path) -> None:
+    """Without any rule the accepted socket's own address is the original destination."""
+    bare = Net()
+    try:
+        bare.create(redirect=False)
+        with relay_net.relay(bare, tmp_path), bare.connect(bare.peer, (HOST4, 15006)) as client:
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    finally:
+        bare.remove()
+
+
+def test_it_listens_on_ipv4_alone_when_told_to(net: Net, tmp_path: Path, echo_server: Server) -> None:
+    with relay_net.relay(net, tmp_path, "--bind-address", "0.0.0.0"):
+        with net.connect(net.host, (PEER4, 7000)) as client:
+            talk(client)
+        with pytest.raises(ConnectionRefusedError):
+            net.connect(net.host, ("::1", 15001))
+
+
+def test_it_serves_ipv4_where_ipv6_is_disabled(tmp_path: Path) -> None:
+    network = Net()
+    try:
+        network.create(passthrough6=False)
+        network.on_host("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.lo.disable_ipv6=1")
+        server = Server(network.listen(network.peer, (PEER4, 7000)), relay_net.echo)
+        with relay_net.relay(network, tmp_path), network.connect(network.host, (PEER4, 7000)) as client:
+            talk(client)
+        server.close()
+    finally:
+        network.remove()
+
+
+def test_running_out_of_descriptors_is_survived_without_spinning(net: Net, tmp_path: Path, echo_server: Server) -> None:
+    with relay_net.relay(net, tmp_path) as running:
+        used = len(list(Path(f"/proc/{running.process.pid}/fd").iterdir()))
+        relay_net.run("prlimit", "--pid", str(running.process.pid), f"--nofile={used + 5}:{used + 5}")
+        clients = [net.connect(net.host, (PEER4, 7000)) for _ in range(12)]
+        running.wait_for("out of resources")
+        before = cpu_seconds(running.process.pid)
+        time.sleep(0.5)
+        assert cpu_seconds(running.process.pid) - before < 0.1
+        for client in clients:
+            client.close()
+        time.sleep(0.3)
+        with net.connect(net.host, (PEER4, 7000)) as client:
+            talk(client)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100

@@ -268,10 +268,12 @@ def _warn_about_ssh(policy: Policy, host: Host, found: _Findings) -> None:
     for port in sorted(ports | ({session} if session else set())):
         if inbound.include_ports:
             taken = includes(inbound.include_ports, port)
+            way_out = "leave it out of --include-inbound-ports to keep them direct"
         else:
             taken = not includes(inbound.exclude_ports, port)
+            way_out = f"--exclude-inbound-ports {port} keeps them direct"
         if taken:
             found.warn(
                 f"new ssh connections (port {port}) will go to the data plane, and fail when it does not let them "
-                f"through; --exclude-inbound-ports {port} keeps them direct"
+                f"through; {way_out}"
             )

@@ -104,7 +104,7 @@ def _install(config: Config, resolved: Resolved, *, as_json: bool) -> None:
     if as_json:
         output.as_json(_report_data(resolved, report))
     else:
-        _print_report(resolved, report)
+        _print_report(report)
 
 
 def _given(config: Config) -> list[Option]:
@@ -114,28 +114,29 @@ def _given(config: Config) -> list[Option]:
 
 
 def _report_data(resolved: Resolved, report: InstallReport) -> dict[str, object]:
-    from agent.cli import output
+    from agent.policy_document import to_document
 
     return {
         "installed": True,
         "engine": report.engine,
         "variant": report.variant,
+        "reason": report.reason,
         "families": list(report.families),
         "replaced": list(report.replaced),
-        "policy": dict(output.describe(resolved.policy)),
+        "policy": to_document(report.policy),
         "notices": [*resolved.notices, *report.notices],
     }
 
 
-def _print_report(resolved: Resolved, report: InstallReport) -> None:
+def _print_report(report: InstallReport) -> None:
     from agent.cli import output
 
     output.notices(report.notices)
-    variant = f", {report.variant}" if report.variant else ""
-    click.echo(f"installed: {output.family_names(report.families)} by {report.engine}{variant}")
+    click.echo(f"installed: {output.family_names(report.families)} by {report.engine} ({report.variant})")
     output.pairs(
         [
-            *output.describe(resolved.policy),
+            *output.describe(report.policy),
+            ("because", report.reason),
             *(("replaced", one) for one in report.replaced),
             ("look at it", "tpctl status"),
             ("take it away", "tpctl uninstall"),

@@ -1,0 +1,69 @@
+"""Listening sockets, from the kernel's text and from the running kernel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+
+from agent.host.sockets import Listener, listeners, parse_listeners, process_uid
+from agent.policy import Protocol
+
+HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+TCP = (
+    HEADER
+    + "   0: 0100007F:3A9E 00000000:0000 0A 00000000:00000000 00:00000000 00000000  5678 0 1590 1 0 100 0 0 10 0\n"
+    + "   1: 0100007F:3A9E 0100007F:C350 01 00000000:00000000 00:00000000 00000000  5678 0 1591 1 0 100 0 0 10 0\n"
+    + "   2: nonsense\n\n"
+)
+UDP6 = (
+    HEADER
+    + "   5: 00000000000000000000000001000000:0035 00000000000000000000000000000000:0000 07 00000000:00000000 "
+    + "00:00000000 00000000   101        0 77 2 0 0\n"
+)
+little_endian = pytest.mark.skipif(sys.byteorder != "little", reason="the texts are of a little-endian machine")
+
+
+@little_endian
+def test_parse() -> None:
+    assert list(parse_listeners(Protocol.TCP, TCP)) == [
+        Listener(Protocol.TCP, IPv4Address("127.0.0.1"), 15006, 5678, 1590)
+    ]
+    assert list(parse_listeners(Protocol.UDP, UDP6)) == [Listener(Protocol.UDP, IPv6Address("::1"), 53, 101, 77)]
+    assert list(parse_listeners(Protocol.TCP, "")) == []
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked", "taken"),
+    [
+        ("127.0.0.53", "127.0.0.53", True),
+        ("127.0.0.53", "127.0.0.1", False),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("0.0.0.0", "::1", False),
+        ("::", "::1", True),
+        ("::", "127.0.0.1", True),
+        ("::ffff:127.0.0.1", "127.0.0.1", True),
+    ],
+)
+def test_takes(bound: str, asked: str, taken: bool) -> None:
+    assert Listener(Protocol.UDP, ip_address(bound), 53, 0, 1).takes(ip_address(asked)) is taken
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_running_kernel(family: socket.AddressFamily, host: str) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
+        for one, protocol in ((tcp, Protocol.TCP), (udp, Protocol.UDP)):
+            one.bind((host, 0))
+            if protocol is Protocol.TCP:
+                one.listen()
+            inode = os.fstat(one.fileno()).st_ino
+            expected = Listener(protocol, ip_address(host), one.getsockname()[1], os.geteuid(), inode)
+            assert expected in listeners(protocol)
+            assert process_uid(inode) == os.geteuid()
+
+
+def test_process_of_no_socket() -> None:
+    assert process_uid(0) is None

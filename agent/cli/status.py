@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,11 +30,15 @@ def command(as_json: bool, verbose: bool) -> int:
     Drift is shown as a diff from the plan (-) to the kernel (+).
     """
     from agent import status
+    from agent.cli import output
     from agent.host.privilege import require_root
 
     require_root("tpctl status")
     report = status.report()
-    click.echo(json.dumps(_document(report), indent=2) if as_json else _text(report, verbose))
+    if as_json:
+        output.as_json(_document(report))
+    else:
+        _print(report, verbose)
     return NOT_AS_IT_SHOULD_BE if report.problems else 0
 
 
@@ -72,69 +75,39 @@ def _document(report: Report) -> dict[str, Any]:
     }
 
 
-def _text(report: Report, verbose: bool) -> str:
+def _print(report: Report, verbose: bool) -> None:
+    from agent.cli import output
+
     record, found = report.record, report.inspection
-    lines = []
+    what = "nothing"
     if found.installed:
-        families = " and ".join(f"IPv{family}" for family in found.families)
-        lines.append(f"installed   {found.engine} engine, {found.variant} variant, {families}")
-    else:
-        lines.append("installed   nothing")
+        what = (
+            f"{output.family_names(found.families)} by {found.engine}{f' ({found.variant})' if found.variant else ''}"
+        )
+    click.echo(f"installed: {what}")
+    rows = []
     if record:
-        lines += [f"since       {record.installed_at} by tpctl {record.version}", *_policy_lines(report)]
+        rows += [("since", f"{record.installed_at}, by tpctl {record.version}"), *output.describe(record.policy)]
     for port in report.ports:
-        owner = f"uid {', '.join(map(str, port.uids))}" if port.uids else "nobody"
-        lines.append(f"{port.role + ' port':<12}{port.port}/{port.protocol}: {owner} listens")
+        owner = f"uid {', '.join(map(str, port.uids))} listens" if port.uids else "nobody listens"
+        rows.append((f"{port.role} listener", f"{port.protocol} {port.port}: {owner}"))
     if found.installed:
-        lines.append(f"drift       {'none' if not found.drift else ''}".rstrip())
-        lines += [f"  {line}" for line in found.drift]
-        lines += _counter_lines(report, verbose)
-    lines += [f"problem: {problem}" for problem in report.problems]
-    return "\n".join(lines)
-
-
-def _policy_lines(report: Report) -> list[str]:
-    assert report.record is not None
-    policy = report.record.policy
-    inbound, outbound, dns = policy.inbound, policy.outbound, policy.dns
-    sides = [
-        (
-            "inbound",
-            inbound.enabled,
-            inbound.port,
-            inbound.include_ports,
-            inbound.exclude_ports,
-            inbound.exclude_sources,
-        ),
-        (
-            "outbound",
-            outbound.enabled,
-            outbound.port,
-            outbound.include_ports,
-            outbound.exclude_ports,
-            (*outbound.exclude_destinations, *outbound.exclude_uids),
-        ),
-    ]
-    lines = [f"data plane  uid {policy.proxy_uid}"]
-    for name, enabled, port, include, exclude, other in sides:
-        text = f"to {port}" if enabled else "not redirected"
-        if include:
-            text += f", only ports {', '.join(map(str, include))}"
-        elif exclude or other:
-            text += f", except {', '.join(map(str, (*exclude, *other)))}"
-        lines.append(f"{name:<12}{text}")
-    servers = f" ({', '.join(map(str, dns.servers))})" if dns.servers else ""
-    lines.append(f"{'dns':<12}{'not redirected' if dns.capture == 'off' else f'{dns.capture}{servers} to {dns.port}'}")
-    lines += [f"{'vnet':<12}{vnet}" for vnet in policy.virtual_networks]
-    return lines
+        rows.append(("drift", "yes, from the plan (-) to the kernel (+):" if found.drift else "none"))
+    output.pairs(rows)
+    for line in (*(f"    {line}" for line in found.drift), *_counter_lines(report, verbose)):
+        click.echo(line)
+    for problem in report.problems:
+        click.secho(f"problem: {problem}", fg="yellow")
 
 
 def _counter_lines(report: Report, verbose: bool) -> list[str]:
     shown = [counter for counter in report.inspection.counters if verbose or counter.packets]
+    if not report.inspection.installed:
+        return []
     if not shown:
-        return ["counters    no rule has matched yet"]
-    lines = ["counters    packets     bytes  rule"]
+        return ["  no rule has matched yet"]
+    lines = [f"  {'packets':>15} {'bytes':>9}  rule"]
     for counter in shown:
         where = f"IPv{counter.family} {counter.table} {counter.chain}"
-        lines.append(f"  {counter.packets:>17} {counter.bytes:>9}  {where}: {counter.rule}")
+        lines.append(f"  {counter.packets:>15} {counter.bytes:>9}  {where}: {counter.rule}")
     return lines

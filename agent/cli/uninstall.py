@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from agent.errors import InputError
@@ -31,18 +29,17 @@ def command(what: str | None, dry_run: bool, flush: bool, yes: bool, as_json: bo
     Running it twice is fine.
     """
     from agent import lifecycle
+    from agent.cli import output
 
     if what not in (None, "transparent-proxy"):
         raise InputError(f'uninstall takes no argument but "transparent-proxy": {what}')
     if flush and not dry_run and not yes:
         _ask(lifecycle.flush(dry_run=True).removed)
     removal = lifecycle.flush(dry_run=dry_run) if flush else lifecycle.uninstall(dry_run=dry_run)
-    for notice in removal.notices:
-        click.echo(f"note: {notice}", err=True)
     if as_json:
-        document = {"dryRun": dry_run, "removed": list(removal.removed), "notices": list(removal.notices)}
-        click.echo(json.dumps(document, indent=2))
+        output.as_json({"dryRun": dry_run, "removed": removal.removed, "notices": removal.notices})
         return
+    output.notices(removal.notices)
     if not removal.removed:
         click.echo("nothing of tpctl or kumactl is installed; nothing to do")
         return

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +205,16 @@ def read_all(sock: socket.socket) -> bytes:
 class Relay:
     """A `tpctl relay` on our host."""
 
-    def __init__(self, net: Net, directory: Path, *options: str, user: str | None = RELAY_USER) -> None:
+    def __init__(
+        self, net: Net, directory: Path, *options: str, user: str | None = RELAY_USER, prefix: Sequence[str] = ()
+    ) -> None:
         self._log = directory / f"relay-{next(_numbers)}.log"
         self._net = net
         argv = [sys.executable, "-m", "agent.cli.main", "relay", "--log-format", "json", *options]
         if user is not None:
             argv += ["--user", user]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(["nsenter", f"--net=/run/netns/{net.host}", *argv], stderr=log)
+            self.process = subprocess.Popen(["nsenter", f"--net=/run/netns/{net.host}", *prefix, *argv], stderr=log)
 
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged."""
@@ -241,9 +243,11 @@ class Relay:
 
 
 @contextlib.contextmanager
-def relay(net: Net, directory: Path, *options: str, user: str | None = RELAY_USER) -> Iterator[Relay]:
+def relay(
+    net: Net, directory: Path, *options: str, user: str | None = RELAY_USER, prefix: Sequence[str] = ()
+) -> Iterator[Relay]:
     """A relay that is ready, and that has not failed in the end."""
-    running = Relay(net, directory, "--drain-timeout", "0.2", *options, user=user)
+    running = Relay(net, directory, "--drain-timeout", "0.2", *options, user=user, prefix=prefix)
     try:
         running.wait_for("ready")
         yield running

@@ -201,9 +201,12 @@ def test_a_connection_that_nobody_redirected_is_dialled_only_if_it_is_not_the_re
     bare = Net()
     try:
         bare.create(redirect=False)
-        with relay_net.relay(bare, tmp_path), bare.connect(bare.peer, (HOST4, 15006)) as client:
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
+        with (
+            relay_net.relay(bare, tmp_path),
+            pytest.raises(ConnectionResetError),
+            bare.connect(bare.peer, (HOST4, 15006)) as client,
+        ):
+            client.recv(1)
     finally:
         bare.remove()
 
@@ -230,9 +233,7 @@ def test_it_serves_ipv4_where_ipv6_is_disabled(tmp_path: Path) -> None:
 
 
 def test_running_out_of_descriptors_is_survived_without_spinning(net: Net, tmp_path: Path, echo_server: Server) -> None:
-    with relay_net.relay(net, tmp_path) as running:
-        used = len(list(Path(f"/proc/{running.process.pid}/fd").iterdir()))
-        relay_net.run("prlimit", "--pid", str(running.process.pid), f"--nofile={used + 5}:{used + 5}")
+    with relay_net.relay(net, tmp_path, prefix=("prlimit", "--nofile=20:20")) as running:
         clients = [net.connect(net.host, (PEER4, 7000)) for _ in range(12)]
         running.wait_for("out of resources")
         before = cpu_seconds(running.process.pid)

@@ -139,6 +139,11 @@ def _parse(text: str) -> object:
                     seen.add(key.value)
             return dict(super().construct_mapping(node, deep=deep))
 
+    def number(loader: Loader, node: yaml.ScalarNode) -> object:
+        """YAML 1.1 takes 53:10 for a number of base 60; here, as for kumactl, it is a text (ports and uid)."""
+        return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", number)
     if text.lstrip().startswith("{") and "\t" in text:
         text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not
     try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.config import Config, load
 from agent.errors import InputError
@@ -170,6 +174,13 @@ cniMode: false
     assert config.comments_disabled
 
 
+def test_yaml_does_not_count_in_sixties(yaml_file: WriteYaml) -> None:
+    """YAML 1.1 would read the port 53 of the user 10 as the number 3190."""
+    path = yaml_file("redirect: {outbound: {excludePortsForUIDs: [53:10]}}")
+    assert list(map(str, load(files=[path]).outbound_exclude_uids)) == ["tcp:53:10", "udp:53:10"]
+    assert "is not a port" in problems(files=[yaml_file("redirect: {inbound: {excludePorts: 10:20}}")])[0]
+
+
 def test_json_is_yaml_even_with_tabs(yaml_file: WriteYaml) -> None:
     assert load(files=[yaml_file('{\n\t"redirect": {\n\t\t"dns": {"port": 5}}}')]).dns_port == 5
 
@@ -212,6 +223,29 @@ def test_bad_files(yaml_file: WriteYaml, text: str, problem: str) -> None:
     (said,) = problems(files=[path])
     assert said.startswith(f"file {path}: ")
     assert problem in said
+
+
+KEYS = st.sampled_from(sorted({part for option in OPTIONS for part in option.key.split(".")}))
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["80", "2s"])
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(TREES)
+def test_any_file_is_read_or_refused_with_reasons(tree: object) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(tree, file)
+        file.flush()
+        said: tuple[str, ...] = ("none",)
+        try:
+            load(files=[file.name])
+        except InputError as error:
+            said = error.problems
+    assert said
+    assert all(said)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""What the relay decides: what to dial and what not, its settings, and when it speaks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import tempfile
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+import structlog
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import log
+from agent.cli.relay import command
+from agent.errors import InputError
+from agent.policy import NameServer
+from agent.relay import dials
+from agent.relay.complaints import PERIOD_SECONDS, Complaints
+from agent.relay.dials import Dial, SelfDialGuard
+from agent.relay.notify import notify
+from agent.relay.original_destination import Destination
+from agent.relay.settings import Settings
+from agent.relay.supervisor import become
+
+PORTS = frozenset({15006, 15001, 15053})
+V6 = socket.AF_INET6
+
+
+def test_an_application_is_dialled_from_the_passthrough_address() -> None:
+    meant = Destination("10.0.0.2", 8080)
+    assert dials.inbound(meant) == (Dial(meant, "127.0.0.6", Destination("127.0.0.1", 8080)),)
+    meant6 = Destination("fe80::2", 8080, V6, 4)
+    assert dials.inbound(meant6) == (Dial(meant6, "::6", Destination("::1", 8080, V6)),)
+
+
+def test_a_server_is_dialled_from_any_address() -> None:
+    meant = Destination("2001:db8::2", 443, V6)
+    assert dials.outbound(meant) == (Dial(meant),)
+
+
+def test_name_servers_are_asked_on_port_53() -> None:
+    assert dials.name_server(NameServer(IPv4Address("192.0.2.1"))) == Destination("192.0.2.1", 53)
+    scoped = NameServer(IPv6Address("fe80::1"), "lo")
+    assert dials.name_server(scoped) == Destination("fe80::1", 53, V6, socket.if_nametoindex("lo"))
+    with pytest.raises(OSError):
+        dials.name_server(NameServer(IPv6Address("fe80::1"), "no-such-if0"))
+
+
+def guard(*local: str) -> SelfDialGuard:
+    return SelfDialGuard(PORTS, lambda destination: destination.host in local)
+
+
+@pytest.mark.parametrize("port", sorted(PORTS))
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.200.3.4", "0.0.0.0", "10.0.0.2", "::1", "::", "2001:db8::2"])
+def test_every_own_address_with_every_own_port_is_refused(host: str, port: int) -> None:
+    family = V6 if ":" in host else socket.AF_INET
+    assert guard("10.0.0.2", "2001:db8::2").refuses(Destination(host, port, family))
+
+
+@given(st.ip_addresses(v=4).filter(lambda a: not a.is_loopback and int(a)), st.sampled_from(sorted(PORTS)))
+def test_own_ports_of_other_hosts_are_dialled(address: IPv4Address, port: int) -> None:
+    assert not guard("10.0.0.2").refuses(Destination(str(address), port)) or str(address) == "10.0.0.2"
+
+
+@given(st.ip_addresses(), st.integers(1, 65535).filter(lambda port: port not in PORTS))
+def test_other_ports_are_dialled_without_asking_the_kernel(address: IPv4Address | IPv6Address, port: int) -> None:
+    def never(_destination: Destination) -> bool:
+        raise AssertionError
+
+    assert not SelfDialGuard(PORTS, never).refuses(Destination(str(address), port))
+
+
+def test_the_relay_is_no_name_server_of_its_own() -> None:
+    own = SelfDialGuard(frozenset({53}), lambda destination: destination.host == "10.0.0.2")
+    servers = [Destination(host, 53) for host in ("127.0.0.1", "10.0.0.2", "192.0.2.1")]
+    assert own.others(servers) == (Destination("192.0.2.1", 53),)
+
+
+@pytest.mark.parametrize(
+    ("options", "problems"),
+    [
+        ({"inbound_port": 15001}, ["--inbound-port and --outbound-port are both 15001"]),
+        ({"inbound_port": 1, "outbound_port": 1, "dns_port": 1}, ["--inbound-port and --outbound-port and --dns-port"]),
+        ({"dns_port": 0}, ["--dns-port: 0"]),
+        ({"bind_address": "localhost"}, ["--bind-address: 'localhost'"]),
+        ({"workers": 0, "drain_seconds": -1.0}, ["--workers: 0", "--drain-timeout: -1"]),
+        ({"drain_seconds": float("nan")}, ["--drain-timeout: nan"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_all_named(options: dict[str, object], problems: list[str]) -> None:
+    with pytest.raises(InputError) as raised:
+        Settings(**options)  # type: ignore[arg-type]
+    assert len(raised.value.problems) == len(problems)
+    for said, expected in zip(raised.value.problems, problems, strict=True):
+        assert said.startswith(expected)
+
+
+@pytest.mark.parametrize("user", ["no-such-user", "4294967296", "-1"])
+def test_an_unknown_user_is_bad_input(user: str) -> None:
+    with pytest.raises(InputError, match="--user"):
+        become(user)
+
+
+def test_becoming_oneself_changes_nothing() -> None:
+    become(str(os.geteuid()))
+
+
+def test_complaints_are_made_once_a_period() -> None:
+    now = itertools.count(0, PERIOD_SECONDS / 4)
+    with structlog.testing.capture_logs() as captured:
+        complaints = Complaints(structlog.get_logger(), lambda: next(now))
+        for _ in range(5):
+            complaints.warn("subject")
+        complaints.warn("another")
+    assert [(line["event"], line.get("silenced")) for line in captured] == [
+        ("subject", None),
+        ("subject", 3),
+        ("another", None),
+    ]
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_readiness_is_told_to_systemd(monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        path = f"{directory}/notify"
+        manager.bind("\0" + path if abstract else path)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + path if abstract else path)
+        assert notify("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("value", [None, "", "relative", "/nonexistent/socket"])
+def test_without_systemd_nobody_is_told(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", value)
+    assert not notify("READY=1")
+
+
+def test_logs_are_json_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        log.configure("auto")
+        log.get_logger().info("listening", port=15006)
+        line = json.loads(capsys.readouterr().err)
+        assert (line["event"], line["level"], line["port"]) == ("listening", "info", 15006)
+        log.configure("text")
+        log.get_logger().info("listening", port=15006)
+        assert "listening" in capsys.readouterr().err
+    finally:
+        structlog.reset_defaults()
+    with pytest.raises(ValueError, match="yaml"):
+        log.configure("yaml")
+
+
+def test_help_has_an_example_and_says_how_long_a_drain_lasts() -> None:
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert "tpctl relay --user kuma-dp" in text
+    assert "[default: 30.0]" in text
+
+
+@pytest.mark.parametrize("arguments", [["--inbound-port", "0"], ["--dns-port", "8o"], ["--log-format", "xml"]])
+def test_bad_flags_are_bad_input(arguments: list[str]) -> None:
+    assert CliRunner().invoke(command, arguments).exit_code == 2
+
+
+def test_equal_ports_are_bad_input() -> None:
+    result = CliRunner().invoke(command, ["--inbound-port", "15001"])
+    assert isinstance(result.exception, InputError)
+
+
+def test_the_default_resolv_conf_is_the_hosts() -> None:
+    assert Settings().resolv_conf == Path("/etc/resolv.conf")

@@ -1,33 +1,16 @@
-"""The name servers of resolv.conf(5), followed as the file changes."""
+"""The name servers of a resolv.conf(5) that may change while the relay runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from pathlib import Path
 
+from agent.host.resolvers import parse_name_servers
 from agent.policy import NameServer
 
 RECHECK_SECONDS = 2.0
 """DHCP clients rewrite the file; looking more often would cost a system call a query."""
-
-
-def parse_resolv_conf(text: str) -> tuple[NameServer, ...]:
-    """The name servers in the order of the file; lines that are none, or make no sense, are skipped as glibc does."""
-    servers: list[NameServer] = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) < 2 or words[0] != "nameserver":
-            continue
-        host, _, interface = words[1].partition("%")
-        try:
-            server = NameServer(ip_address(host), interface or None)
-        except ValueError:
-            continue
-        if server not in servers:
-            servers.append(server)
-    return tuple(servers)
 
 
 class ResolvConf:
@@ -53,7 +36,7 @@ class ResolvConf:
             status = self._path.stat()
             seen = (status.st_ino, status.st_mtime_ns, status.st_size)
             if seen != self._seen:
-                self._servers = parse_resolv_conf(self._path.read_text(errors="replace"))
+                self._servers = parse_name_servers(self._path.read_text(errors="replace"))
                 self._seen = seen
         except OSError:
             return

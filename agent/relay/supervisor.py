@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, NoReturn
 
 from agent.errors import HostError, InputError
+from agent.host.users import uid_of
 from agent.relay.listeners import Listeners, open_listeners
 from agent.relay.notify import notify
 from agent.relay.settings import Settings
@@ -23,12 +24,12 @@ def become(user: str) -> None:
     Must come before any socket is opened: rules match the user who created a socket, not the one who uses it.
     Raises InputError when there is no such user, HostError when this process may not become that user.
     """
-    try:
-        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
-        raise InputError(f"--user: there is no user {user!r} on this host") from None
-    if os.geteuid() == entry.pw_uid:
+    uid = uid_of(user)
+    if uid is None:
+        raise InputError(f"--user: there is no user {user!r} on this host")
+    if uid == os.geteuid():
         return
+    entry = pwd.getpwuid(uid)
     try:
         os.initgroups(entry.pw_name, entry.pw_gid)
         os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)

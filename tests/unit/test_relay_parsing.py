@@ -11,7 +11,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.policy import NameServer
 from agent.relay import dns_message, packet_info, routes
 from agent.relay.original_destination import (
     Destination,
@@ -22,7 +21,7 @@ from agent.relay.original_destination import (
     recover,
     unmapped,
 )
-from agent.relay.resolvers import RECHECK_SECONDS, ResolvConf, parse_resolv_conf
+from agent.relay.resolvers import RECHECK_SECONDS, ResolvConf
 
 PORTS = st.integers(0, 65535)
 V4 = st.ip_addresses(v=4)
@@ -191,32 +190,6 @@ def test_a_failed_query_keeps_its_question_but_no_additional_records() -> None:
     question = b"\x07example\x03com\x00\x00\x1c\x00\x01"
     query = b"\xab\xcd\x01\x20\x00\x01\x00\x00\x00\x00\x00\x01" + question + b"\x00\x00\x29" + bytes(8)
     assert dns_message.server_failure(query) == b"\xab\xcd\x81\x82\x00\x01" + bytes(6) + question
-
-
-RESOLV_CONF = """\
-# a comment
-domain example.com
-nameserver 192.0.2.1
- nameserver\t2001:db8::1   # trailing words are ignored
-nameserver fe80::1%eth0
-nameserver not-an-address
-nameserver
-nameserver 192.0.2.1
-options timeout:1
-"""
-
-
-def test_resolv_conf() -> None:
-    assert parse_resolv_conf(RESOLV_CONF) == (
-        NameServer(IPv4Address("192.0.2.1")),
-        NameServer(IPv6Address("2001:db8::1")),
-        NameServer(IPv6Address("fe80::1"), "eth0"),
-    )
-
-
-@given(st.text())
-def test_any_text_is_a_resolv_conf(text: str) -> None:
-    parse_resolv_conf(text)
 
 
 def test_resolv_conf_is_followed_and_kept_while_it_is_missing(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ PEER_ADDRESS: dict[Family, Address] = {
     Family.IPV6: IPv6Address("fd74:7063:746c::1"),
 }
 """From the benchmarking range (RFC 2544) and a private range: unlikely to be named by a real policy."""
-UPLINK_PREFIX = {Family.IPV4: 24, Family.IPV6: 64}
 HOST_LINK_LOCAL = IPv6Address("fe80::7063:2")
 _INTERFACE_NAME_MAX = 15
 

@@ -12,7 +12,6 @@ from agent.rehearsal.layout import (
     HOST_LINK_LOCAL,
     PEER,
     PEER_ADDRESS,
-    UPLINK_PREFIX,
     Bridge,
     Layout,
     gateway,
@@ -115,15 +114,13 @@ def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:
         for server in uplink.servers:
             peer.address(far, server, 64)
     for family in layout.families:
-        prefix = UPLINK_PREFIX[family]
-        host.address(layout.uplinks[0].name, HOST_ADDRESS[family], prefix)
-        peer.address("up0", PEER_ADDRESS[family], prefix)
-        peer.on_link(f"{_base(family)}/{prefix}", "up0")
+        # Nothing but the two is on link, so that the peer answers for their neighbours' addresses too.
+        name, own, other = layout.uplinks[0].name, HOST_ADDRESS[family], PEER_ADDRESS[family]
+        host.address(name, own, own.max_prefixlen)
+        host.on_link(ip_network(other), name)
+        peer.address("up0", other, other.max_prefixlen)
+        peer.on_link(ip_network(own), "up0")
         host.default_route(family, PEER_ADDRESS[family])
-
-
-def _base(family: Family) -> object:
-    return PEER_ADDRESS[family] - 1
 
 
 def _cable(near: _Node, near_name: str, far: _Node, far_name: str) -> None:

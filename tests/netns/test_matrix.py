@@ -374,7 +374,7 @@ def test_rules_that_came_after_ours_stay_in_their_order(variant: str) -> None:
             if space_has_ours:
                 tpctl("install", "--kuma-dp-user", "nobody", "--iptables-mode", variant, *EVERYTHING)
             add_foreign(variant, foreign_rules("after"))
-            # Position 1 is before everything; 2 is between ours, or in front of "before" where there is nothing of ours.
+            # Position 1 is before everything, 2 between ours or, without ours, in front of "before".
             insert_foreign(variant, 1)
             insert_foreign(variant, 2)
             tpctl("uninstall")

@@ -16,11 +16,11 @@ from agent.policy import (
     Address,
     DnsCapture,
     Family,
-    NameServer,
     Policy,
     Protocol,
     contains,
     includes,
+    is_scoped,
 )
 
 DEFAULT_ZONE = 0
@@ -151,6 +151,8 @@ def _decide(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
             return _DROP
     if ask("n1", "only a connection's first packet is decided", connection.state is not State.NEW):
         return _PASS
+    if not inbound and ask("s1", "a link-local destination cannot be redirected", is_scoped(connection.destination)):
+        return _PASS
     if connection.protocol == Protocol.TCP:
         return _inbound_tcp(policy, connection, ask) if inbound else _outbound_tcp(policy, connection, ask)
     if connection.protocol == Protocol.UDP:
@@ -210,22 +212,13 @@ def _excluded_uid(policy: Policy, connection: Connection) -> bool:
     )
 
 
-def _to_server(server: NameServer, connection: Connection) -> bool:
-    """Whether the connection goes to a name server's DNS port."""
-    return (
-        connection.destination_port == DNS_PORT
-        and connection.destination == server.address
-        and server.interface in (None, connection.interface)
-    )
-
-
 def _captured_query(policy: Policy, connection: Connection) -> bool:
     """Whether the connection is a query (over UDP or TCP) to a server whose queries are captured."""
-    if policy.dns.capture is DnsCapture.ALL:
-        return connection.destination_port == DNS_PORT
+    if connection.destination_port != DNS_PORT or is_scoped(connection.destination):
+        return False
     if policy.dns.capture is DnsCapture.LISTED:
-        return any(_to_server(server, connection) for server in policy.servers(connection.family))
-    return False
+        return any(connection.destination == server.address for server in policy.servers(connection.family))
+    return policy.dns.capture is DnsCapture.ALL
 
 
 def _outbound_udp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
@@ -336,8 +329,7 @@ def _inbound_zone(policy: Policy, connection: Connection) -> int:
             return UPSTREAM_ZONE  # z7: forwarded for somebody else; its answer comes back by z4
     if connection.source_port == DNS_PORT:
         if policy.dns.capture is DnsCapture.ALL:
+            return DEFAULT_ZONE if is_scoped(connection.source) else UPSTREAM_ZONE  # z4
+        if any(connection.source == server.address for server in policy.servers(connection.family)):
             return UPSTREAM_ZONE  # z4
-        for server in policy.servers(connection.family):
-            if connection.source == server.address and server.interface in (None, connection.interface):
-                return UPSTREAM_ZONE  # z4
     return DEFAULT_ZONE

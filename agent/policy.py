@@ -91,6 +91,17 @@ ALL_PORTS = PortRange(1, MAX_PORT)
 Ports = tuple[PortRange, ...]
 
 
+LINK_LOCAL6 = IPv6Network("fe80::/10")
+"""Connections that leave for such an address are never redirected: connect(2) ties the socket to the interface of the
+address's scope, and the kernel keeps to that interface when REDIRECT has made ::1 of the destination, so the packet is
+lost (ip6_route_me_harder in net/ipv6/netfilter.c)."""
+
+
+def is_scoped(address: Address) -> bool:
+    """Whether an address only has a meaning on one interface."""
+    return address in LINK_LOCAL6 if isinstance(address, IPv6Address) else False
+
+
 def includes(ports: Iterable[PortRange], port: int | None) -> bool:
     """Whether `port` lies in any of the ranges."""
     return any(port in candidate for candidate in ports)
@@ -231,8 +242,12 @@ class Policy:
     """Kernel log level (syslog(2), 0-7) for a line a connection; None logs nothing."""
 
     def servers(self, family: Family) -> tuple[NameServer, ...]:
-        """The name servers of a family, in the order of resolv.conf."""
-        return tuple(server for server in self.dns.servers if Family.of(server.address) is family)
+        """The name servers of a family whose queries can be captured, in the order of resolv.conf."""
+        return tuple(
+            server
+            for server in self.dns.servers
+            if Family.of(server.address) is family and not is_scoped(server.address)
+        )
 
     def networks(self, family: Family) -> tuple[VirtualNetwork, ...]:
         """The virtual networks of a family, in the order their rules stand: by interface name."""

@@ -27,6 +27,7 @@ from agent.policy import (
     Policy,
     Protocol,
     includes,
+    is_scoped,
 )
 
 SSH_PORT = 22
@@ -206,6 +207,12 @@ def _listed_servers(
             "add one, or use --redirect-all-dns-traffic"
         )
         return ()
+    for server in servers:
+        if is_scoped(server.address):
+            found.warn(
+                f"{config.resolv_conf}: DNS queries to {server} are not redirected, the kernel cannot redirect "
+                "link-local destinations; name a server with a global address"
+            )
     for family in sorted(families):
         if not any(Family.of(server.address) is family for server in servers):
             found.warn(f"{config.resolv_conf} lists no IPv{family} name server: DNS over IPv{family} is not redirected")

@@ -350,11 +350,16 @@ def test_d3_captured_queries(v: int) -> None:
     assert verdict(listed(LOCAL[v]), query(LOCAL[v])) == goes_to(PDNS, "d3")
 
 
-def test_defect_11_d3_scoped_servers() -> None:
+def test_defect_11_scoped_servers_capture_nothing() -> None:
     asked = listed("fe80::1%eth0")
-    assert verdict(asked, query("fe80::1")) == goes_to(PDNS, "d3")
-    assert verdict(asked, query("fe80::1", interface="eth1")) == passes("d0")
+    assert verdict(asked, query("fe80::1")) == passes("s1")
     assert verdict(asked, query(SERVER[6])) == passes("d0")
+    assert not asked.captures_dns(Family.IPV6)
+
+
+def test_s1_link_local_destinations_pass() -> None:
+    assert verdict(capture_all(), query("fe80::1")) == passes("s1")
+    assert verdict(Policy(PROXY), out("fe80::1", 443)) == passes("s1")
 
 
 def test_d0_everything_else_over_udp() -> None:
@@ -407,8 +412,8 @@ def test_z4_answers_from_upstream(v: int) -> None:
 
 def test_z4_scoped_server() -> None:
     answer = arrives(OWN[6], 40000, "fe80::1", protocol="udp", source_port=53)
-    assert zone(listed("fe80::1%eth0"), answer) == UPSTREAM
-    assert zone(listed("fe80::1%eth1"), answer) == 0
+    assert zone(listed("fe80::1%eth0"), answer) == 0
+    assert zone(capture_all(), answer) == 0
 
 
 @both_families

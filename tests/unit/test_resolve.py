@@ -170,7 +170,8 @@ def test_listed_dns() -> None:
         NameServer(ip_address("127.0.0.53")),
         NameServer(ip_address("fe80::1"), "eth0"),
     )
-    assert result.notices == ()
+    (notice,) = result.notices
+    assert "fe80::1%eth0 are not redirected" in notice
 
 
 @pytest.mark.parametrize(("text", "missing"), [("nameserver 10.0.0.1", 6), ("nameserver fd00::1", 4)])

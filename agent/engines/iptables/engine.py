@@ -165,8 +165,14 @@ class IptablesEngine:
         """Put every table back; says how it went."""
         try:
             for family, backend in backends.items():
+                current = backend.save()
                 wanted = {name: holdings(table) for name, table in before[family].items()}
-                self._commit(backend, _changes(backend.save(), wanted), comments=True)
+                changed = {name: table for name, table in current.items() if holdings(table) != wanted.get(name)}
+                self._commit(
+                    backend,
+                    _changes(changed, {name: wanted[name] for name in changed if name in wanted}),
+                    comments=True,
+                )
         except (TpctlError, ValueError) as failed:
             return f"The rollback failed too: {failed}. Run `tpctl uninstall`, then look at `tpctl status`"
         return "Everything was rolled back: the rules are as they were before"

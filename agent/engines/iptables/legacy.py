@@ -165,7 +165,16 @@ def _commit_table(family: Family, change: TableChange, comments: bool) -> None:
                     chain.append_rule(built)
                 else:
                     chain.insert_rule(built, position - 1)
+    _keep_policy_counters(table)
     table.commit()
+
+
+def _keep_policy_counters(table: Any) -> None:
+    """Carry the counters of the built-in chains' policies over: libiptc, and so iptables-legacy, zeroes them."""
+    for chain in table.chains:
+        if table.builtin_chain(chain):
+            policy, counters = table.get_policy(chain)
+            table.set_policy(chain, policy, counters)
 
 
 def _delete_entry(table: Any, chain: str, number: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from agent.engines.iptables.rule import COMMENT_LIMIT, Criterion, Match, Option, Rule, match
 from agent.policy import (
     DNS_PORT,
+    LINK_LOCAL6,
     RESERVED,
     DnsCapture,
     Family,
@@ -115,10 +116,7 @@ class Parts:
             yield {}
             return
         for server in self.policy.servers(self.family):
-            criteria = {"destination": self.host(server)}
-            if server.interface:
-                criteria["out_interface"] = Criterion(server.interface)
-            yield criteria
+            yield {"destination": self.host(server)}
 
     def host(self, server: NameServer) -> Criterion:
         """A name server's address as a criterion."""
@@ -133,6 +131,11 @@ class Parts:
         for exclusion in self.policy.outbound.exclude_uids:
             if exclusion.protocol is Protocol.UDP and includes(exclusion.ports, DNS_PORT):
                 yield exclusion.uids
+
+    def scoped_destinations(self) -> Iterator[Rule]:
+        """The rule that spares what cannot be redirected."""
+        if self.family is Family.IPV6:
+            yield self.leave("s1: link-local destinations", destination=address(LINK_LOCAL6))
 
     def leave(self, text: str, **criteria: Any) -> Rule:
         """A rule that leaves the chain, so that the packet goes on as if tpctl were not there."""

@@ -131,6 +131,7 @@ class NatRules(Parts):
 
     def _outbound(self) -> Iterator[Rule]:
         outbound = self.policy.outbound
+        yield from self.scoped_destinations()
         yield from self._excluded_uids(Protocol.TCP)
         for network in self.excluded_destinations():
             yield self.leave(f"x2: excluded destination {network}", destination=address(network))
@@ -171,6 +172,7 @@ class NatRules(Parts):
         yield self.leave("x4: DNS over TCP passes", protocol="tcp", matches=query)
 
     def _dns(self) -> Iterator[Rule]:
+        yield from self.scoped_destinations()
         for uids in self.dns_excluded_uids():
             yield self.leave(f"x1: excluded uids {uids}", matches=(owned_by(uids),))
         for network in self.excluded_destinations():

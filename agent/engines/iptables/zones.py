@@ -10,7 +10,9 @@ from agent.engines.iptables.parts import Jump, Parts, TableRules, address, comme
 from agent.engines.iptables.rule import Criterion, Option, Rule, match
 from agent.policy import (
     DNS_PORT,
+    LINK_LOCAL6,
     DnsCapture,
+    Family,
     Protocol,
 )
 
@@ -52,21 +54,15 @@ class ZoneRules(Parts):
         forwarded = (*query, match("addrtype", Option("dst-type", ("LOCAL",), negated=True)))
         if self.policy.dns.capture is DnsCapture.ALL:
             yield self._zone_rule(UPSTREAM_ZONE, "z7: a forwarded query", matches=forwarded)
+            if self.family is Family.IPV6:
+                yield self.leave("z4: not of a link-local server", source=address(LINK_LOCAL6))
             yield self._zone_rule(UPSTREAM_ZONE, "z4: an answer", matches=answer)
             return
         for server in self.policy.servers(self.family):
             here = self.host(server)
-            scope = Criterion(server.interface) if server.interface else None
-            yield self._zone_rule(
-                UPSTREAM_ZONE,
-                f"z7: a forwarded query to {server}",
-                destination=here,
-                in_interface=scope,
-                matches=forwarded,
-            )
-            yield self._zone_rule(
-                UPSTREAM_ZONE, f"z4: an answer of {server}", source=here, in_interface=scope, matches=answer
-            )
+            text = f"z7: a forwarded query to {server}"
+            yield self._zone_rule(UPSTREAM_ZONE, text, destination=here, matches=forwarded)
+            yield self._zone_rule(UPSTREAM_ZONE, f"z4: an answer of {server}", source=here, matches=answer)
 
     def _zone_outbound(self) -> Iterator[Rule]:
         query = (dport(Protocol.UDP, DNS_PORT),)
@@ -87,6 +83,7 @@ class ZoneRules(Parts):
                 )
 
     def _zone_query(self) -> Iterator[Rule]:
+        yield from self.scoped_destinations()
         text = "z1: the data plane asks its name server"
         yield self._zone_rule(UPSTREAM_ZONE, text, matches=(owned_by(self.policy.proxy_uid),))
         for uids in self.dns_excluded_uids():

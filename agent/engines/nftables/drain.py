@@ -1,0 +1,130 @@
+"""After an uninstall: what must stay until the last connection through the data plane has ended.
+
+When the last user of NAT in a network namespace goes, the kernel takes its NAT and conntrack hooks away, and packets of
+connections that were redirected are no longer translated: they are reset. An empty nat chain keeps the NAT hooks, and a
+rule that asks for `ct state` keeps conntrack; neither redirects anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.engines.nftables.nft import Objects
+from agent.engines.nftables.table import Chain, Hook, Rule, Set, Table
+from agent.engines.nftables.transaction import replacement
+
+PORTS = "draining_ports"
+_CHAIN = "draining"
+_PROC = Path("/proc/net/nf_conntrack")
+_TCP = 6
+_IPS_DST_NAT = 1 << 5
+"""include/uapi/linux/netfilter/nf_conntrack_common.h: the destination was translated."""
+_TCP_CONNTRACK_TIME_WAIT = 7
+"""Later states (enum tcp_conntrack) mean the connection is over: TIME_WAIT 7, CLOSE 8."""
+
+
+def leftover(current: Objects) -> str:
+    """The transaction that leaves no redirect of ours, but keeps conntrack and NAT for connections that run."""
+    ports = tuple(str(port) for port in redirected_ports(current))
+    rule = Rule("ct state established", "accept", "connections through the data plane may finish")
+    table = Table(
+        (Set(PORTS, "inet_service", ports),),
+        (
+            Chain(f"{_CHAIN}_nat", (), Hook("nat", "output", -99)),
+            Chain(_CHAIN, (rule,), Hook("filter", "output", -1)),
+        ),
+    )
+    return replacement(current, table)
+
+
+def is_leftover(current: Objects) -> bool:
+    """Whether a table is what `leftover` left."""
+    return any(item.get("set", {}).get("name") == PORTS for item in current)
+
+
+def redirected_ports(current: Objects) -> tuple[int, ...]:
+    """The data plane's ports that a table redirects, or did before it became a leftover."""
+    found: set[int] = set()
+    for item in current:
+        for part in item.get("rule", {}).get("expr", ()):
+            redirect = part.get("redirect")
+            if redirect and isinstance(redirect.get("port"), int):
+                found.add(redirect["port"])
+        if item.get("set", {}).get("name") == PORTS:
+            found |= {port for element in item["set"].get("elem", ()) for port in _ports(element)}
+    return tuple(sorted(found))
+
+
+def _ports(element: object) -> Iterable[int]:
+    if isinstance(element, int):
+        return (element,)
+    if isinstance(element, dict) and "range" in element:
+        first, last = element["range"]
+        return range(first, last + 1)
+    return ()
+
+
+def running(ports: Iterable[int]) -> int:
+    """How many TCP connections of this network namespace are redirected to one of `ports` and have not ended.
+
+    0 as well when the kernel cannot be asked.
+    """
+    wanted = frozenset(ports)
+    if not wanted:
+        return 0
+    if _PROC.exists():
+        lines = _PROC.read_text(errors="replace").splitlines()
+        return sum(1 for line in lines if _runs(line, wanted))
+    try:
+        return sum(1 for port in _translated_ports() if port in wanted)
+    except OSError:
+        return 0
+
+
+def _runs(line: str, wanted: frozenset[int]) -> bool:
+    """Whether a line of /proc/net/nf_conntrack is such a connection.
+
+    The reply comes from the port that the original asked for unless the destination was translated.
+    """
+    fields = line.split()
+    if len(fields) < 6 or fields[2] != "tcp" or fields[5] in ("TIME_WAIT", "CLOSE"):
+        return False
+    asked = [int(port) for port in re.findall(r"\bdport=(\d+)", line)]
+    answers = [int(port) for port in re.findall(r"\bsport=(\d+)", line)]
+    return len(asked) > 1 and len(answers) > 1 and answers[1] in wanted and _translated(line)
+
+
+def _translated(line: str) -> bool:
+    asked = re.findall(r"\bdst=(\S+) sport=\d+ dport=(\d+)", line)
+    answers = re.findall(r"\bsrc=(\S+) dst=\S+ sport=(\d+)", line)
+    return len(asked) > 1 and len(answers) > 1 and asked[0] != answers[1]
+
+
+def _translated_ports() -> Iterator[int]:
+    """The ports that running connections were redirected to, from the kernel's conntrack table over netlink."""
+    import socket
+
+    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with NFCTSocket(nfgen_family=family) as conntrack:
+            for entry in conntrack.dump():
+                port = _translated_port(entry)
+                if port is not None:
+                    yield port
+
+
+def _translated_port(entry: Any) -> int | None:
+    """The port a running TCP connection was redirected to; None for every other entry."""
+    if not (entry.get_attr("CTA_STATUS") or 0) & _IPS_DST_NAT:
+        return None
+    proto = entry.get_attr("CTA_TUPLE_REPLY").get_attr("CTA_TUPLE_PROTO")
+    if proto.get_attr("CTA_PROTO_NUM") != _TCP:
+        return None
+    info = entry.get_attr("CTA_PROTOINFO")
+    tcp = info.get_attr("CTA_PROTOINFO_TCP") if info else None
+    state = tcp.get_attr("CTA_PROTOINFO_TCP_STATE") if tcp else 0
+    return None if state >= _TCP_CONNTRACK_TIME_WAIT else int(proto.get_attr("CTA_PROTO_SRC_PORT"))

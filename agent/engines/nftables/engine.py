@@ -1,0 +1,215 @@
+"""The nftables engine: one table of our own, changed in one transaction."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.engine_options import EngineOptions
+from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
+from agent.engines.nftables import drain, nft, probe, scratch
+from agent.engines.nftables.nft import Nft, NftError, Objects
+from agent.engines.nftables.ruleset import table_for
+from agent.engines.nftables.table import TABLE, Table
+from agent.engines.nftables.transaction import replacement
+from agent.errors import ApplyError, HostError
+from agent.policy import Family, Policy
+
+BOTH_FAMILIES = 0
+"""`RuleCounter.family` of a rule that serves IPv4 and IPv6 alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class NftablesPlan:
+    """The table for a policy."""
+
+    table: Table
+    comments: bool = True
+
+    def render(self) -> str:
+        """The text that nft is given on a host on which nothing of ours is installed."""
+        return self.render_over(None)
+
+    def render_over(self, current: Objects | None) -> str:
+        """The text that replaces `current`."""
+        return replacement(current, self.table, comments=self.comments)
+
+
+class NftablesEngine:
+    """Carries plans out through nf_tables."""
+
+    name = "nftables"
+    variant: str | None = None
+
+    def __init__(self, way: Nft, options: EngineOptions) -> None:
+        self.nft = way
+        self.options = options
+        self.reason = f"nf_tables works here, through {way.description}"
+
+    def plan(self, policy: Policy) -> NftablesPlan:
+        """The table for a policy."""
+        return NftablesPlan(table_for(policy), self.options.comments)
+
+    def preview(self, policy: Policy) -> str:
+        """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
+        return self.plan(policy).render_over(self._current())
+
+    def footprint(self) -> Footprint:
+        """Nothing: the table is ours alone, and nothing outside it changes."""
+        return {}
+
+    def apply(self, plan: NftablesPlan) -> Applied:
+        """Replace whatever our table holds by `plan`, in one transaction."""
+        current = self._current()
+        try:
+            self.nft.execute(plan.render_over(current))
+        except NftError as refused:
+            raise ApplyError(
+                f"nf_tables refused the rules: {refused}. Nothing was changed: the rules are as they were before"
+            ) from refused
+        held = current is not None and not drain.is_leftover(current)
+        return Applied(("tpctl's rules (nftables)",) if held else ())
+
+    def inspect(self, plan: NftablesPlan | None) -> Inspection:
+        """What our table holds. Leftovers of an uninstall do not count as installed; see `leftovers`."""
+        current = self._current()
+        if current is None or drain.is_leftover(current):
+            return Inspection(self.name, None, installed=False)
+        families = _families(current)
+        drift = tuple(self._drift(plan)) if plan else ()
+        return Inspection(self.name, None, True, families, drift, tuple(_counters(current, families)))
+
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, finish: bool = True) -> Removal:
+        """Remove our table, in one transaction.
+
+        With `finish`, connections that run through the data plane are let finish: as long as there are any, a table
+        without a single redirect stays, and `drain_leftovers` removes it. A caller whose other engine took over can do
+        without it.
+        """
+        current = self._current()
+        if current is None:
+            return Removal()
+        removed = tuple(_listing(current))
+        if dry_run:
+            return Removal(removed)
+        running = drain.running(drain.redirected_ports(current)) if finish else 0
+        try:
+            if running:
+                self.nft.execute(drain.leftover(current))
+            else:
+                self.nft.execute(f"delete table {TABLE}\n")
+        except NftError as refused:
+            raise ApplyError(f"nf_tables refused to remove table {TABLE}: {refused}. Nothing was removed") from refused
+        return Removal(removed, (_still_running(running),) if running else ())
+
+    def leftovers(self) -> int | None:
+        """How many connections the leftovers of an uninstall wait for; None when there are no leftovers."""
+        current = self._current()
+        if current is None or not drain.is_leftover(current):
+            return None
+        return drain.running(drain.redirected_ports(current))
+
+    def drain_leftovers(self) -> int | None:
+        """Remove the leftovers of an uninstall once the connections they wait for have ended.
+
+        Hands back how many still run, 0 when the leftovers were removed now, None when there were none.
+        """
+        running = self.leftovers()
+        if running == 0:
+            try:
+                self.nft.execute(f"delete table {TABLE}\n")
+            except NftError as refused:
+                raise ApplyError(f"nf_tables refused to remove table {TABLE}: {refused}") from refused
+        return running
+
+    def _current(self) -> Objects | None:
+        try:
+            return nft.ours(self.nft)
+        except NftError as refused:
+            raise HostError(f"the tables of nf_tables cannot be read: {refused}") from refused
+
+    def _drift(self, plan: NftablesPlan) -> Iterator[str]:
+        try:
+            wanted = scratch.blocks(scratch.listing_of(self.nft, plan.render()))
+            actual = scratch.blocks(self.nft.listing(f"list table {TABLE}"))
+        except (NftError, HostError) as refused:
+            yield f"the kernel's rules cannot be compared with the plan: {refused}"
+            return
+        for name in dict.fromkeys([*wanted, *actual]):
+            where = f"{TABLE} {name}"
+            yield from difflib.unified_diff(
+                [name, *wanted[name]] if name in wanted else [],
+                [name, *actual[name]] if name in actual else [],
+                f"plan {where}",
+                f"kernel {where}",
+                n=0,
+                lineterm="",
+            )
+
+
+def load(options: EngineOptions | None = None) -> NftablesEngine:
+    """The engine, once the kernel was seen to accept everything it uses.
+
+    Raises HostError when nf_tables, or something of it, does not work here; nothing was touched.
+    """
+    way = nft.find()
+    probe.require(way)
+    return NftablesEngine(way, options or EngineOptions())
+
+
+def _still_running(count: int) -> str:
+    connections = "connection runs" if count == 1 else "connections run"
+    return (
+        f"{count} {connections} through the data plane and may finish: until then the table {TABLE} stays, without a "
+        "redirect; the next tpctl command after that removes it"
+    )
+
+
+def _listing(current: Objects) -> Iterator[str]:
+    if drain.is_leftover(current):
+        yield f"nftables: table {TABLE}, left over from an earlier uninstall"
+        return
+    yield f"nftables: table {TABLE}"
+    rules = [item["rule"]["chain"] for item in current if "rule" in item]
+    for item in current:
+        if "chain" in item:
+            name = item["chain"]["name"]
+            yield f"nftables: chain {name} ({rules.count(name)} rules)"
+        for kind in ("set", "map"):
+            if kind in item:
+                yield f"nftables: {kind} {item[kind]['name']} ({len(item[kind].get('elem', ()))} elements)"
+
+
+def _families(current: Objects) -> tuple[int, ...]:
+    """The families that reach the redirects, from the guards of the base chains' jumps."""
+    found: set[int] = set()
+    for rule in (item["rule"] for item in current if "rule" in item):
+        expressions = rule["expr"]
+        if any(part.get("jump", {}).get("target") in ("inbound", "outbound") for part in expressions):
+            if rule["chain"] in ("inbound", "outbound"):
+                continue
+            guard = _guard(rule)
+            found |= {guard} if guard else {int(family) for family in Family}
+    return tuple(sorted(found))
+
+
+def _guard(rule: dict[str, object]) -> int | None:
+    """The family a rule is kept to by `meta nfproto`."""
+    expressions = rule["expr"]
+    assert isinstance(expressions, list)
+    for part in expressions:
+        match = part.get("match", {})
+        if match.get("left") == {"meta": {"key": "nfproto"}}:
+            return {"ipv4": 4, "ipv6": 6}.get(match.get("right"))
+    return None
+
+
+def _counters(current: Objects, families: tuple[int, ...]) -> Iterator[RuleCounter]:
+    everything = families[0] if len(families) == 1 else BOTH_FAMILIES
+    for rule in (item["rule"] for item in current if "rule" in item):
+        counter = next((part["counter"] for part in rule["expr"] if isinstance(part.get("counter"), dict)), None)
+        if counter is not None:
+            text = rule.get("comment") or f"rule {rule['handle']}"
+            family = _guard(rule) or everything
+            yield RuleCounter(family, TABLE, rule["chain"], text, counter["packets"], counter["bytes"])

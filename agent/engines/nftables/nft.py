@@ -1,0 +1,143 @@
+"""The way to nf_tables: libnftables in process where its Python module is installed, else the nft program.
+
+Both take nft's language and make one transaction of a text: the kernel carries out all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any, Protocol
+
+from agent.engines.nftables.table import FAMILY, NAME
+from agent.errors import HostError
+from agent.runner import run
+
+Objects = list[dict[str, Any]]
+"""What libnftables-json(5) calls the ruleset objects."""
+
+
+class NftError(Exception):
+    """nf_tables refused; the message is nft's own, as one line. Nothing was changed."""
+
+
+class Nft(Protocol):
+    """One way to nf_tables, in the network namespace it was made in."""
+
+    description: str
+
+    def execute(self, text: str) -> None:
+        """Carry a text out in one transaction. Raises NftError."""
+        ...
+
+    def check(self, text: str) -> None:
+        """Let the kernel judge a text without carrying it out. Raises NftError."""
+        ...
+
+    def objects(self, command: str) -> Objects:
+        """The objects that a list command finds. Raises NftError."""
+        ...
+
+    def listing(self, command: str) -> str:
+        """What a list command prints, without counters' values. Raises NftError."""
+        ...
+
+
+class LibraryNft:
+    """libnftables. Each call has a context of its own: a context keeps the namespace it was made in."""
+
+    description = "libnftables"
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def execute(self, text: str) -> None:
+        """See Nft."""
+        self._run(text)
+
+    def check(self, text: str) -> None:
+        """See Nft."""
+        self._run(text, dry_run=True)
+
+    def objects(self, command: str) -> Objects:
+        """See Nft."""
+        return _parsed(self._run(command, json_output=True))
+
+    def listing(self, command: str) -> str:
+        """See Nft."""
+        return self._run(command, stateless_output=True)
+
+    def _run(self, text: str, **settings: bool) -> str:
+        library = self._module.Nftables()
+        for name, value in settings.items():
+            getattr(library, f"set_{name}")(value)
+        code, output, error = library.cmd(text)
+        if code != 0:
+            raise NftError(_one_line(error))
+        return str(output)
+
+
+class ProgramNft:
+    """The nft program, for hosts without the Python module."""
+
+    description = "nft"
+
+    def execute(self, text: str) -> None:
+        """See Nft."""
+        self._run(text)
+
+    def check(self, text: str) -> None:
+        """See Nft."""
+        self._run(text, "--check")
+
+    def objects(self, command: str) -> Objects:
+        """See Nft."""
+        return _parsed(self._run(command, "--json"))
+
+    def listing(self, command: str) -> str:
+        """See Nft."""
+        return self._run(command, "--stateless")
+
+    def _run(self, text: str, *options: str) -> str:
+        done = run(["nft", *options, "--file", "-"], stdin=text)
+        if not done.ok:
+            raise NftError(_one_line(done.stderr))
+        return done.stdout
+
+
+def find() -> Nft:
+    """The way to nf_tables on this host. Raises HostError when there is none."""
+    try:
+        return LibraryNft(importlib.import_module("nftables"))
+    except (ImportError, OSError):  # OSError: the module is there, the shared library is not
+        pass
+    try:
+        version = run(["nft", "--version"])
+    except FileNotFoundError:
+        version = None
+    if version is None or not version.ok:
+        raise HostError(
+            "the nftables engine needs libnftables (package python3-nftables) or the nft program (package nftables), "
+            "and this host has neither; install one, or use --engine iptables"
+        )
+    return ProgramNft()
+
+
+def ours(nft: Nft) -> Objects | None:
+    """The objects of our table in this namespace; None when there is no such table. Raises NftError."""
+    tables = (item["table"] for item in nft.objects("list tables") if "table" in item)
+    if not any(table["family"] == FAMILY and table["name"] == NAME for table in tables):
+        return None
+    return nft.objects(f"list table {FAMILY} {NAME}")
+
+
+def _parsed(output: str) -> Objects:
+    found: Objects = json.loads(output)["nftables"] if output.strip() else []
+    return found
+
+
+def _one_line(error: str) -> str:
+    """nft repeats the whole text it was given below its message; the first lines tell what is wrong."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    told = [line for line in lines if "rror" in line] or lines
+    return " ".join(told[:3])[:500] or "nft gave no reason"

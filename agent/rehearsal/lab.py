@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import selectors
@@ -88,15 +89,18 @@ class Lab:
         node, port = seat(self.layout, connection)
         self.listen(node, protocol, port)
 
-    def dial(self, connection: Connection, *, timeout: float = NEGATIVE_SECONDS) -> Answer:
-        """Open the connection for real and say who answered. `timeout` is in seconds."""
+    def dial(self, connection: Connection, *, timeout: float = NEGATIVE_SECONDS, relayed: bool = False) -> Answer:
+        """Open the connection for real and say who answered. `timeout` is in seconds.
+
+        With `relayed` a real data plane may stand in between, and the answer of whoever it calls counts.
+        """
         protocol = Protocol(connection.protocol)
         try:
             dialler = self._dialler(connection, protocol)
         except OSError as error:
             return Answer(_outcome(error))
         with dialler:
-            return _Dial(self._selector, dialler, protocol).run(timeout)
+            return _Dial(self._selector, dialler, protocol, relayed).run(timeout)
 
     def _dialler(self, connection: Connection, protocol: Protocol) -> socket.socket:
         """A socket that has begun to connect."""
@@ -131,10 +135,13 @@ def _outcome(error: OSError) -> str:
 class _Dial:
     """One dial: turns the selector until the dialler has an answer or the time is up."""
 
-    def __init__(self, selector: selectors.BaseSelector, dialler: socket.socket, protocol: Protocol) -> None:
+    def __init__(
+        self, selector: selectors.BaseSelector, dialler: socket.socket, protocol: Protocol, relayed: bool
+    ) -> None:
         self.selector = selector
         self.dialler = dialler
         self.protocol = protocol
+        self.relayed = relayed
         self.port = int(dialler.getsockname()[1])
         self.accepted: list[socket.socket] = []
         self.seen: Answer | None = None
@@ -146,7 +153,7 @@ class _Dial:
         events = selectors.EVENT_WRITE
         if self.protocol is Protocol.UDP:
             try:
-                self.dialler.send(b"who answers?")
+                self.dialler.send(sockets.QUERY)
             except OSError as error:
                 return Answer(_outcome(error))
             events = selectors.EVENT_READ
@@ -166,10 +173,17 @@ class _Dial:
             self._dialler_ready()
         elif listener.protocol is Protocol.UDP:
             asker = sockets.answer_datagram(listener)
-            if asker and asker[1] == self.port:
-                self.seen = Answer("answered", listener.seat, None, asker[0])
+            if asker:
+                self._saw(asker[1], Answer("answered", listener.seat, None, asker[0]))
         else:
             self._accept(listener)
+
+    def _saw(self, port: int, answer: Answer) -> None:
+        """A listener was reached from a port: it is this dial, or a proxy's, or the rest of an earlier one."""
+        if port == self.port:
+            self.seen = answer
+        elif self.relayed:
+            self.seen = dataclasses.replace(answer, direct=False)
 
     def _accept(self, listener: Listener) -> None:
         try:
@@ -177,15 +191,15 @@ class _Dial:
         except OSError:
             return
         self.accepted.append(connection)
-        if int(peer[1]) == self.port:
-            original = sockets.original_destination(connection, listener.family)
-            self.seen = Answer("answered", listener.seat, original, sockets.address_of(peer))
+        original = sockets.original_destination(connection, listener.family)
+        answer = Answer("answered", listener.seat, original, sockets.address_of(peer))
+        self._saw(int(peer[1]), answer)
         with contextlib.suppress(OSError):
             connection.send(str(listener.seat).encode())
 
     def _dialler_ready(self) -> None:
         try:
-            said = self.dialler.recv(256).decode()
+            received = self.dialler.recv(256)
         except BlockingIOError:
             # A TCP connection that was just established: now wait for the name.
             self.selector.modify(self.dialler, selectors.EVENT_READ, None)
@@ -193,6 +207,7 @@ class _Dial:
         except OSError as error:
             self.result = Answer(_outcome(error))
             return
+        said = sockets.named_in(received) if self.protocol is Protocol.UDP else received.decode()
         if self.seen and str(self.seen.seat) == said:
             self.result = self.seen
         else:

@@ -17,6 +17,10 @@ _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 
+QUERY = bytes.fromhex("7470 0100 0000 0000 0000 0000")
+"""A DNS header (RFC 1035, 4.1.1), so that a DNS proxy in between passes it on."""
+_DNS_ANSWER = 0x80
+
 AF = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _KIND = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 _WILDCARD = {Family.IPV4: "0.0.0.0", Family.IPV6: "::"}
@@ -45,6 +49,8 @@ class Answer:
     """TCP: the destination that SO_ORIGINAL_DST gave the listener; None when conntrack knew none."""
     source: Address | None = None
     """The client's address as the listener saw it."""
+    direct: bool = True
+    """Whether the listener saw the client's own port, that is, no proxy stood between them."""
 
     def __str__(self) -> str:
         return str(self.seat) if self.seat else self.outcome
@@ -105,11 +111,22 @@ def original_destination(accepted: socket.socket, family: Family) -> tuple[Addre
     return ipaddress.ip_address(address), port
 
 
+def named_in(datagram: bytes) -> str:
+    """The seat in an answer."""
+    return datagram[len(QUERY) :].decode()
+
+
+def _answer_to(query: bytes, seat: Seat) -> bytes:
+    return query[:2] + bytes([query[2] | _DNS_ANSWER]) + query[3 : len(QUERY)] + str(seat).encode()
+
+
 def answer_datagram(listener: Listener) -> tuple[Address, int] | None:
     """Answer one query with the seat, from the address that was asked; hands back who asked."""
     try:
-        _, ancillary, _, peer = listener.socket.recvmsg(2048, 256)
+        query, ancillary, _, peer = listener.socket.recvmsg(2048, 256)
     except OSError:
+        return None
+    if len(query) < len(QUERY):
         return None
     control: list[tuple[int, int, bytes]] = []
     for level, kind, data in ancillary:
@@ -120,7 +137,7 @@ def answer_datagram(listener: Listener) -> tuple[Address, int] | None:
             scoped = ipaddress.IPv6Address(data[:16]).is_link_local
             control.append((level, kind, data[:16] + (data[16:20] if scoped else bytes(4))))
     try:
-        listener.socket.sendmsg([str(listener.seat).encode()], control, 0, peer)
+        listener.socket.sendmsg([_answer_to(query, listener.seat)], control, 0, peer)
     except OSError:
         return None
     return address_of(peer), int(peer[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.relay.dns import MAX_PENDING
 from tests.netns import relay_net
 from tests.netns.relay_net import HOST4, HOST6, PEER4, PEER6, Net, Server
 
@@ -232,3 +233,59 @@ def test_queries_that_come_back_to_the_relay_end(net: Net, tmp_path: Path) -> No
             running.wait_for("refused: the relay's own connections")
     finally:
         path.unlink()
+
+
+def test_a_query_that_is_under_way_is_answered_while_draining(net: Net, tmp_path: Path) -> None:
+    def slowly(message: bytes) -> list[bytes]:
+        time.sleep(0.5)
+        return [answer_to(message, 1)]
+
+    path = Path(resolv_conf(tmp_path, PEER4))
+    running = relay_net.Relay(net, tmp_path, "--resolv-conf", str(path))
+    try:
+        running.wait_for("ready")
+        with name_server(net, PEER4, slowly) as server, net.datagram(net.host, socket.AF_INET) as client:
+            client.connect((PEER4, 53))
+            client.send(query(3))
+            while not server.seen:
+                time.sleep(0.01)
+            running.process.terminate()
+            assert running.wait_for("draining")["queries"] == 1
+            assert client.recv(4096) == answer_to(query(3), 1)
+            assert running.process.wait(5) == 0
+    finally:
+        running.stop()
+        path.unlink()
+
+
+def test_no_more_queries_wait_than_the_table_holds(net: Net, tmp_path: Path) -> None:
+    """Beyond that they fail at once, so that a client does not wait in vain."""
+    with (
+        name_server(net, PEER4, lambda _message: []),
+        relay_for(net, tmp_path, PEER4),
+        net.datagram(net.host, socket.AF_INET) as client,
+    ):
+        client.connect((PEER4, 53))
+        for identifier in range(MAX_PENDING + 50):
+            client.send(query(identifier))
+            if identifier % 32 == 0:
+                time.sleep(0.005)  # a burst would overflow the receive buffer of the name server
+        client.settimeout(1.0)
+        failed = [client.recv(4096) for _ in range(50)]
+    assert {answer[3] & 0x0F for answer in failed} == {SERVFAIL}
+    assert {int.from_bytes(answer[:2], "big") for answer in failed} == set(range(MAX_PENDING, MAX_PENDING + 50))
+
+
+def test_over_tcp_a_server_that_does_not_answer_is_given_up(net: Net, tmp_path: Path) -> None:
+    drop = ("INPUT", "-p", "tcp", "-d", PEER4, "--dport", "53", "-j", "DROP")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    relay_net.run(*on_peer, "-A", *drop)
+    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), relay_net.echo)
+    try:
+        with relay_for(net, tmp_path, PEER4, PEER_SECOND), net.connect(net.host, (PEER4, 53)) as client:
+            client.sendall(b"hello")
+            client.shutdown(socket.SHUT_WR)
+            assert relay_net.read_all(client) == b"hello"
+    finally:
+        server.close()
+        relay_net.run(*on_peer, "-D", *drop)

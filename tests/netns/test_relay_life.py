@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,3 +251,34 @@ def test_running_out_of_descriptors_is_survived_without_spinning(net: Net, tmp_p
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_systemd_is_told_when_it_is_ready_and_when_it_stops(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        Path(directory).chmod(0o755)
+        manager.bind(f"{directory}/notify")
+        Path(f"{directory}/notify").chmod(0o666)
+        manager.settimeout(relay_net.TIMEOUT)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+        with relay_net.relay(net, tmp_path, "--workers", workers):
+            assert manager.recv(100) == b"READY=1"
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_a_client_that_gives_up_while_its_server_is_dialled_frees_the_connection(net: Net, tmp_path: Path) -> None:
+    blackhole = ("INPUT", "-p", "tcp", "--dport", "7001", "-j", "DROP")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    relay_net.run(*on_peer, "-A", *blackhole)
+    try:
+        with relay_net.relay(net, tmp_path, "--access-log") as running:
+            client = net.connect(net.host, (PEER4, 7001))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            line = running.wait_for("connection")
+            assert line["error"] == "Connection reset by peer"
+            assert line["destination"] == f"{PEER4}:7001"
+    finally:
+        relay_net.run(*on_peer, "-D", *blackhole)

@@ -256,26 +256,42 @@ def test_a_client_that_ends_while_nothing_is_read_costs_no_cpu(net: Net, running
     """Both halves of the client's connection are over while its last bytes wait: epoll reports that for ever."""
     release = threading.Event()
     digests: list[bytes] = []
-    sent = relay_net.pattern(BULK)
 
     def serve(client: socket.socket, _peer: object) -> None:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.shutdown(socket.SHUT_WR)
         release.wait(TIMEOUT)
         digests.append(relay_net.read_digest(client))
 
-    with serving(net.listen(net.peer, (PEER4, 9007)), serve), net.connect(net.host, (PEER4, 9007)) as client:
+    listener = net.listen(net.peer, (PEER4, 9007))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with serving(listener, serve), net.connect(net.host, (PEER4, 9007)) as client:
         assert client.recv(1) == b""
-        sender = threading.Thread(target=send_all, args=(client, sent))
-        sender.start()
-        sender.join(1.0)
+        block = relay_net.pattern(65536)
+        sent = 0
+        while not relay_has_stopped_reading(net, client):
+            client.sendall(block)
+            sent += 1
+        client.shutdown(socket.SHUT_WR)
+        # The relay's end has sent its own end and got the client's: the kernel has nothing more to do for it.
+        wait_until(lambda: relay_side(net, client).startswith("TIME-WAIT"))
         before = cpu_seconds(running.process.pid)
         time.sleep(0.5)
         assert cpu_seconds(running.process.pid) - before < 0.1
         release.set()
-        sender.join(TIMEOUT)
         wait_until(lambda: bool(digests))
-    assert digests == [digest(sent)]
+    assert digests == [digest(block * sent)]
+
+
+def relay_side(net: Net, client: socket.socket) -> str:
+    """The relay's end of a client's connection, as ss(8) shows it: state, bytes unread, ..."""
+    port = client.getsockname()[1]
+    return net.on_host("ss", "-Htna", f"( sport = :15001 and dport = :{port} )")
+
+
+def relay_has_stopped_reading(net: Net, client: socket.socket) -> bool:
+    """Whether bytes wait unread in the relay's end."""
+    time.sleep(0.02)
+    return int(relay_side(net, client).split()[1]) > 0
 
 
 def digest(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""`make bench-install`: what `tpctl install` costs beside bare iptables-restore, and what starting the command costs.
+"""`make bench-install`: what `tpctl install` costs beside the bare programs, and what starting the command costs.
 
 Every timed run has a network namespace of its own, made for it and gone after it; this machine's own rules are neither
 read nor changed. The contenders take turns, so that a slower minute of the machine meets all of them. Nothing here is
@@ -7,6 +7,7 @@ a test of speed: the exit code is 0 unless something failed to run.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -23,13 +24,17 @@ from pathlib import Path
 import agent
 from tests.netns.lab import bare_namespace, run
 
-RUNS = 10
+RUNS = 7
+START_RUNS = 20
 PROCESS_LIMIT = 12
 HELP_LIMIT = 2.0
 
 PYTHON = sys.executable
 TPCTL = str(Path(PYTHON).with_name("tpctl"))
 INSTALL = (TPCTL, "install", "--kuma-dp-user", "nobody", "--exclude-inbound-ports", "22")
+IPTABLES = ("--engine", "iptables", "--iptables-mode")
+NFTABLES = ("--engine", "nftables")
+FAMILIES = ("iptables", "ip6tables")
 FAMILY_HEADING = re.compile(r"^### IPv[46] ###\n", re.MULTILINE)
 
 Argv = Sequence[str]
@@ -82,28 +87,37 @@ def timed(argv: Argv, text: str = "") -> Cost:
     return Cost(wall, used.ru_utime + used.ru_stime)
 
 
-def install(variant: str) -> Cost:
+def install(*flags: str) -> Cost:
     """`tpctl install` in a fresh namespace."""
     with bare_namespace() as space, space.inside():
-        cost = timed([*INSTALL, "--iptables-mode", variant])
+        cost = timed([*INSTALL, *flags])
         run([TPCTL, "uninstall"])  # or the record under /run/tpctl would outlive the namespace
     return cost
 
 
-def restore(variant: str, texts: Sequence[str]) -> Cost:
-    """Both restore programs on the same text in a fresh namespace."""
+def bare(*commands: tuple[Argv, str]) -> Cost:
+    """Programs, each with its input, one after the other in a fresh namespace."""
     with bare_namespace() as space, space.inside():
-        four = timed([f"iptables-{variant}-restore", "--noflush"], texts[0])
-        return four + timed([f"ip6tables-{variant}-restore", "--noflush"], texts[1])
+        cost = Cost(0.0, 0.0)
+        for argv, text in commands:
+            cost += timed(argv, text)
+        return cost
 
 
-def restore_texts() -> list[str]:
-    """The text of `tpctl install --dry-run`, one a family."""
+def dry_run(*flags: str) -> str:
+    """What `tpctl install --dry-run` prints on a host where nothing is installed."""
     with bare_namespace() as space, space.inside():
-        shown = run([*INSTALL, "--dry-run"]).stdout
+        return run([*INSTALL, *flags, "--dry-run"]).stdout
+
+
+def restores(variant: str) -> tuple[tuple[Argv, str], ...]:
+    """The two restore programs, each with the text of its family."""
+    shown = dry_run(*IPTABLES, variant)
     _, *texts = FAMILY_HEADING.split(shown)
-    assert len(texts) == 2, f"expected the text of two families:\n{shown}"
-    return texts
+    if len(texts) != len(FAMILIES):
+        raise AssertionError(f"expected the text of two families:\n{shown}")
+    tools = (f"{tool}-{variant}-restore" for tool in FAMILIES)
+    return tuple(([tool, "--noflush"], text) for tool, text in zip(tools, texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +129,11 @@ class Started:
     """Those that executed a program; the others are forked children."""
 
 
-def processes(variant: str, *flags: str) -> Started:
+def processes(*flags: str) -> Started:
     """Count what one install starts, by strace(1)."""
     with bare_namespace() as space, space.inside(), tempfile.NamedTemporaryFile("r") as trace:
         tracer = ["strace", "-f", "-qq", "-e", "trace=execve,exit_group", "-e", "signal=none", "-o", trace.name]
-        run([*tracer, *INSTALL, "--iptables-mode", variant, *flags])
+        run([*tracer, *INSTALL, *flags])
         run([TPCTL, "uninstall"])
         lines = trace.read().splitlines()
     executed = [line for line in lines if "execve" in line and line.endswith("= 0")]
@@ -148,50 +162,55 @@ def verdict(holds: bool) -> str:
 
 
 def bench_install() -> None:
-    """Install against bare restore, in both variants."""
-    texts = restore_texts()
-    rules = sum(line.startswith(("-A ", "-I ")) for text in texts for line in text.splitlines())
-    contenders: list[tuple[str, Callable[[], Cost]]] = []
+    """Install against the bare programs given the same text, in both variants of iptables and with nftables."""
+    pairs: list[tuple[str, tuple[str, ...], str, tuple[tuple[Argv, str], ...]]] = []
     for variant in ("nft", "legacy"):
-        contenders.append((f"tpctl install ({variant})", partial(install, variant)))
-        bare = f"iptables-restore + ip6tables-restore ({variant})"
-        contenders.append((bare, partial(restore, variant, texts)))
-    heading(f"{' '.join(['tpctl', *INSTALL[1:]])}: {rules} rules, medians of {RUNS} runs")
+        name = f"iptables-restore + ip6tables-restore ({variant})"
+        pairs.append((f"tpctl install (iptables, {variant})", (*IPTABLES, variant), name, restores(variant)))
+    nft = (["nft", "--file", "-"], dry_run(*NFTABLES))
+    pairs.append(("tpctl install (nftables)", NFTABLES, "nft --file -", (nft,)))
+    rules = sum(line.startswith(("-A ", "-I ")) for _, text in pairs[0][3] for line in text.splitlines())
+    heading(f"{' '.join(['tpctl', *INSTALL[1:]])}: {rules} iptables rules, medians of {RUNS} runs")
+    contenders: list[tuple[str, Callable[[], Cost]]] = []
+    for ours, flags, theirs, commands in pairs:
+        contenders += [(ours, partial(install, *flags)), (theirs, partial(bare, *commands))]
     series = take_turns(contenders)
     for results in series:
         print(results.row())
-    for ours, bare_series in (series[:2], series[2:]):
-        wall, cpu = (ours.median(of) / bare_series.median(of) for of in ("wall", "cpu"))
-        print(f"  {ours.name}: {wall:.1f} times the wall time and {cpu:.1f} times the CPU of the bare programs")
+    for mine, other in zip(series[::2], series[1::2], strict=True):
+        wall, cpu = (mine.median(of) / other.median(of) for of in ("wall", "cpu"))
+        print(f"  {mine.name}: {wall:.0f} times the wall time and {cpu:.0f} times the CPU of {other.name}")
 
 
 def bench_processes() -> None:
     """How many processes an install starts."""
     print("\nprocesses started, tpctl itself included (strace -f)")
+    engines = {
+        "iptables, nft": (*IPTABLES, "nft"),
+        "iptables, legacy": (*IPTABLES, "legacy"),
+        "nftables": NFTABLES,
+    }
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as resolv_conf:
         resolv_conf.write("nameserver 192.0.2.53\n")
         resolv_conf.flush()
-        cases = (("install", ()), ("all DNS", ("--redirect-all-dns-traffic", "--resolv-conf", resolv_conf.name)))
-        for variant in ("nft", "legacy"):
-            for name, flags in cases:
-                started = processes(variant, *flags)
-                holds = verdict(started.processes <= PROCESS_LIMIT)
-                print(
-                    f"  {f'{name} ({variant})':<46} {started.processes:3}, {started.programs} of them programs; "
-                    f"at most {PROCESS_LIMIT}: {holds}"
-                )
+        cases = {"install": (), "all DNS": ("--redirect-all-dns-traffic", "--resolv-conf", resolv_conf.name)}
+        for (engine, chosen), (case, flags) in itertools.product(engines.items(), cases.items()):
+            started = processes(*chosen, *flags)
+            limit = f"at most {PROCESS_LIMIT}: {verdict(started.processes <= PROCESS_LIMIT)}"
+            count = f"{started.processes:3}, {started.programs} of them programs"
+            print(f"  {f'{case} ({engine})':<46} {count}; {limit}")
 
 
 def bench_start() -> None:
     """What a user waits for before anything happens."""
-    heading(f"starting the command: medians of {2 * RUNS} runs")
+    heading(f"starting the command: medians of {START_RUNS} runs")
     help_, click, bare = take_turns(
         [
             ("tpctl --help", partial(timed, [TPCTL, "--help"])),
             ('python -c "import click"', partial(timed, [PYTHON, "-c", "import click"])),
             ("python -c pass", partial(timed, [PYTHON, "-c", "pass"])),
         ],
-        2 * RUNS,
+        START_RUNS,
     )
     for results in (help_, click, bare):
         print(results.row())

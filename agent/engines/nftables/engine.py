@@ -27,6 +27,11 @@ class NftablesPlan:
     table: Table
     comments: bool = True
 
+    @classmethod
+    def of_policy(cls, policy: Policy, options: EngineOptions) -> NftablesPlan:
+        """The plan for a policy."""
+        return cls(table_for(policy), options.comments)
+
     def render(self) -> str:
         """The text that nft is given on a host on which nothing of ours is installed."""
         return self.render_over(None)
@@ -49,7 +54,7 @@ class NftablesEngine:
 
     def plan(self, policy: Policy) -> NftablesPlan:
         """The table for a policy."""
-        return NftablesPlan(table_for(policy), self.options.comments)
+        return NftablesPlan.of_policy(policy, self.options)
 
     def preview(self, policy: Policy) -> str:
         """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
@@ -80,10 +85,10 @@ class NftablesEngine:
         drift = tuple(self._drift(plan)) if plan else ()
         return Inspection(self.name, None, True, families, drift, tuple(_counters(current, families)))
 
-    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, finish: bool = True) -> Removal:
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
         """Remove our table, in one transaction.
 
-        With `finish`, connections that run through the data plane are let finish: as long as there are any, a table
+        With `draining`, connections that run through the data plane are let finish: as long as there are any, a table
         without a single redirect stays, and `drain_leftovers` removes it. A caller whose other engine took over can do
         without it.
         """
@@ -93,7 +98,7 @@ class NftablesEngine:
         removed = tuple(_listing(current))
         if dry_run:
             return Removal(removed)
-        running = drain.running(drain.redirected_ports(current)) if finish else 0
+        running = drain.running(drain.redirected_ports(current)) if draining else 0
         try:
             if running:
                 self.nft.execute(drain.leftover(current))

@@ -135,22 +135,26 @@ class _Builder:
             yield Chain("drop_invalid", (rule,), Hook("filter", "prerouting", MANGLE))
 
     def _prerouting(self) -> Iterator[Chain]:
-        """A family with virtual networks goes before the rules of others, as with iptables."""
+        """A family with virtual networks goes before the rules of others, as with iptables.
+
+        What goes before is asked once more after them: otherwise a packet that is between the two chains while one
+        policy replaces another could pass the first before it has the rules and the second when it has them no more.
+        """
         policy = self.policy
         first = tuple(family for family in self.families if policy.inbound.insert or policy.networks(family))
         last = tuple(family for family in self.families if family not in first)
-        for name, families, priority in (("prerouting_first", first, FIRST), ("prerouting_last", last, LAST)):
-            yield Chain(name, tuple(self._arriving(families)), Hook("nat", "prerouting", priority))
+        rules = [*self._log("PREROUTING:", first)]
+        for family in first:
+            for vnet in policy.networks(family):
+                rules += self._virtual_network(family, vnet)
+        yield Chain("prerouting_first", (*rules, *self._arriving(first)), Hook("nat", "prerouting", FIRST))
+        rules = [*self._log("PREROUTING:", last), *self._arriving(self.families)]
+        yield Chain("prerouting_last", tuple(rules), Hook("nat", "prerouting", LAST))
 
     def _arriving(self, families: tuple[Family, ...]) -> Iterator[Rule]:
-        if not families:
-            return
-        yield from self._log("PREROUTING:", families)
-        for family in families:
-            for vnet in self.policy.networks(family):
-                yield from self._virtual_network(family, vnet)
-        local = _join(self._guard(families), SYN, "fib daddr type local")
-        yield Rule(local, "jump inbound", "i0: new connections to this host")
+        if families:
+            local = _join(self._guard(families), SYN, "fib daddr type local")
+            yield Rule(local, "jump inbound", "i0: new connections to this host")
 
     def _virtual_network(self, family: Family, vnet: VirtualNetwork) -> Iterator[Rule]:
         dns, outbound = self.policy.dns, self.policy.outbound
@@ -164,6 +168,7 @@ class _Builder:
             yield Rule(_join(carried, elsewhere, SYN), _redirect(outbound.port), f"i2: leaves {vnet}")
 
     def _output(self) -> Iterator[Chain]:
+        """As with the connections that arrive, what goes before the rules of others is asked after them as well."""
         outbound = Rule(_join(self._guard(), SYN), "jump outbound", "new connections of this host")
         jump = (outbound,) if self.families else ()
         first = [*self._log("OUTPUT:", self.families)]
@@ -171,7 +176,7 @@ class _Builder:
             first.append(Rule(_join(self._guard(self._capturing), QUERY), "jump dns", "DNS queries"))
         insert = self.policy.outbound.insert
         yield Chain("output_first", (*first, *(jump if insert else ())), Hook("nat", "output", FIRST))
-        yield Chain("output_last", () if insert else jump, Hook("nat", "output", LAST))
+        yield Chain("output_last", jump, Hook("nat", "output", LAST))
 
     def _log(self, prefix: str, families: tuple[Family, ...]) -> Iterator[Rule]:
         if self.policy.log_level is not None and families:

@@ -11,7 +11,9 @@ class EngineOptions:
     """The user's choices about engines; each has the meaning of kumactl's flag of the same name."""
 
     engine: str = "auto"
-    """"auto" or "iptables"."""
+    """"auto", "nftables" or "iptables"."""
+    iptables_because: str | None = None
+    """Why "auto" has to mean iptables, when it has to."""
     iptables_mode: str = "auto"
     """"auto" (what the host's own iptables command is), "nft" or "legacy"."""
     executables: Mapping[str, str] = field(default_factory=dict)

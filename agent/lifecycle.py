@@ -1,4 +1,4 @@
-"""Install and uninstall from beginning to end: lock, record, loopback address, engine, and the way back."""
+"""Install, apply and uninstall from beginning to end: lock, record, loopback address, engines, and the way back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 
 from agent import loopback, state
 from agent.engine_options import EngineOptions
+from agent.engines import registry
 from agent.engines.base import Engine, Removal
-from agent.engines.iptables.engine import IptablesPlan, docker_dns
-from agent.engines.iptables.engine import select as select_iptables
-from agent.engines.registry import select
-from agent.errors import HostError, TpctlError
+from agent.errors import ApplyError, HostError, InputError, TpctlError
 from agent.host.privilege import require_root
 from agent.policy import DnsCapture, Family, Policy
 
@@ -37,39 +35,85 @@ class InstallReport:
     policy: Policy
     replaced: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    changed: bool = True
+    """False when exactly this was installed already."""
 
 
 def install(policy: Policy, options: EngineOptions) -> InstallReport:
     """Make the kernel carry out `policy`, replacing what tpctl or kumactl installed before.
 
+    What was there goes only after the new rules are in place, so no captured connection passes or fails meanwhile.
     Raises HostError when the host lacks something (nothing was touched), ApplyError when a change failed; everything is
     then as it was before, and the message says so.
     """
     require_root("tpctl install")
-    engine = select(options)
+    selection = registry.select(options)
     with state.locked():
-        return _install(engine, policy, options)
+        previous = state.load()
+        adapted, notices = _adapted(policy)
+        record = _record(selection.engine, adapted, options, previous)
+        report = _report(selection.engine, selection.reason, adapted, notices)
+        if previous and _same(previous, record) and not _differs(selection.engine, adapted):
+            return dataclasses.replace(report, changed=False)
+        return _carry_out(selection.engine, record, previous, report)
 
 
-def _install(engine: Engine[Any], policy: Policy, options: EngineOptions) -> InstallReport:
-    previous = state.load()
-    policy, notices = _adapted(policy)
-    record = state.State(
-        policy=policy,
-        engine=engine.name,
-        variant=engine.variant,
-        phase=state.INSTALLING,
-        installed_at=state.now(),
-        comments=options.comments,
-        # A later install must not take tpctl's own for what was there before.
-        footprint=previous.footprint if previous else engine.footprint(),
+def apply() -> InstallReport:
+    """Make the kernel hold the recorded policy again. Raises InputError when nothing is on record."""
+    require_root("tpctl apply")
+    with state.locked():
+        record = state.load()
+        if record is None:
+            raise InputError("nothing is on record in this network namespace; use tpctl install")
+        selection = registry.select(record.options)
+        report = _report(selection.engine, "it is on record", record.policy, [])
+        if record.phase == state.INSTALLED and not _differs(selection.engine, record.policy):
+            return dataclasses.replace(report, changed=False)
+        return _carry_out(selection.engine, record, record, report)
+
+
+def _record(engine: Engine[Any], policy: Policy, options: EngineOptions, previous: state.State | None) -> state.State:
+    footprints = dict(previous.footprints) if previous else {}
+    if engine.name not in footprints:  # a later install must not take tpctl's own for what was there before
+        footprints[engine.name] = engine.footprint()
+    used = dataclasses.replace(options, engine=engine.name, iptables_mode=engine.variant or "auto")
+    return state.State(policy=policy, installed_at=state.now(), options=used, footprints=footprints)
+
+
+def _report(engine: Engine[Any], reason: str, policy: Policy, notices: list[str]) -> InstallReport:
+    families = tuple(sorted(int(family) for family in policy.families))
+    return InstallReport(engine.name, engine.variant, reason, families, policy, notices=tuple(notices))
+
+
+def _same(previous: state.State, record: state.State) -> bool:
+    return (previous.phase, previous.policy, previous.options) == (state.INSTALLED, record.policy, record.options)
+
+
+def _differs(engine: Engine[Any], policy: Policy) -> bool:
+    """Whether the kernel holds anything but exactly this policy through exactly this engine."""
+    found = engine.inspect(engine.plan(policy))
+    missing_address = Family.IPV6 in policy.families and not loopback.present(policy.loopback)
+    others = (other for other in registry.available(EngineOptions()) if other.name != engine.name)
+    return (
+        not found.installed
+        or bool(found.drift or found.foreign)
+        or found.variant != engine.variant
+        or missing_address
+        or any(held.installed or held.foreign for held in (other.inspect(None) for other in others))
     )
-    state.save(record)
+
+
+def _carry_out(
+    engine: Engine[Any], record: state.State, previous: state.State | None, report: InstallReport
+) -> InstallReport:
+    policy = record.policy
+    state.save(dataclasses.replace(record, phase=state.INSTALLING))
     added = False
     try:
         if Family.IPV6 in policy.families:
             added = loopback.add(policy.loopback)
         applied = engine.apply(engine.plan(policy))
+        replaced = _remove_others(engine, record, previous)
     except TpctlError:
         if added:
             loopback.remove(policy.loopback)
@@ -78,22 +122,41 @@ def _install(engine: Engine[Any], policy: Policy, options: EngineOptions) -> Ins
     if Family.IPV6 not in policy.families:
         loopback.remove(policy.loopback)
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
-    return InstallReport(
-        engine=engine.name,
-        variant=engine.variant,
-        reason=engine.reason,
-        families=tuple(sorted(int(family) for family in policy.families)),
-        policy=policy,
-        replaced=applied.replaced,
-        notices=(*notices, *applied.notices),
+    return dataclasses.replace(
+        report, replaced=(*applied.replaced, *replaced), notices=(*report.notices, *applied.notices)
     )
+
+
+def _remove_others(engine: Engine[Any], record: state.State, previous: state.State | None) -> tuple[str, ...]:
+    """Take away what other engines, or kumactl through them, have installed: the new rules are in place."""
+    replaced: list[str] = []
+    for other in registry.available(EngineOptions()):
+        if other.name == engine.name:
+            continue
+        try:
+            removal = other.remove(footprint=record.footprints.get(other.name), draining=False)
+        except TpctlError as error:
+            _take_back(engine, previous)
+            raise ApplyError(f"{error}. The new rules were taken back: the host is as it was before") from error
+        if removal.removed:
+            replaced.append(f"the rules of the {other.name} engine")
+    return tuple(replaced)
+
+
+def _take_back(engine: Engine[Any], previous: state.State | None) -> None:
+    if previous and previous.options.engine == engine.name:
+        engine.apply(engine.plan(previous.policy))
+    else:
+        engine.remove()
 
 
 def _adapted(policy: Policy) -> tuple[Policy, list[str]]:
     """The policy, less what this host's other software rules out."""
-    zones = policy.dns.capture is DnsCapture.ALL and policy.dns.split_zones
-    if zones and docker_dns():
-        return dataclasses.replace(policy, dns=dataclasses.replace(policy.dns, split_zones=False)), [DOCKER_ZONES]
+    if policy.dns.capture is DnsCapture.ALL and policy.dns.split_zones:
+        from agent.engines.iptables.engine import docker_dns
+
+        if docker_dns():
+            return dataclasses.replace(policy, dns=dataclasses.replace(policy.dns, split_zones=False)), [DOCKER_ZONES]
     return policy, []
 
 
@@ -105,39 +168,66 @@ def _restore_record(previous: state.State | None) -> None:
 
 
 def dry_run(policy: Policy, options: EngineOptions) -> str:
-    """The exact restore text of each family. Touches nothing and needs no privilege.
+    """Exactly what the kernel would be given. Touches nothing and needs no privilege.
 
-    What would be replaced is included when it can be seen, that is, as root on a host with iptables.
+    What would be replaced is included when it can be seen, that is, as root on a host where the engine works.
     """
     if os.geteuid() == 0:
         try:
-            return select(options).preview(policy)
+            return registry.select(options).engine.preview(policy)
         except HostError:
-            pass  # no iptables here: the rules themselves can still be shown
-    return IptablesPlan.of_policy(policy, options).render()
+            if options.engine == "nftables":
+                raise
+    if options.engine == "iptables" or options.iptables_because or not _has_nftables():
+        from agent.engines.iptables.engine import IptablesPlan
+
+        return IptablesPlan.of_policy(policy, options).render()
+    from agent.engines.nftables.engine import NftablesPlan
+
+    return NftablesPlan.of_policy(policy, options).render()
+
+
+def _has_nftables() -> bool:
+    from agent.engines.nftables.nft import find
+
+    try:
+        find()
+    except HostError:
+        return False
+    return True
 
 
 def uninstall(*, dry_run: bool = False) -> Removal:
-    """Take away what tpctl or kumactl installed, in both variants and families, and nothing else.
+    """Take away what tpctl or kumactl installed, by every engine, in every variant and family, and nothing else.
 
-    Needs no record, no user and no configuration. Raises ApplyError when the kernel refused; nothing was removed then.
+    Needs no record, no user and no configuration. Raises ApplyError when the kernel refused, HostError when the host
+    has no tool at all to look with.
     """
     require_root("tpctl uninstall")
-    engine = select(EngineOptions())
+    engines = list(registry.available(EngineOptions()))
+    if not engines:
+        raise HostError("this host has neither nftables nor iptables to look with; install one of them")
+    removed: list[str] = []
+    notices: list[str] = []
     with state.locked():
         record = state.load()
-        removal = engine.remove(dry_run=dry_run, footprint=record.footprint if record else None)
-        removed = list(removal.removed)
+        for engine in engines:
+            footprint = record.footprints.get(engine.name) if record else None
+            removal = engine.remove(dry_run=dry_run, footprint=footprint)
+            removed += removal.removed
+            notices += removal.notices
         name = record.policy.loopback if record else "lo"
         if loopback.remove(name, dry_run=dry_run):
             removed.append(f"the address ::6 on {name}")
         if not dry_run:
             state.clear()
-    return Removal(tuple(removed), removal.notices)
+    return Removal(tuple(removed), tuple(notices))
 
 
 def flush(*, dry_run: bool = False) -> Removal:
-    """Remove every rule and chain of nat and raw, everybody's, in both variants and families."""
+    """Remove every rule and chain of nat and raw, everybody's, in both variants and families of iptables."""
+    from agent.engines.iptables.engine import select as select_iptables
+
     require_root("tpctl uninstall --flush")
     engine = select_iptables(EngineOptions())
     if dry_run:

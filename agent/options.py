@@ -203,8 +203,10 @@ OPTIONS: tuple[Option, ...] = (
         "Level of these lines, as in syslog(2).",
     ),
     Option(
-        "engine", Section.ENGINE, "engine", "--engine", "ENGINE", choice("auto", "iptables"), "auto", "ENGINE",
-        "What redirects: auto or iptables.", new=True,
+        "engine", Section.ENGINE, "engine", "--engine", "ENGINE",
+        choice("auto", "nftables", "iptables"), "auto", "ENGINE",
+        "auto, nftables or iptables. auto takes nftables where it works and no --iptables-... flag is given.",
+        new=True,
     ),
     Option(
         "iptables_mode", Section.ENGINE, "iptablesMode", "--iptables-mode", "IPTABLES_MODE",

@@ -86,9 +86,12 @@ def resolve(config: Config, host: Host) -> Resolved:
             f"{config.origin('store_firewalld')} is not carried out yet: "
             "a reload of firewalld removes the redirection; install again after it"
         )
+    options = engine_options(config)
+    if options.engine == "nftables" and options.iptables_because:
+        found.problems.append(f"{config.origin('engine')}: nftables, but {options.iptables_because}; drop one")
     if found.problems:
         raise InputError(found.problems)
-    return Resolved(policy, engine_options(config), tuple(dict.fromkeys(found.notices)))
+    return Resolved(policy, options, tuple(dict.fromkeys(found.notices)))
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -102,6 +105,7 @@ def engine_options(config: Config) -> EngineOptions:
     }
     return EngineOptions(
         engine=config.engine,
+        iptables_because=_iptables_because(config),
         iptables_mode=config.iptables_mode,
         executables=complete,
         comments=not config.comments_disabled,
@@ -111,6 +115,16 @@ def engine_options(config: Config) -> EngineOptions:
         sleep_between_retries_seconds=config.sleep_between_retries,
         verbose=config.verbose,
     )
+
+
+def _iptables_because(config: Config) -> str | None:
+    """What in the configuration only the iptables engine carries out, or takes for granted."""
+    given = [
+        name
+        for name in ("iptables_mode", "executables", "log_enabled", "store_firewalld")
+        if config.is_given(name) and getattr(config, name) not in (False, "auto")
+    ]
+    return f"{config.origin(given[0])} asks for iptables" if given else None
 
 
 def _inbound(config: Config) -> Inbound:

@@ -7,6 +7,7 @@ by network namespace because rules are per namespace, and is gone after a reboot
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import agent
+from agent.engine_options import EngineOptions
 from agent.errors import ApplyError
 from agent.policy import Policy
 from agent.policy_document import from_document, to_document
@@ -41,17 +43,16 @@ class State:
     """The record of an installation."""
 
     policy: Policy
-    engine: str
-    variant: str | None
     phase: str = INSTALLED
     """"installing" from before the first change to the kernel until after the last one."""
     installed_at: str = ""
     """ISO 8601, UTC."""
     version: str = agent.__version__
     """The tpctl that installed it."""
-    comments: bool = True
-    footprint: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine needs to know of the host as it was before the first install."""
+    options: EngineOptions = field(default_factory=EngineOptions)
+    """How it was installed; engine and variant are those that were used, not "auto"."""
+    footprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By engine: what it needs to know of the host as it was before that engine's first install."""
 
 
 def namespace_key() -> str:
@@ -77,13 +78,11 @@ def load() -> State | None:
             return None
         return State(
             policy=from_document(document["policy"]),
-            engine=str(document["engine"]),
-            variant=document["variant"],
             phase=str(document["phase"]),
             installed_at=str(document["installedAt"]),
             version=str(document["version"]),
-            comments=bool(document["comments"]),
-            footprint=dict(document["footprint"]),
+            options=EngineOptions(**document["options"]),
+            footprints=dict(document["footprints"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -102,11 +101,9 @@ def save(state: State) -> None:
         "version": state.version,
         "installedAt": state.installed_at or now(),
         "phase": state.phase,
-        "engine": state.engine,
-        "variant": state.variant,
-        "comments": state.comments,
+        "options": dataclasses.asdict(state.options),
         "policy": to_document(state.policy),
-        "footprint": dict(state.footprint),
+        "footprints": dict(state.footprints),
     }
     target = path()
     try:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from agent import state
 from agent.engine_options import EngineOptions
+from agent.engines import registry
 from agent.engines.base import Inspection
-from agent.engines.registry import select
+from agent.errors import HostError
 from agent.host.sockets import Listener, listeners
 from agent.policy import DnsCapture, Policy, Protocol
 
@@ -46,15 +47,23 @@ class Report:
 
 
 def report() -> Report:
-    """Read the record and the kernel of this network namespace. Raises HostError on a host without iptables."""
+    """Read the record and the kernel of this network namespace. Raises HostError when there is no tool to look with."""
     record = state.load()
-    options = EngineOptions(comments=record.comments) if record else EngineOptions()
-    if record and record.variant:
-        options = EngineOptions(iptables_mode=record.variant, comments=record.comments)
-    engine = select(options)
-    inspection = engine.inspect(engine.plan(record.policy) if record else None)
-    ports = tuple(_ports(record.policy)) if record and inspection.installed else ()
-    return Report(record, inspection, ports, tuple(_problems(record, inspection, ports)))
+    options = record.options if record else EngineOptions()
+    recorded = options.engine if record else None
+    found: dict[str, Inspection] = {}
+    for engine in registry.available(options):
+        plan = engine.plan(record.policy) if record and engine.name == recorded else None
+        found[engine.name] = engine.inspect(plan)
+    if not found:
+        raise HostError("this host has neither nftables nor iptables; install one of them")
+    holding = [name for name, inspection in found.items() if inspection.installed]
+    shown = found[recorded if recorded in holding else (holding or list(found))[0]]
+    ports = tuple(_ports(record.policy)) if record and shown.installed else ()
+    problems = [*_problems(record, shown, ports)]
+    problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]
+    problems += [f"{foreign} are installed" for one in found.values() for foreign in one.foreign]
+    return Report(record, shown, ports, tuple(problems))
 
 
 def expected_ports(policy: Policy) -> Iterator[Expected]:
@@ -98,13 +107,13 @@ def _ports(policy: Policy) -> Iterator[PortStatus]:
 def _problems(record: state.State | None, inspection: Inspection, ports: Iterable[PortStatus]) -> Iterator[str]:
     if record and record.phase != state.INSTALLED:
         yield "an install was interrupted; run `tpctl install` again, or `tpctl uninstall`"
+    if record and inspection.installed and inspection.engine != record.options.engine:
+        recorded = record.options.engine
+        yield f"the {recorded} engine is on record, but the {inspection.engine} engine's rules are installed"
     if record and not inspection.installed:
-        yield "the record says tpctl is installed, but the kernel holds none of its rules: something removed them"
+        yield "tpctl is on record, but the kernel holds none of its rules; `tpctl apply` brings them back"
     if inspection.installed and not record:
         yield "rules of tpctl are installed, but there is no record of the policy; run `tpctl install` again"
     if inspection.drift:
-        yield "the kernel's rules differ from the plan: see drift; `tpctl install` puts them right"
-    yield from (
-        f"{found} are installed beside tpctl" if record else f"{found} are installed" for found in inspection.foreign
-    )
+        yield "the kernel's rules differ from the plan: see drift; `tpctl apply` puts them right"
     yield from (port.problem for port in ports if port.problem)

@@ -118,6 +118,7 @@ def _report_data(resolved: Resolved, report: InstallReport) -> dict[str, object]
 
     return {
         "installed": True,
+        "changed": report.changed,
         "engine": report.engine,
         "variant": report.variant,
         "reason": report.reason,
@@ -132,7 +133,9 @@ def _print_report(report: InstallReport) -> None:
     from agent.cli import output
 
     output.notices(report.notices)
-    click.echo(f"installed: {output.family_names(report.families)} by {report.engine} ({report.variant})")
+    by = f"{report.engine} ({report.variant})" if report.variant else report.engine
+    what = "installed" if report.changed else "unchanged, exactly this is installed already"
+    click.echo(f"{what}: {output.family_names(report.families)} by {by}")
     output.pairs(
         [
             *output.describe(report.policy),

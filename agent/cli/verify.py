@@ -61,7 +61,6 @@ def _subject(policy_input: PolicyInput) -> tuple[Policy, EngineOptions, str, tup
         resolved = load_policy(policy_input)
         return resolved.policy, resolved.options, "given", resolved.notices
     from agent import state
-    from agent.engine_options import EngineOptions
 
     installed = state.load()
     if installed is None:
@@ -69,10 +68,7 @@ def _subject(policy_input: PolicyInput) -> tuple[Policy, EngineOptions, str, tup
             "nothing is installed in this network namespace; describe a policy with the flags of tpctl install, "
             "as in --kuma-dp-user kuma-dp"
         )
-    options = EngineOptions(
-        engine=installed.engine, iptables_mode=installed.variant or "auto", comments=installed.comments
-    )
-    return installed.policy, options, "installed", ()
+    return installed.policy, installed.options, "installed", ()
 
 
 def _endpoint(address: Address, port: int | None) -> str:
@@ -99,6 +95,7 @@ def _got(result: Result) -> str:
 def _data(rehearsal: Rehearsal) -> dict[str, object]:
     return {
         "ok": rehearsal.ok,
+        "engine": rehearsal.engine,
         "variant": rehearsal.variant,
         "probes": [
             {
@@ -132,7 +129,8 @@ def _print(rehearsal: Rehearsal, which: str, *, only_failures: bool) -> None:
         click.secho(line, bold=ok is None, fg="red" if ok is False else None)
     count = len(rehearsal.results)
     verdict = f"{len(wrong)} of {count} probes ended elsewhere" if wrong else f"all {count} probes ended as they should"
-    click.secho(f"\n{verdict} ({which} policy, iptables-{rehearsal.variant})", fg="red" if wrong else "green")
+    engine = f"{rehearsal.engine} ({rehearsal.variant})" if rehearsal.variant else rehearsal.engine
+    click.secho(f"\n{verdict}: {which} policy, {engine}", fg="red" if wrong else "green")
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -110,6 +110,10 @@ class Engine(Protocol[P]):
         """What the kernel holds now, compared with `plan` when there is one."""
         ...
 
-    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None) -> Removal:
-        """Remove what this engine (or kumactl) installed, and nothing else; with `dry_run` only say what would go."""
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
+        """Remove what this engine (or kumactl) installed, and nothing else; with `dry_run` only say what would go.
+
+        With `draining`, connections that run through the data plane are let finish. A caller that has put another
+        engine's rules in place does without it: those keep the connections alive.
+        """
         ...

@@ -40,6 +40,7 @@ class Rehearsal:
     """A rehearsal's outcome."""
 
     policy: Policy
+    engine: str
     variant: str | None
     results: tuple[Result, ...]
     notes: tuple[str, ...]
@@ -63,13 +64,13 @@ def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
     staging = stage(policy, families)
     with Lab(staging.layout) as lab:
         with lab.inside(HOST):
-            engine = select(options)
+            engine = select(options).engine
             if Family.IPV6 in staging.policy.families:
                 loopback.add(staging.policy.loopback)
             notices = engine.apply(engine.plan(staging.policy)).notices
         lab.serve_data_plane(staging.policy)
         results = tuple(attempt(lab, staging.policy, probes(staging.policy, staging.layout)))
-    return Rehearsal(staging.policy, engine.variant, results, (*staging.notes, *notices))
+    return Rehearsal(staging.policy, engine.name, engine.variant, results, (*staging.notes, *notices))
 
 
 def attempt(lab: Lab, policy: Policy, wanted: Iterable[Probe]) -> Iterable[Result]:

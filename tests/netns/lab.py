@@ -41,7 +41,7 @@ def tpctl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[st
 def installed(lab: Lab, *flags: str) -> Iterator[None]:
     """`tpctl install` in the laboratory's host for the length of the block."""
     with lab.inside(HOST):
-        tpctl("install", "--kuma-dp-user", PROXY_USER, *flags)
+        tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "iptables", *flags)
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ from tests.netns.lab import APP, PROXY, PROXY_USER, installed, run, snapshot, tp
 
 pytestmark = pytest.mark.root
 
-INSTALL = ("install", "--kuma-dp-user", PROXY_USER)
+INSTALL = ("install", "--kuma-dp-user", PROXY_USER, "--engine", "iptables")
 REMOTE = ip_address("203.0.113.7")
 CONTAINERS = ip_network("172.31.0.0/24")
 KUMA_RULES = """\

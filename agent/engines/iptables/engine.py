@@ -105,7 +105,7 @@ class IptablesEngine:
         """The tables and base chains of nf_tables that exist: iptables-nft makes them and never removes them."""
         return {"hooks": nft_hooks.to_json(nft_hooks.existing())}
 
-    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None) -> Removal:
+    def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
         """Remove what tpctl or kumactl installed, in both variants and families."""
         keep = nft_hooks.from_json((footprint or {}).get("hooks"))
         removed: list[str] = []
@@ -115,8 +115,8 @@ class IptablesEngine:
             removed += held
             if held and not dry_run:
                 self._empty(backends)
-                if variant == "nft":
-                    removed += nft_hooks.remove_empty(keep)
+            if variant == "nft" and not dry_run and (held or footprint is not None):
+                removed += nft_hooks.remove_empty(keep)
         return Removal(tuple(removed))
 
     def everything(self, tables: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ A client host, our host with an application and the relay, and a server host. Th
 and `tpctl uninstall` run on our host; real connections are opened before, between and after. Nothing of it touches the
 machine's own network, and nothing is left: the namespaces vanish with this process.
 
-    python -m tests.demo [auto|nft|legacy]
+    python -m tests.demo [auto|nft|legacy|nftables]
 
 Exits with 0 only if every connection ended where it should and every rule of the host is as it was.
 """
@@ -49,7 +49,20 @@ INSTALL = (
     *("--kuma-dp-user", PROXY_USER, "--exclude-inbound-ports", "22", "--exclude-outbound-ports", "3306"),
     *("--exclude-outbound-ips", "203.0.113.99", "--redirect-dns"),
 )
-FOREIGN = """*filter
+ENGINE_FLAGS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "nft": ("--engine", "iptables", "--iptables-mode", "nft"),
+    "legacy": ("--engine", "iptables", "--iptables-mode", "legacy"),
+    "nftables": ("--engine", "nftables"),
+}
+# Rules in raw and mangle as well: a legacy table that was never used appears, empty, once it has been.
+FOREIGN = """*raw
+-A PREROUTING -p tcp -m tcp --dport 9998 -m comment --comment "another tool's"
+COMMIT
+*mangle
+-A FORWARD -p tcp -m tcp --dport 9998 -m comment --comment "another tool's"
+COMMIT
+*filter
 :THEIRS - [0:0]
 -A INPUT -p tcp -m tcp --dport 9999 -m comment --comment "another tool's" -j DROP
 -A THEIRS -j RETURN
@@ -221,13 +234,13 @@ def demonstrate(mode: str, directory: Path) -> bool:
             lab.serve(row.connection)
         with lab.inside(HOST):
             for family_tool in ("iptables", "ip6tables"):
-                tool = family_tool if mode == "auto" else f"{family_tool}-{mode}"
+                tool = f"{family_tool}-{mode}" if mode in ("nft", "legacy") else family_tool
                 run([f"{tool}-restore", "--noflush"], stdin=FOREIGN)
             before_rules = snapshot(counters=False)
         before = [direct(stage, row) for row in wanted]
         relay = Relay(lab, resolv_conf, directory / "relay.log")
         try:
-            flags = (*INSTALL, "--resolv-conf", str(resolv_conf), "--iptables-mode", mode)
+            flags = (*INSTALL, *ENGINE_FLAGS[mode], "--resolv-conf", str(resolv_conf))
             print(f"$ tpctl install {' '.join(flags)}")
             with lab.inside(HOST):
                 print(tpctl("install", *flags).stdout.rstrip())
@@ -280,8 +293,8 @@ def compare(before: dict[str, str], after: dict[str, str]) -> bool:
 def main() -> int:
     """Run the demonstration."""
     mode = sys.argv[1] if len(sys.argv) > 1 else "auto"
-    if mode not in ("auto", "nft", "legacy") or os.geteuid() != 0:
-        print("usage, as root: python -m tests.demo [auto|nft|legacy]", file=sys.stderr)
+    if mode not in ENGINE_FLAGS or os.geteuid() != 0:
+        print("usage, as root: python -m tests.demo [auto|nft|legacy|nftables]", file=sys.stderr)
         return 2
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tpctl-demo-") as name:

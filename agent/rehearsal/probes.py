@@ -215,7 +215,8 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
 def _dns(cast: _Cast) -> Iterator[Probe]:
     policy = cast.policy
     links = {uplink.name for uplink in cast.layout.uplinks}
-    servers = [s for s in policy.servers(cast.family) if s.interface is None or s.interface in links]
+    mine = [server for server in policy.dns.servers if Family.of(server.address) is cast.family]
+    servers = [server for server in mine if server.interface is None or server.interface in links]
     for server in servers[:_MOST_RANGES]:
         for label, protocol, uid in (
             (f"DNS to {server}", Protocol.UDP, None),

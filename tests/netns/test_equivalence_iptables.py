@@ -168,7 +168,7 @@ def wrong_answers(staging: Staging, variant: str, more: Sequence[Connection]) ->
     random = [Probe("a random connection", connection) for connection in more]
     with Lab(layout) as lab:
         with lab.inside(HOST):
-            engine = select(EngineOptions(iptables_mode=variant))
+            engine = select(EngineOptions(engine="iptables", iptables_mode=variant)).engine
             if Family.IPV6 in policy.families:
                 loopback.add(policy.loopback)
             engine.apply(engine.plan(policy))

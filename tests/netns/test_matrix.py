@@ -109,7 +109,7 @@ def test_default_install(lab: Lab, variant: str, family: Family) -> None:
     lab.serve_data_plane(Policy(PROXY))
     direct = {name: row for name, row in rows.items() if "passthrough" not in name or family is Family.IPV4}
     assert answers(lab, direct) == nobody_in_between(direct)
-    with installed(lab, "--exclude-inbound-ports", "22", "--iptables-mode", variant):
+    with installed(lab, "--exclude-inbound-ports", "22", "--engine", "iptables", "--iptables-mode", variant):
         assert answers(lab, rows) == {name: expected for name, (_, expected) in rows.items()}
     assert answers(lab, direct) == nobody_in_between(direct)
 
@@ -117,14 +117,14 @@ def test_default_install(lab: Lab, variant: str, family: Family) -> None:
 @pytest.mark.parametrize("family", Family)
 def test_original_destination_is_recovered(lab: Lab, variant: str, family: Family) -> None:
     lab.serve_data_plane(Policy(PROXY))
-    with installed(lab, "--iptables-mode", variant):
+    with installed(lab, "--engine", "iptables", "--iptables-mode", variant):
         assert lab.dial(arrive(family, 8080)).original == (HOST_ADDRESS[family], 8080)
         assert lab.dial(leave(family, 443, APP)).original == (REMOTE[family], 443)
         assert lab.dial(arrive(family, 8080)).source == REMOTE[family]
 
 
 def test_nobody_listens_on_the_data_plane_ports(lab: Lab, variant: str) -> None:
-    with installed(lab, "--iptables-mode", variant):
+    with installed(lab, "--engine", "iptables", "--iptables-mode", variant):
         for family in Family:
             assert lab.dial(arrive(family, 8080)).outcome == "refused"
             assert lab.dial(leave(family, 443, APP)).outcome == "refused"
@@ -134,7 +134,7 @@ def test_ipv6_is_left_alone_when_only_ipv4_is_asked_for(lab: Lab, variant: str) 
     rows = matrix(Family.IPV6)
     del rows["proxy from the passthrough address"]
     lab.serve_data_plane(Policy(PROXY))
-    with installed(lab, "--iptables-mode", variant, "--ip-family-mode", "ipv4"):
+    with installed(lab, "--engine", "iptables", "--iptables-mode", variant, "--ip-family-mode", "ipv4"):
         assert answers(lab, rows) == nobody_in_between(rows)
         assert str(lab.dial(leave(Family.IPV4, 443, APP))) == OUT
 
@@ -151,7 +151,7 @@ def test_running_connections_survive_install_and_uninstall(lab: Lab, variant: st
         app = socket.create_connection((str(PEER_ADDRESS[family]), 443), timeout=2)
     with server, far, client, app, server.accept()[0] as accepted, far.accept()[0] as far_accepted:
         pairs = [(client, accepted), (accepted, client), (app, far_accepted), (far_accepted, app)]
-        with installed(lab, "--iptables-mode", variant):
+        with installed(lab, "--engine", "iptables", "--iptables-mode", variant):
             _exchange(pairs)
         _exchange(pairs)
 
@@ -235,7 +235,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_end_where_the_specification_says(name: str, variant: str) -> None:
-    rehearsal = rehearse(POLICIES[name], EngineOptions(iptables_mode=variant))
+    rehearsal = rehearse(POLICIES[name], EngineOptions("iptables", iptables_mode=variant))
     wrong = [
         f"{result.probe.label}: {result.probe.connection}\n    expected {result.expected} ({result.verdict.reason}), "
         f"got {result.answer}, original destination {result.answer.original}"
@@ -246,10 +246,9 @@ def test_policies_end_where_the_specification_says(name: str, variant: str) -> N
     assert not [note for note in rehearsal.notes if "not rehearsed" in note]
 
 
-@pytest.mark.xfail(reason="REDIRECT cannot reach ::1 from a socket that connect(2) bound to a link", strict=True)
 def test_scoped_name_server(variant: str) -> None:
     policy = Policy(PROXY, dns=Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("fe80::53"), "eth0"),)))
-    assert rehearse(policy, EngineOptions(iptables_mode=variant)).ok
+    assert rehearse(policy, EngineOptions("iptables", iptables_mode=variant)).ok
 
 
 def test_invalid_packets_are_dropped(lab: Lab, variant: str) -> None:
@@ -257,7 +256,7 @@ def test_invalid_packets_are_dropped(lab: Lab, variant: str) -> None:
     with lab.inside(HOST):
         run([f"iptables-{variant}", "-t", "mangle", "-A", "INPUT", "-p", "tcp", "--dport", "4711"])
     for flags, passed_so_far in (((), 1), (("--drop-invalid-packets",), 1)):
-        with installed(lab, "--iptables-mode", variant, *flags):
+        with installed(lab, "--engine", "iptables", "--iptables-mode", variant, *flags):
             _send_stray_reset(lab, 4711)
             with lab.inside(HOST):
                 shown = run([f"iptables-{variant}-save", "-c", "-t", "mangle"]).stdout
@@ -342,10 +341,10 @@ def test_uninstall_restores_every_byte_and_counter(variant: str, others_in: str,
             add_foreign(tables, foreign_rules("before", with_chain=True))
         count_something()
         before = snapshot(counters=True)
-        tpctl("install", "--kuma-dp-user", "nobody", "--iptables-mode", variant, *flags)
+        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant, *flags)
         during = snapshot(counters=True)
         assert during != before
-        tpctl("install", "--kuma-dp-user", "nobody", "--iptables-mode", variant)
+        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant)
         tpctl("uninstall")
         assert snapshot(counters=True) == before
         tpctl("uninstall")
@@ -355,7 +354,7 @@ def test_uninstall_restores_every_byte_and_counter(variant: str, others_in: str,
 def test_uninstall_from_a_host_without_any_rules(variant: str) -> None:
     with bare_namespace() as space, space.inside():
         before = snapshot(counters=True)
-        tpctl("install", "--kuma-dp-user", "nobody", "--iptables-mode", variant, *EVERYTHING)
+        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant, *EVERYTHING)
         tpctl("uninstall")
         after = snapshot(counters=True)
         if variant == "legacy":
@@ -372,7 +371,16 @@ def test_rules_that_came_after_ours_stay_in_their_order(variant: str) -> None:
         with bare_namespace() as space, space.inside():
             add_foreign(variant, foreign_rules("before"))
             if space_has_ours:
-                tpctl("install", "--kuma-dp-user", "nobody", "--iptables-mode", variant, *EVERYTHING)
+                tpctl(
+                    "install",
+                    "--kuma-dp-user",
+                    "nobody",
+                    "--engine",
+                    "iptables",
+                    "--iptables-mode",
+                    variant,
+                    *EVERYTHING,
+                )
             add_foreign(variant, foreign_rules("after"))
             # Position 1 is before everything, 2 between ours or, without ours, in front of "before".
             insert_foreign(variant, 1)

@@ -112,7 +112,7 @@ def serve(name: bytes, port: int) -> Callable[[Pipe], Counter[str]]:
     return work
 
 
-def dial(family: int) -> socket.socket:
+def dial(family: socket.AddressFamily) -> socket.socket:
     """A connection to a remote host that answered nothing yet."""
     made = socket.socket(family, socket.SOCK_STREAM)
     made.settimeout(5)
@@ -127,7 +127,7 @@ def who(connection: socket.socket) -> str:
     return connection.recv(1).decode() or "closed"
 
 
-def applications(family: int) -> Callable[[Pipe], Counter[str]]:
+def applications(family: socket.AddressFamily) -> Callable[[Pipe], Counter[str]]:
     """Open one connection after the other, without pause."""
 
     def work(pipe: Pipe) -> Counter[str]:
@@ -153,7 +153,10 @@ def scene() -> Iterator[tuple[Lab, list[Process]]]:
                 write_sysctls({"ipv4/ip_local_port_range": "1024 65000", "ipv4/tcp_tw_reuse": "1"})
         with lab.inside(HOST):
             loopback.add("lo")
-        running = [Process(lab.spaces[HOST], PROXY, serve(b"P", 15001)), Process(lab.spaces[PEER], 0, serve(b"R", PORT))]
+        running = [
+            Process(lab.spaces[HOST], PROXY, serve(b"P", 15001)),
+            Process(lab.spaces[PEER], 0, serve(b"R", PORT)),
+        ]
         try:
             yield lab, running
         finally:

@@ -26,9 +26,12 @@ _TCP_CONNTRACK_TIME_WAIT = 7
 """Later states (enum tcp_conntrack) mean the connection is over: TIME_WAIT 7, CLOSE 8."""
 
 
-def leftover(current: Objects) -> str:
-    """The transaction that leaves no redirect of ours, but keeps conntrack and NAT for connections that run."""
-    ports = tuple(str(port) for port in redirected_ports(current))
+def leftover(current: Objects | None, also: Iterable[int] = ()) -> str:
+    """The transaction that leaves no redirect of ours, but keeps conntrack and NAT for connections that run.
+
+    `also` are ports that another engine's rules redirect to.
+    """
+    ports = tuple(str(port) for port in sorted({*redirected_ports(current or []), *also}))
     rule = Rule("ct state established", "accept", "connections through the data plane may finish")
     table = Table(
         (Set(PORTS, "inet_service", ports),),

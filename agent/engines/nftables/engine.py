@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from agent.engine_options import EngineOptions
@@ -106,7 +106,20 @@ class NftablesEngine:
                 self.nft.execute(f"delete table {TABLE}\n")
         except NftError as refused:
             raise ApplyError(f"nf_tables refused to remove table {TABLE}: {refused}. Nothing was removed") from refused
-        return Removal(removed, (_still_running(running),) if running else ())
+        return Removal(removed, (still_running(running),) if running else ())
+
+    def hold(self, ports: Iterable[int]) -> int:
+        """Do for another engine's rules, before they go, what `remove` does for ours: let running connections finish.
+
+        Hands back how many connections to `ports` run; with none, nothing is left.
+        """
+        running = drain.running(ports)
+        if running:
+            try:
+                self.nft.execute(drain.leftover(self._current(), ports))
+            except NftError as refused:
+                raise ApplyError(f"nf_tables refused the table {TABLE}: {refused}. Nothing was changed") from refused
+        return running
 
     def leftovers(self) -> int | None:
         """How many connections the leftovers of an uninstall wait for; None when there are no leftovers."""
@@ -163,7 +176,8 @@ def load(options: EngineOptions | None = None) -> NftablesEngine:
     return NftablesEngine(way, options or EngineOptions())
 
 
-def _still_running(count: int) -> str:
+def still_running(count: int) -> str:
+    """What the operator is told about connections that are let finish."""
     connections = "connection runs" if count == 1 else "connections run"
     return (
         f"{count} {connections} through the data plane and may finish: until then the table {TABLE} stays, without a "

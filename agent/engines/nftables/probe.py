@@ -31,9 +31,7 @@ EVERYTHING = Policy(
         exclude_destinations=(ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")),
         exclude_uids=tuple(UidExclusion(protocol, (ALL_PORTS,), UidRange(1, 2)) for protocol in Protocol),
     ),
-    dns=Dns(
-        DnsCapture.LISTED, servers=(NameServer(ip_address("192.0.2.1")), NameServer(ip_address("fe80::1"), "eth0"))
-    ),
+    dns=Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("192.0.2.1")),)),
     virtual_networks=(VirtualNetwork("br+", ip_network("192.0.2.0/24")),),
     drop_invalid=True,
     log_level=7,

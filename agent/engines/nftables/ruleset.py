@@ -22,10 +22,10 @@ from agent.errors import InputError
 from agent.policy import (
     ALL_PORTS,
     DNS_PORT,
+    LINK_LOCAL6,
     RESERVED,
     DnsCapture,
     Family,
-    NameServer,
     Network,
     Policy,
     Ports,
@@ -97,13 +97,13 @@ class _Builder:
                 match = _join(self._nfproto(family), _in(vnet), QUERY)
                 yield _zone(match, CAPTURED_ZONE, f"z6: a query from {vnet.interface}")
         forwarded = f"{QUERY} fib daddr type != local"
-        for match in self._servers(self._splitting, "daddr", "iifname"):
+        for match in self._servers(self._splitting, "daddr"):
             yield _zone(_join(match, forwarded), UPSTREAM_ZONE, "z7: a forwarded query")
-        for match in self._servers(self._splitting, "saddr", "iifname"):
+        for match in self._servers(self._splitting, "saddr"):
             yield _zone(_join(match, f"udp sport {DNS_PORT}"), UPSTREAM_ZONE, "z4: an answer")
 
     def _zone_output(self) -> Iterator[Rule]:
-        for match in self._servers(self._splitting, "daddr", "oifname"):
+        for match in self._servers(self._splitting, "daddr"):
             yield Rule(_join(match, QUERY), "jump zone_query", "a query to a captured server")
         if not self._splitting:
             return
@@ -217,6 +217,8 @@ class _Builder:
 
     def _outbound(self) -> Iterator[Rule]:
         outbound = self.policy.outbound
+        if Family.IPV6 in self.families:
+            yield Rule(f"ip6 daddr {LINK_LOCAL6}", "accept", "s1: link-local destinations cannot be redirected")
         if any(item.protocol is Protocol.TCP for item in outbound.exclude_uids):
             yield Rule("", "meta skuid vmap @excluded_uids", "x1: excluded uids")
         for match in self._excluded_destinations():
@@ -257,7 +259,7 @@ class _Builder:
     def _dns_over_tcp(self) -> Iterator[Rule]:
         yield Rule(self.owner, "return", "the data plane's own queries go on like its other connections")
         if self.policy.dns.tcp:
-            for match in self._servers(self._capturing, "daddr", "oifname"):
+            for match in self._servers(self._capturing, "daddr"):
                 yield Rule(_join(match, TCP), _redirect(self.policy.dns.port), "d4: DNS over TCP")
         yield Rule("", "accept", "x4: DNS over TCP passes")
 
@@ -267,7 +269,7 @@ class _Builder:
         for match in self._excluded_destinations():
             yield Rule(match, "accept", "x2: excluded destinations")
         yield Rule(self.owner, "accept", "d2: the data plane asks its name server")
-        for match in self._servers(self._capturing, "daddr", "oifname"):
+        for match in self._servers(self._capturing, "daddr"):
             yield Rule(_join(match, "meta l4proto udp"), _redirect(self.policy.dns.port), "d3: to the DNS listener")
 
     def _excluded_uid_chains(self, protocol: Protocol) -> Iterator[Chain]:
@@ -291,22 +293,17 @@ class _Builder:
     def _nfproto(self, family: Family) -> str:
         return f"meta nfproto ipv{family.value}"
 
-    def _servers(self, families: tuple[Family, ...], side: str, scope: str) -> Iterator[str]:
+    def _servers(self, families: tuple[Family, ...], side: str) -> Iterator[str]:
         """Matches that together cover the captured servers, as source or destination (`side`)."""
-        if not families:
-            return
-        if self.policy.dns.capture is DnsCapture.ALL:
-            yield self._guard(families)
-            return
         for family in families:
-            servers = self.policy.servers(family)
-            unscoped = [server for server in servers if server.interface is None]
-            if unscoped:
-                name = self._set(f"name_servers_v{family.value}", _type(family), _addresses(unscoped))
-                yield f"{ADDRESS[family]} {side} {name}"
-            for server in servers:
-                if server.interface is not None:
-                    yield f"{scope} {interface(server.interface)} {ADDRESS[family]} {side} {server.address}"
+            ip = ADDRESS[family]
+            if self.policy.dns.capture is DnsCapture.LISTED:
+                servers = tuple(dict.fromkeys(str(server.address) for server in self.policy.servers(family)))
+                yield f"{ip} {side} {self._set(f'name_servers_v{family.value}', _type(family), servers)}"
+            elif family is Family.IPV6:
+                yield f"{ip} {side} != {LINK_LOCAL6}"  # s1
+            else:
+                yield self._nfproto(family)
 
     def _excluded_destinations(self) -> Iterator[str]:
         return self._networks("excluded_destinations", self.policy.outbound.exclude_destinations, "daddr")
@@ -355,10 +352,6 @@ def _in(vnet: VirtualNetwork) -> str:
 
 def _type(family: Family) -> str:
     return f"ipv{family.value}_addr"
-
-
-def _addresses(servers: Iterable[NameServer]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(server.address) for server in servers))
 
 
 def _shortened(items: tuple[object, ...]) -> str:

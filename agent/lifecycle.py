@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from agent import loopback, state
+from agent import draining, loopback, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
@@ -213,6 +213,8 @@ def uninstall(*, dry_run: bool = False) -> Removal:
         record = state.load()
         for engine in engines:
             footprint = record.footprints.get(engine.name) if record else None
+            if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
+                notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
             removal = engine.remove(dry_run=dry_run, footprint=footprint)
             removed += removal.removed
             notices += removal.notices
@@ -222,6 +224,10 @@ def uninstall(*, dry_run: bool = False) -> Removal:
         if not dry_run:
             state.clear()
     return Removal(tuple(removed), tuple(notices))
+
+
+def _data_plane_ports(policy: Policy) -> tuple[int, ...]:
+    return policy.inbound.port, policy.outbound.port, policy.dns.port
 
 
 def flush(*, dry_run: bool = False) -> Removal:

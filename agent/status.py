@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from agent import state
+from agent import draining, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Inspection
@@ -44,6 +44,8 @@ class Report:
     ports: tuple[PortStatus, ...]
     problems: tuple[str, ...]
     """What is not as it should be; empty when all is well."""
+    draining: int = 0
+    """Connections through the data plane that an uninstall lets finish; a table without redirects stays until then."""
 
 
 def report() -> Report:
@@ -60,10 +62,11 @@ def report() -> Report:
     holding = [name for name, inspection in found.items() if inspection.installed]
     shown = found[recorded if recorded in holding else (holding or list(found))[0]]
     ports = tuple(_ports(record.policy)) if record and shown.installed else ()
+    running = 0 if "nftables" in holding else draining.tidy()
     problems = [*_problems(record, shown, ports)]
     problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]
     problems += [f"{foreign} are installed" for one in found.values() for foreign in one.foreign]
-    return Report(record, shown, ports, tuple(problems))
+    return Report(record, shown, ports, tuple(problems), running)
 
 
 def expected_ports(policy: Policy) -> Iterator[Expected]:

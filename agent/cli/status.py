@@ -55,6 +55,7 @@ def _document(report: Report) -> dict[str, Any]:
         "version": record.version if record else None,
         "phase": record.phase if record else None,
         "policy": to_document(record.policy) if record else None,
+        "draining": report.draining,
         "drift": list(found.drift),
         "ports": [
             {"role": p.role, "protocol": str(p.protocol), "port": p.port, "uids": list(p.uids), "problem": p.problem}
@@ -86,6 +87,8 @@ def _print(report: Report, verbose: bool) -> None:
         )
     click.echo(f"installed: {what}")
     rows = []
+    if report.draining:
+        rows.append(("draining", f"{report.draining} connections through the data plane may finish"))
     if record:
         rows += [("since", f"{record.installed_at}, by tpctl {record.version}"), *output.describe(record.policy)]
     for port in report.ports:

@@ -129,7 +129,7 @@ def test_kumactls_word_and_a_flag_that_never_takes_it(tpctl: Run, kernel: Record
         (("--redirect-dns", "--resolv-conf", os.devnull), "lists no name server"),
         (("--exclude-outbound-ports-for-uids", "udp:53:app"), "is not a uid"),
         (("--no-such-flag",), "No such option"),
-        (("--engine", "ebpf-maybe"), "is none of auto, iptables"),
+        (("--engine", "ebpf-maybe"), "is none of auto, nftables, iptables"),
     ],
 )
 def test_bad_input_changes_nothing(tpctl: Run, kernel: Recorder, argv: tuple[str, ...], problem: str) -> None:
@@ -186,11 +186,11 @@ def test_verbose_names_what_was_given(tpctl: Run, kernel: Recorder) -> None:
 
 def test_dry_run_prints_the_plan_and_touches_nothing(tpctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    code, out, _ = tpctl("install", *USER, "--dry-run", "--exclude-inbound-ports", "22")
+    code, out, _ = tpctl("install", *USER, "--engine", "iptables", "--dry-run", "--exclude-inbound-ports", "22")
     assert code == 0
     assert "*nat" in out
     assert "--dport 22" in out
-    code, out, _ = tpctl("install", *USER, "--dry-run", "--json")
+    code, out, _ = tpctl("install", *USER, "--engine", "iptables", "--dry-run", "--json")
     assert (code, json.loads(out)["dry_run"], "*nat" in json.loads(out)["text"]) == (0, True, True)
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.engines.nftables.nft import Objects
-from agent.engines.nftables.table import Chain, Hook, Rule, Set, Table
-from agent.engines.nftables.transaction import replacement
+from agent.engines.nftables.table import TABLE, Chain, Hook, Rule, Set, Table
 
 PORTS = "draining_ports"
 _CHAIN = "draining"
@@ -40,7 +39,8 @@ def leftover(current: Objects | None, also: Iterable[int] = ()) -> str:
             Chain(_CHAIN, (rule,), Hook("filter", "output", -1)),
         ),
     )
-    return replacement(current, table)
+    # The kernel makes the new chains before it lets go of the old ones, so NAT always has a user.
+    return f"delete table {TABLE}\n{table.render()}"
 
 
 def is_leftover(current: Objects) -> bool:

@@ -111,7 +111,7 @@ class Lab:
             try:
                 scope = 0
                 if connection.family is Family.IPV6 and connection.destination.is_link_local:
-                    scope = socket.if_nametoindex(connection.interface)
+                    scope = socket.if_nametoindex(self.layout.link_of_origin(connection))
                 source_port = connection.source_port or next(self._source_ports)
                 made.bind(_sockname(connection.source, source_port, scope))
                 assert connection.destination_port is not None

@@ -28,6 +28,8 @@ PEER_ADDRESS: dict[Family, Address] = {
 }
 """From the benchmarking range (RFC 2544) and a private range: unlikely to be named by a real policy."""
 HOST_LINK_LOCAL = IPv6Address("fe80::7063:2")
+PEER_LINK_LOCAL = IPv6Address("fe80::7063:1")
+"""On every uplink."""
 _INTERFACE_NAME_MAX = 15
 
 
@@ -49,6 +51,15 @@ class Bridge:
     def network(self, family: Family) -> Network | None:
         """The network of a family on it."""
         return next((network for network in self.networks if Family.of(network) is family), None)
+
+
+CONTAINER_LINK = "eth0"
+"""The container's end of a bridge."""
+
+
+def far_end(number: int) -> str:
+    """The peer's end of an uplink."""
+    return f"up{number}"
 
 
 def gateway(network: Network) -> Address:
@@ -112,6 +123,13 @@ class Layout:
         interface = behind[0].name if behind else self.uplinks[0].name
         local = self.is_local(destination)
         return Connection(Direction.INBOUND, protocol, source, destination, port, interface, local_destination=local)
+
+    def link_of_origin(self, connection: Connection) -> str:
+        """The interface by which a connection leaves the node that opens it."""
+        if connection.direction is Direction.OUTBOUND:
+            return connection.interface
+        numbers = (number for number, uplink in enumerate(self.uplinks) if uplink.name == connection.interface)
+        return next((far_end(number) for number in numbers), CONTAINER_LINK)
 
     def origin(self, connection: Connection) -> str:
         """The node that opens a connection."""

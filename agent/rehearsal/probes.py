@@ -24,7 +24,7 @@ from agent.policy import (
     includes,
     of_family,
 )
-from agent.rehearsal.layout import HOST_ADDRESS, PEER, Bridge, Layout, member
+from agent.rehearsal.layout import HOST_ADDRESS, HOST_LINK_LOCAL, PEER, PEER_LINK_LOCAL, Bridge, Layout, member
 
 ROOT = 0
 _APPLICATION_UIDS = (1000, 1001, 1002, 4242, 61000)
@@ -118,8 +118,8 @@ def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
         family,
         application_uid(policy),
         next(filter(ordinary, remotes), remotes[0]),
-        _ordinary_port(policy, (*inbound.include_ports, *inbound.exclude_ports)),
-        _ordinary_port(policy, (*outbound.include_ports, *outbound.exclude_ports)),
+        _redirected_port(policy, inbound.include_ports, inbound.exclude_ports),
+        _redirected_port(policy, outbound.include_ports, outbound.exclude_ports),
     )
 
 
@@ -128,9 +128,11 @@ def data_plane_ports(policy: Policy) -> frozenset[int]:
     return frozenset((policy.inbound.port, policy.outbound.port, policy.dns.port))
 
 
-def _ordinary_port(policy: Policy, named: Ports) -> int:
-    free = (p for p in _ORDINARY_PORTS if not includes(named, p) and p not in data_plane_ports(policy))
-    return next(free, _ORDINARY_PORTS[0])
+def _redirected_port(policy: Policy, include: Ports, exclude: Ports) -> int:
+    """A port that the port lists redirect, if there is one, so that the other rules are seen to make the difference."""
+    taken = data_plane_ports(policy) | {DNS_PORT}
+    wanted = (item.first for item in include) if include else (p for p in _ORDINARY_PORTS if not includes(exclude, p))
+    return next((port for port in wanted if port not in taken), _ORDINARY_PORTS[0])
 
 
 def _edges(policy: Policy, ranges: Ports) -> Iterator[int]:
@@ -156,6 +158,10 @@ def _inbound(cast: _Cast) -> Iterator[Probe]:
     inbound = cast.policy.inbound
     yield cast.arrive("inbound", cast.port_in)
     yield cast.arrive("inbound ssh", 22)
+    if cast.family is Family.IPV6:
+        yield cast.arrive(
+            "inbound between link-local addresses", cast.port_in, source=PEER_LINK_LOCAL, to=HOST_LINK_LOCAL
+        )
     for what, ranges in (("included", inbound.include_ports), ("excluded", inbound.exclude_ports)):
         for port in _edges(cast.policy, ranges):
             yield cast.arrive(f"inbound, {_named(ranges, port, what)}", port)
@@ -180,6 +186,8 @@ def _outbound(cast: _Cast) -> Iterator[Probe]:
         yield from _excluded_users(cast, rule.protocol, rule.ports, rule.uids)
     udp = cast.layout.outgoing(Protocol.UDP, cast.remote, cast.port_out, cast.app)
     yield Probe(f"IPv{cast.family} outbound UDP", udp)
+    if cast.family is Family.IPV6:
+        yield cast.out("outbound to a link-local address", cast.port_out, to=PEER_LINK_LOCAL)
 
 
 def _excluded_users(cast: _Cast, protocol: Protocol, ports: Ports, uids: UidRange) -> Iterator[Probe]:
@@ -225,6 +233,9 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
         ):
             yield _on(cast.query(label, server.address, protocol, uid=uid), server.interface)
     yield cast.query("DNS to another server", cast.remote)
+    if cast.family is Family.IPV6:
+        for protocol in Protocol:
+            yield cast.query(f"DNS over {protocol.upper()} to a link-local server", PEER_LINK_LOCAL, protocol)
     yield cast.query("DNS over TCP to another server", cast.remote, Protocol.TCP)
     yield cast.query("DNS to another server by the data plane", cast.remote, uid=policy.proxy_uid)
     if policy.splits_zones(cast.family) and cast.family in policy.families:

@@ -7,13 +7,16 @@ from typing import Any
 
 from agent.policy import Family, Network
 from agent.rehearsal.layout import (
+    CONTAINER_LINK,
     HOST,
     HOST_ADDRESS,
     HOST_LINK_LOCAL,
     PEER,
     PEER_ADDRESS,
+    PEER_LINK_LOCAL,
     Bridge,
     Layout,
+    far_end,
     gateway,
     member,
 )
@@ -106,10 +109,11 @@ def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:
     for family in layout.families:
         peer.answer_for(_EVERYTHING[family])
     for number, uplink in enumerate(layout.uplinks):
-        far = f"up{number}"
+        far = far_end(number)
         _cable(host, uplink.name, peer, far)
         if Family.IPV6 in layout.families:
             host.address(uplink.name, HOST_LINK_LOCAL, 64)
+            peer.address(far, PEER_LINK_LOCAL, 64)
             peer.on_link(_LINK_LOCAL, far)
         for server in uplink.servers:
             peer.address(far, server, 64)
@@ -118,8 +122,8 @@ def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:
         name, own, other = layout.uplinks[0].name, HOST_ADDRESS[family], PEER_ADDRESS[family]
         host.address(name, own, own.max_prefixlen)
         host.on_link(ip_network(other), name)
-        peer.address("up0", other, other.max_prefixlen)
-        peer.on_link(ip_network(own), "up0")
+        peer.address(far_end(0), other, other.max_prefixlen)
+        peer.on_link(ip_network(own), far_end(0))
         host.default_route(family, PEER_ADDRESS[family])
 
 
@@ -131,7 +135,7 @@ def _cable(near: _Node, near_name: str, far: _Node, far_name: str) -> None:
 
 def _connect_container(layout: Layout, nodes: dict[str, _Node], bridge: Bridge) -> None:
     host, peer, container = nodes[HOST], nodes[PEER], nodes[bridge.name]
-    _cable(host, bridge.name, container, "eth0")
+    _cable(host, bridge.name, container, CONTAINER_LINK)
     for network in bridge.networks:
         family = Family.of(network)
         if family not in layout.families:
@@ -140,8 +144,8 @@ def _connect_container(layout: Layout, nodes: dict[str, _Node], bridge: Bridge) 
         host.address(bridge.name, gateway(network), network.max_prefixlen)
         host.on_link(ip_network(member(network)), bridge.name)
         host.via(network, member(network))
-        container.address("eth0", member(network), network.prefixlen)
+        container.address(CONTAINER_LINK, member(network), network.prefixlen)
         container.answer_for(network)
-        container.on_link(ip_network(gateway(network)), "eth0")
+        container.on_link(ip_network(gateway(network)), CONTAINER_LINK)
         container.default_route(family, gateway(network))
         peer.via(network, HOST_ADDRESS[family])

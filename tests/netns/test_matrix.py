@@ -1,4 +1,4 @@
-"""Who answers: the default install's matrix, written out by hand, and what is left after an uninstall."""
+"""Who answers: the default install's matrix, written out by hand, and many policies against the specification."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from agent import loopback
 from agent.decide import Connection
 from agent.engine_options import EngineOptions
+from agent.engines.registry import select
 from agent.policy import (
     ALL_PORTS,
     Dns,
@@ -27,9 +29,10 @@ from agent.policy import (
     VirtualNetwork,
 )
 from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout
-from agent.rehearsal.rehearse import rehearse
-from tests.netns.lab import APP, PROXY, ROOT, bare_namespace, installed, run, snapshot, tpctl
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout, stage
+from agent.rehearsal.probes import probes
+from agent.rehearsal.rehearse import attempt, rehearse
+from tests.netns.lab import APP, PROXY, ROOT, installed, run
 
 pytestmark = pytest.mark.root
 
@@ -246,6 +249,50 @@ def test_policies_end_where_the_specification_says(name: str, variant: str) -> N
     assert not [note for note in rehearsal.notes if "not rehearsed" in note]
 
 
+def carry_out(lab: Lab, policy: Policy, variant: str) -> None:
+    """Install without the command line, which would look at the machine's resolv.conf and users."""
+    with lab.inside(HOST):
+        engine = select(EngineOptions("iptables", iptables_mode=variant)).engine
+        loopback.add(policy.loopback)
+        engine.apply(engine.plan(policy))
+    lab.serve_data_plane(policy)
+
+
+def on_host(lab: Lab, variant: str, rule: str) -> None:
+    """Add somebody else's rule of both families."""
+    with lab.inside(HOST):
+        for tool in ("iptables", "ip6tables"):
+            run([f"{tool}-{variant}", *rule.split()])
+
+
+@pytest.mark.parametrize("name", ["dns listed", "dns all", "a server is excluded", "exclusions"])
+def test_answers_pass_a_stateful_firewall(name: str, variant: str) -> None:
+    """An answer must be in the conntrack zone of its query, or it is NEW to a firewall of the host, and dropped."""
+    staging = stage(POLICIES[name])
+    with Lab(staging.layout) as lab:
+        carry_out(lab, staging.policy, variant)
+        on_host(lab, variant, "-A INPUT -p udp --sport 53 -m conntrack --ctstate NEW -j DROP")
+        wanted = [probe for probe in probes(staging.policy, staging.layout) if probe.connection.protocol == "udp"]
+        wrong = [f"{r.probe} got {r.answer}" for r in attempt(lab, staging.policy, wanted) if not r.ok]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["dns listed", "dns all"])
+def test_masqueraded_queries_of_others_are_answered(name: str, variant: str) -> None:
+    """Containers that are no virtual network of the policy: their query and its answer are in one zone, too."""
+    policy = POLICIES[name]
+    layout = stage(dataclasses.replace(policy, virtual_networks=VNETS[1:])).layout
+    with Lab(layout) as lab:
+        carry_out(lab, policy, variant)
+        on_host(lab, variant, "-t nat -A POSTROUTING -o eth0 -j MASQUERADE")
+        for network, server in (VNETS[1].network, SERVERS[0]), (VNETS[2].network, SERVERS[2]):
+            query = layout.arriving(network[2], server.address, "udp", 53)
+            lab.serve(query)
+            answer = lab.dial(query)
+            assert str(answer) == "peer:53"
+            assert answer.source == HOST_ADDRESS[query.family]
+
+
 def test_scoped_name_server(variant: str) -> None:
     policy = Policy(PROXY, dns=Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("fe80::53"), "eth0"),)))
     assert rehearse(policy, EngineOptions("iptables", iptables_mode=variant)).ok
@@ -277,115 +324,3 @@ def _send_stray_reset(lab: Lab, port: int) -> None:
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
     with raw:
         raw.sendto(header[:16] + struct.pack("!H", total) + header[18:], (str(HOST_ADDRESS[Family.IPV4]), 0))
-
-
-FOREIGN = {
-    "nat": ("PREROUTING", "OUTPUT", "POSTROUTING"),
-    "raw": ("PREROUTING", "OUTPUT"),
-    "mangle": ("PREROUTING", "FORWARD"),
-    "filter": ("INPUT",),
-}
-
-
-def foreign_rules(label: str, *, with_chain: bool = False) -> str:
-    """Restore text with a rule of somebody else's in every chain we may touch, and others."""
-    lines = []
-    for table, chains in FOREIGN.items():
-        lines.append(f"*{table}")
-        if with_chain:
-            lines.append(":THEIRS - [0:0]")
-            lines.append('-A THEIRS -p tcp -m comment --comment "not KUMA_MESH\'s" -j RETURN')
-        lines += [f'-A {chain} -p tcp -m tcp --dport 4242 -m comment --comment "{label} {chain}"' for chain in chains]
-        lines.append("COMMIT")
-    return "\n".join(lines) + "\n"
-
-
-def add_foreign(variant: str, text: str) -> None:
-    for tool in ("iptables", "ip6tables"):
-        run([f"{tool}-{variant}-restore", "--noflush"], stdin=text)
-
-
-def insert_foreign(variant: str, position: int) -> None:
-    for tool in ("iptables", "ip6tables"):
-        for chain in ("PREROUTING", "OUTPUT"):
-            run([f"{tool}-{variant}", "-t", "nat", "-I", chain, str(position), "-p", "udp", "--sport", "99"])
-
-
-EVERYTHING = (
-    "--exclude-inbound-ports",
-    "22",
-    "--redirect-all-dns-traffic",
-    "--exclude-outbound-ips",
-    "10.9.0.0/16,fd99::/16",
-    "--vnet",
-    "docker0:172.17.0.0/16",
-    "--vnet",
-    "br+:fd01::/64",
-    "--drop-invalid-packets",
-    "--iptables-logs",
-)
-
-
-def count_something() -> None:
-    """Traffic, so that counters are not all zero."""
-    for address in ("127.0.0.1", "::1"):
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as dialler:
-            dialler.connect_ex((address, 4242))
-
-
-@pytest.mark.parametrize("flags", [("--exclude-inbound-ports", "22"), EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("others_in", ["nft", "legacy"])
-def test_uninstall_restores_every_byte_and_counter(variant: str, others_in: str, flags: tuple[str, ...]) -> None:
-    with bare_namespace() as space, space.inside():
-        for tables in {variant, others_in}:
-            add_foreign(tables, foreign_rules("before", with_chain=True))
-        count_something()
-        before = snapshot(counters=True)
-        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant, *flags)
-        during = snapshot(counters=True)
-        assert during != before
-        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant)
-        tpctl("uninstall")
-        assert snapshot(counters=True) == before
-        tpctl("uninstall")
-        assert snapshot(counters=True) == before
-
-
-def test_uninstall_from_a_host_without_any_rules(variant: str) -> None:
-    with bare_namespace() as space, space.inside():
-        before = snapshot(counters=True)
-        tpctl("install", "--kuma-dp-user", "nobody", "--engine", "iptables", "--iptables-mode", variant, *EVERYTHING)
-        tpctl("uninstall")
-        after = snapshot(counters=True)
-        if variant == "legacy":
-            # The legacy kernel interface cannot unload a table from a namespace: it stays, empty.
-            left = "".join(after[tool] for tool in ("iptables-legacy-save", "ip6tables-legacy-save"))
-            assert not [line for line in left.splitlines() if not line.startswith(("*", ":", "COMMIT"))]
-            before = {name: text for name, text in before.items() if "legacy" not in name}
-            after = {name: text for name, text in after.items() if "legacy" not in name}
-        assert after == before
-
-
-def test_rules_that_came_after_ours_stay_in_their_order(variant: str) -> None:
-    def others(space_has_ours: bool) -> dict[str, str]:
-        with bare_namespace() as space, space.inside():
-            add_foreign(variant, foreign_rules("before"))
-            if space_has_ours:
-                tpctl(
-                    "install",
-                    "--kuma-dp-user",
-                    "nobody",
-                    "--engine",
-                    "iptables",
-                    "--iptables-mode",
-                    variant,
-                    *EVERYTHING,
-                )
-            add_foreign(variant, foreign_rules("after"))
-            # Position 1 is before everything, 2 between ours or, without ours, in front of "before".
-            insert_foreign(variant, 1)
-            insert_foreign(variant, 2)
-            tpctl("uninstall")
-            return snapshot(counters=False)
-
-    assert others(space_has_ours=True) == others(space_has_ours=False)

@@ -15,7 +15,7 @@ RESOURCE_PROBLEM = 4
 """Exit code of iptables when the lock is held or the kernel asks to try again (xtables.h)."""
 
 _RETRY_WORTHY = ("Another app is currently holding", "Resource temporarily unavailable", "try again", "File exists")
-_NO_TABLE = ("can't initialize", "table does not exist", "Table does not exist")
+_NO_TABLE = ("can't initialize", "unable to initialize", "able does not exist", "CHAIN_ADD failed", "TABLE_ADD failed")
 
 
 class TransientError(ApplyError):

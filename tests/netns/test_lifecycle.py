@@ -1,0 +1,244 @@
+"""Install, apply, status and uninstall as an operator meets them: repeated, repaired, interrupted, on a poor host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import state
+from agent.policy import Policy
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout
+from tests.netns.lab import PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot, tpctl
+
+pytestmark = pytest.mark.root
+
+INSTALL = ("install", "--kuma-dp-user", PROXY_USER)
+ENGINES = {
+    "nftables": ("--engine", "nftables"),
+    "nft": ("--iptables-mode", "nft"),
+    "legacy": ("--iptables-mode", "legacy"),
+}
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab(Layout()) as made:
+        made.serve_data_plane(Policy(PROXY))
+        yield made
+
+
+@pytest.fixture(params=list(ENGINES))
+def engine(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The flags of each engine in turn."""
+    return ENGINES[str(request.param)]
+
+
+def status() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(tpctl("status", "--json", check=False).stdout)
+    return document
+
+
+def inbound(lab: Lab, port: int) -> str:
+    connection = lab.layout.arriving(ip_address("203.0.113.7"), next(iter(HOST_ADDRESS.values())), "tcp", port)
+    lab.serve(connection)
+    return str(lab.dial(connection))
+
+
+def test_an_identical_install_changes_nothing_and_keeps_counters(lab: Lab, engine: tuple[str, ...]) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *engine)
+    assert inbound(lab, 8080) == "host:15006"
+    with lab.inside(HOST):
+        before = snapshot(counters=True)
+        assert re.search(r"packets [1-9]|\[[1-9]\d*:", str(before))
+        assert "unchanged" in tpctl(*INSTALL, *engine).stdout
+        assert snapshot(counters=True) == before
+        assert "unchanged" not in tpctl(*INSTALL, *engine, "--exclude-inbound-ports", "8080").stdout
+    assert inbound(lab, 8080) == "host:8080"
+    with lab.inside(HOST):
+        tpctl("uninstall")
+
+
+def test_apply_repairs_what_somebody_removed(lab: Lab, engine: tuple[str, ...]) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *engine)
+        assert status()["problems"] == []
+        assert "nothing was changed" in tpctl("apply").stdout
+        if "nftables" in engine:
+            run(["nft", "flush", "table", "inet", "tpctl"])
+        else:
+            run([f"iptables-{engine[1]}", "-t", "nat", "-F", "PREROUTING"])
+    assert inbound(lab, 8080) == "host:8080"
+    with lab.inside(HOST):
+        found = status()
+        assert found["drift"]
+        assert any("tpctl apply" in problem for problem in found["problems"])
+        assert tpctl("status", check=False).returncode == 3
+        assert "repaired" in tpctl("apply").stdout
+        assert status()["drift"] == []
+    assert inbound(lab, 8080) == "host:15006"
+    with lab.inside(HOST):
+        tpctl("uninstall")
+
+
+def test_apply_brings_back_the_loopback_address(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL)
+        run(["ip", "address", "del", "::6/128", "dev", "lo"])
+        assert "repaired" in tpctl("apply").stdout
+        assert "::6/128" in run(["ip", "address", "show", "dev", "lo"]).stdout
+        tpctl("uninstall")
+
+
+def test_apply_without_a_record_is_bad_input(lab: Lab) -> None:
+    with lab.inside(HOST):
+        failed = tpctl("apply", check=False)
+    assert failed.returncode == 2
+    assert "tpctl install" in failed.stderr
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "not JSON", "another format", "a policy that makes no sense"])
+def test_uninstall_needs_no_record(lab: Lab, engine: tuple[str, ...], damage: str) -> None:
+    with lab.inside(HOST):
+        run(["iptables-nft", "-t", "filter", "-A", "INPUT", "-p", "udp", "-j", "ACCEPT"])
+        if engine[1] == "legacy":  # a table of x_tables stays for the life of the namespace, see docs/operations
+            run(["iptables-legacy-save", "-t", "nat"])
+            run(["ip6tables-legacy-save", "-t", "nat"])
+        before = snapshot(counters=False)
+        tpctl(*INSTALL, *engine)
+        record = state.path()
+        content = {
+            "empty": "",
+            "not JSON": "{",
+            "another format": '{"format": 99}',
+            "a policy that makes no sense": '{"format": 1, "policy": {"inbound": []}}',
+        }
+        if damage == "gone":
+            record.unlink()
+        else:
+            record.write_text(content[damage])
+        assert any("no record" in problem for problem in status()["problems"])
+        tpctl("uninstall")
+        assert snapshot(counters=False) == before
+        assert not record.parent.exists()
+
+
+def test_an_interrupted_install_is_seen_and_healed(lab: Lab) -> None:
+    with lab.inside(HOST):
+        before = snapshot(counters=False)
+        tpctl(*INSTALL)
+        record = state.path()
+        record.write_text(record.read_text().replace('"installed"', '"installing"'))
+        assert any("interrupted" in problem for problem in status()["problems"])
+        assert "installed" in tpctl(*INSTALL).stdout
+        assert status()["problems"] == []
+        tpctl("uninstall")
+        assert snapshot(counters=False) == before
+
+
+def test_status_names_the_wrong_user(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl("install", "--kuma-dp-user", "games")
+        problems = status()["problems"]
+        tpctl("uninstall")
+    assert any(f"runs as uid {PROXY}" in problem for problem in problems)
+
+
+def test_two_namespaces_do_not_see_each_other(lab: Lab) -> None:
+    with Lab(Layout()) as other:
+        with lab.inside(HOST):
+            tpctl(*INSTALL)
+        with other.inside(HOST):
+            assert status()["installed"] is False
+            assert "nothing to do" in tpctl("uninstall").stdout
+        with lab.inside(HOST):
+            assert status()["installed"] is True
+            tpctl("uninstall")
+
+
+def test_flush_asks_shows_what_is_lost_and_empties_nat_and_raw(lab: Lab) -> None:
+    with lab.inside(HOST):
+        for variant in ("nft", "legacy"):
+            run([f"iptables-{variant}", "-t", "nat", "-N", "FOREIGN"])
+            run([f"iptables-{variant}", "-t", "nat", "-A", "OUTPUT", "-j", "FOREIGN"])
+            run([f"iptables-{variant}", "-t", "mangle", "-A", "OUTPUT", "-j", "ACCEPT"])
+        tpctl(*INSTALL)
+        asked = subprocess.run(
+            [sys.executable, "-m", "agent.cli.main", "uninstall", "--flush"],
+            input="n\n", capture_output=True, text=True, check=False, cwd=ROOT_DIRECTORY,
+        )  # fmt: skip
+        assert asked.returncode == 1
+        assert "-A OUTPUT -j FOREIGN" in asked.stdout
+        assert status()["installed"] is True
+        tpctl("uninstall", "--flush", "--yes")
+        for variant in ("nft", "legacy"):
+            saved = run([f"iptables-{variant}-save"]).stdout
+            assert "FOREIGN" not in saved
+            assert "-A OUTPUT -j ACCEPT" in saved
+        assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
+
+
+def test_a_kernel_without_the_nat_table_is_bad_input(lab: Lab, tmp_path: Path) -> None:
+    said = "iptables-restore v1.8.9 (legacy): iptables-restore: unable to initialize table 'nat'"
+    broken = tmp_path / "restore"
+    broken.write_text(f'#!/bin/sh\ncat >/dev/null\necho "{said}" >&2\nexit 3\n')
+    broken.chmod(0o755)
+    tools = [
+        f"{family}{tool}:/usr/sbin/{family}{tool}" for family in ("iptables", "ip6tables") for tool in ("", "-save")
+    ]
+    tools += [f"{family}-restore:{broken}" for family in ("iptables", "ip6tables")]
+    with lab.inside(HOST):
+        before = snapshot(counters=True)
+        failed = tpctl(*INSTALL, "--iptables-executables", ",".join(tools), check=False)
+        assert snapshot(counters=True) == before
+    assert failed.returncode == 2
+    assert "lacks a table" in failed.stderr
+    assert "nat" in failed.stderr
+
+
+HIDDEN = "for tool in xtables-nft-multi xtables-legacy-multi; do mount --bind /dev/null /usr/sbin/$tool; done; exec "
+
+
+@pytest.mark.parametrize(("flags", "code"), [(("--engine", "iptables"), 2), ((), 0)])
+def test_a_host_without_iptables(lab: Lab, flags: tuple[str, ...], code: int) -> None:
+    with lab.inside(HOST):
+        words = [sys.executable, "-m", "agent.cli.main", *INSTALL, *flags]
+        done = run(["unshare", "--mount", "sh", "-c", HIDDEN + " ".join(words)], check=False)
+        tpctl("uninstall")
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "no iptables on this host" in done.stderr
+    else:
+        assert "by nftables" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall", "status", "apply", "verify"])
+def test_without_root_nothing_is_touched(lab: Lab, command: str) -> None:
+    flags = ["--kuma-dp-user", PROXY_USER] if command in ("install", "verify") else []
+
+    def drop() -> None:
+        os.setgid(PROXY)
+        os.setuid(PROXY)
+
+    with lab.inside(HOST):
+        before = snapshot(counters=True)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.argv = ['tpctl', '{command}', *{flags}];"
+             "from agent.cli.main import main; main()"],
+            capture_output=True, text=True, check=False, cwd=ROOT_DIRECTORY, preexec_fn=drop,
+        )  # fmt: skip
+        assert snapshot(counters=True) == before
+    if "Permission denied" in done.stderr or "No module named" in done.stderr:
+        pytest.skip("an unprivileged user cannot read this checkout")
+    assert done.returncode == 2
+    assert "needs root" in done.stderr

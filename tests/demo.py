@@ -11,14 +11,10 @@ Exits with 0 only if every connection ended where it should and every rule of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import itertools
-import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
 
 from agent.decide import Connection
 from agent.errors import TpctlError
@@ -34,7 +29,8 @@ from agent.policy import RESERVED, Address, Family
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Bridge, Layout, member
 from agent.rehearsal.sockets import Answer
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY, run, snapshot, tpctl
+from tests.demo_relay import DIAL_SECONDS, Relay
+from tests.netns.lab import PROXY_USER, run, snapshot, tpctl
 
 CLIENT_NETWORKS = (ip_network("10.20.0.0/24"), ip_network("fd20::/64"))
 CLIENT_LINK = "clients0"
@@ -43,8 +39,6 @@ NAMES = {HOST: "application", PEER: "server", CLIENT_LINK: "client"}
 APP, ROOT, PROXY = 1000, 0, 65534
 NAME_SERVERS = ("10.0.0.53", "2001:db8::53")
 SERVER = {Family.IPV4: ip_address("203.0.113.10"), Family.IPV6: ip_address("2001:db8:10::10")}
-RELAY_SECONDS = 10.0
-DIAL_SECONDS = 2.0
 INSTALL = (
     *("--kuma-dp-user", PROXY_USER, "--exclude-inbound-ports", "22", "--exclude-outbound-ports", "3306"),
     *("--exclude-outbound-ips", "203.0.113.99", "--redirect-dns"),
@@ -116,52 +110,6 @@ def _rows(family: Family) -> Iterator[Row]:
     name_server = ip_address(NAME_SERVERS[0 if four else 1])
     yield row("DNS query by the application", LAYOUT.outgoing("udp", name_server, 53, APP), True)
     yield row("DNS query by the data plane user", LAYOUT.outgoing("udp", name_server, 53, PROXY), False)
-
-
-class Relay:
-    """The real relay, as the data plane user, on our host."""
-
-    def __init__(self, lab: Lab, resolv_conf: Path, log: Path) -> None:
-        self.log = log
-        argv = [sys.executable, "-m", "agent.cli.main", "relay", "--user", PROXY_USER, "--access-log"]
-        argv += ["--log-format", "json", "--resolv-conf", str(resolv_conf), "--drain-timeout", "1"]
-        with lab.inside(HOST), log.open("wb") as output:
-            self.process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=ROOT_DIRECTORY
-            )
-        self._wait_for("ready")
-
-    def _records(self) -> list[dict[str, Any]]:
-        found = []
-        for line in self.log.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
-
-    def _wait_for(self, event: str) -> None:
-        deadline = time.monotonic() + RELAY_SECONDS
-        while not any(record.get("event") == event for record in self._records()):
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise RuntimeError(f"the relay did not say that it is {event}:\n{self.log.read_text()}")
-            time.sleep(0.01)
-
-    def destinations(self, count: int) -> list[str]:
-        """The original destinations the relay recovered, once it has logged `count` connections."""
-        deadline = time.monotonic() + DIAL_SECONDS
-        while True:
-            found = [str(record["destination"]) for record in self._records() if record.get("event") == "connection"]
-            if len(found) >= count or time.monotonic() > deadline:
-                return found
-            time.sleep(0.005)
-
-    def stop(self) -> None:
-        """End it, as systemd would."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 @dataclass(slots=True)

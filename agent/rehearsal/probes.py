@@ -204,6 +204,8 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
     proxy, port = cast.policy.proxy_uid, cast.port_in
     passthrough = RESERVED[cast.family].passthrough.network_address
     yield cast.out("application to its own host's address", port, to=cast.own)
+    if cast.port_out != port:
+        yield cast.out(f"application to its own host's port {cast.port_out}", cast.port_out, to=cast.own)
     yield cast.out("application to the loopback address", port, to=cast.local)
     yield cast.out("data plane to its own host's address", port, uid=proxy, to=cast.own)
     yield cast.out("data plane to the loopback address", port, uid=proxy, to=cast.local)

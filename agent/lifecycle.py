@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from agent import draining, loopback, state
+from agent import loopback, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
@@ -203,6 +203,8 @@ def uninstall(*, dry_run: bool = False) -> Removal:
     Needs no record, no user and no configuration. Raises ApplyError when the kernel refused, HostError when the host
     has no tool at all to look with.
     """
+    from agent import draining
+
     require_root("tpctl uninstall")
     engines = list(registry.available(EngineOptions()))
     if not engines:

@@ -1,0 +1,167 @@
+"""What is swapped for what, and what the applications saw of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+
+from agent.engine_options import EngineOptions
+from agent.policy import (
+    Dns,
+    DnsCapture,
+    Inbound,
+    NameServer,
+    Outbound,
+    Policy,
+    PortRange,
+    VirtualNetwork,
+)
+from tests.swap.scene import Scene, inbound, outbound
+from tests.swap.traffic import APP, FAMILIES, PROXY, REAL, REAL_PORT, Applications, Kept, Tally
+
+NFTABLES = EngineOptions(engine="nftables")
+IPTABLES_NFT = EngineOptions(engine="iptables", iptables_mode="nft")
+IPTABLES_LEGACY = EngineOptions(engine="iptables", iptables_mode="legacy")
+ENGINES = (NFTABLES, IPTABLES_NFT, IPTABLES_LEGACY)
+
+KUMACTL = tuple((variant, full) for variant in ("nft", "legacy") for full in (False, True))
+"""The variants and kinds of a kumactl installation."""
+
+_EXCLUDED_PORTS = tuple(PortRange(port, port + 3) for port in range(20000, 20240, 8))
+_EXCLUDED_NETWORKS = tuple(ip_network(f"10.0.{number}.0/24") for number in range(0, 30, 2))
+POLICIES = (
+    Policy(PROXY),
+    Policy(
+        PROXY,
+        inbound=Inbound(exclude_ports=(PortRange(22),), exclude_sources=_EXCLUDED_NETWORKS),
+        outbound=Outbound(exclude_ports=_EXCLUDED_PORTS, exclude_destinations=_EXCLUDED_NETWORKS),
+        dns=Dns(DnsCapture.ALL, tcp=True),
+        virtual_networks=(VirtualNetwork("br+", ip_network("172.30.0.0/16")),),
+        drop_invalid=True,
+    ),
+    Policy(
+        PROXY,
+        inbound=Inbound(insert=True),
+        outbound=Outbound(insert=True),
+        dns=Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("192.0.2.53")), NameServer(ip_address("2001::53")))),
+    ),
+    Policy(
+        PROXY,
+        inbound=Inbound(include_ports=(PortRange(80, 90), PortRange(REAL_PORT))),
+        outbound=Outbound(include_ports=(PortRange(443), PortRange(8000, 8100))),
+    ),
+)
+"""Each captures what the applications open; little else do they have in common."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is installed next."""
+
+    policy: Policy
+    options: EngineOptions
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a number of swaps did."""
+
+    swaps: int = 0
+    seconds: float = 0.0
+    """What the swaps took, added up."""
+    tally: Tally = field(default_factory=Tally)
+    cut: list[str] = field(default_factory=list)
+    """Connections that ran before a swap and did not go on after it."""
+
+    def add(self, seconds: float, tally: Tally, cut: Iterable[str]) -> None:
+        """One more swap."""
+        self.swaps += 1
+        self.seconds += seconds
+        self.tally += tally
+        self.cut += cut
+
+
+def name(options: EngineOptions) -> str:
+    """An engine as people call it."""
+    return options.engine if options.engine == "nftables" else f"iptables {options.iptables_mode}"
+
+
+def inside(options: EngineOptions, times: int) -> list[Target]:
+    """Policies in turn, in one engine. For a start with the first policy."""
+    return [Target(POLICIES[turn % len(POLICIES)], options) for turn in range(1, times + 1)]
+
+
+def between(times: int) -> list[Target]:
+    """Engines in turn, so that each follows each; policies in turn as well. For a start with nftables."""
+    order = (IPTABLES_NFT, IPTABLES_LEGACY, NFTABLES, IPTABLES_LEGACY, IPTABLES_NFT, NFTABLES)
+    return [Target(POLICIES[turn // 2 % len(POLICIES)], order[turn % len(order)]) for turn in range(times)]
+
+
+def timed_install(made: Scene, target: Target) -> float:
+    """Install; hands back the seconds it took."""
+    started = time.monotonic()
+    report = made.install(target.policy, target.options)
+    assert report.changed, "exactly this was installed already: nothing was swapped"
+    return time.monotonic() - started
+
+
+def keep(made: Scene, *, direct: bool) -> list[Kept]:
+    """Connections in both directions that are held open: those of the real servers, or of the data plane."""
+    expected = {"expected": REAL} if direct else {}
+    return [
+        Kept(made.host, APP, [outbound(family, **expected) for family in FAMILIES for _ in range(3)]),
+        Kept(made.peer, 0, [inbound(family, **expected) for family in FAMILIES for _ in range(3)]),
+    ]
+
+
+def broken(kept: Iterable[Kept]) -> list[str]:
+    """What has become of them, when it is bad."""
+    return [complaint for group in kept for complaint in group.broken()]
+
+
+def swap(made: Scene, first: Target, targets: Iterable[Target]) -> Iterator[tuple[Target, Target, Outcome]]:
+    """Install `first` on an untouched host, then replace it by each target while applications run.
+
+    Yields what was replaced, by what, and the outcome of that one swap; the last outcome also holds what the
+    applications saw afterwards, and the reasons of everything that went wrong.
+    """
+    kept = keep(made, direct=True)
+    made.install(first.policy, first.options)
+    early = broken(kept)
+    kept += keep(made, direct=False)
+    applications = made.applications()
+    applications.resume()
+    previous, seen = first, Tally()
+    for target in targets:
+        outcome = Outcome()
+        seconds = timed_install(made, target)
+        now = applications.tally()
+        outcome.add(seconds, now - seen, [*early, *broken(kept)])
+        yield previous, target, outcome
+        previous, seen, early = target, now, []
+    end = applications.stop()
+    rest = end - seen
+    rest.reasons = end.reasons
+    yield previous, previous, Outcome(0, 0.0, rest, broken(kept))
+    for group in kept:
+        group.close()
+
+
+def swap_kumactl(made: Scene, applications: Applications, variant: str, full: bool, target: Target) -> Outcome:
+    """Install over what kumactl left, while applications run; connections that go through its redirects go on."""
+    made.install_kumactl(variant, full=full)
+    kept = keep(made, direct=False)
+    before = applications.tally()
+    applications.resume()
+    time.sleep(0.01)  # some connections are made by kumactl's rules
+    seconds = timed_install(made, target)
+    time.sleep(0.01)
+    outcome = Outcome()
+    cut = broken(kept)
+    applications.pause()
+    outcome.add(seconds, applications.tally() - before, cut)
+    for group in kept:
+        group.close()
+    return outcome

@@ -1,0 +1,116 @@
+"""Policies and engines are swapped while applications open connections without pause: none leaks, fails or is cut."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from agent.engine_options import EngineOptions
+from tests.swap.scene import Scene, scene
+from tests.swap.swaps import (
+    ENGINES,
+    KUMACTL,
+    NFTABLES,
+    POLICIES,
+    Outcome,
+    Target,
+    between,
+    broken,
+    inside,
+    keep,
+    name,
+    swap,
+    swap_kumactl,
+)
+
+pytestmark = pytest.mark.root
+
+SWAPS = int(os.environ.get("TPCTL_SWAPS", "18"))
+CONNECTIONS = 20 * SWAPS
+"""At the least, in all; there are a hundred times as many on an idle machine."""
+
+engine = pytest.mark.parametrize("options", ENGINES, ids=name)
+
+
+def flawless(total: Outcome) -> None:
+    """Nothing leaked, failed or was cut, and enough happened to tell."""
+    print(f"{total.swaps} swaps in {total.seconds:.2f} s, {total.tally}")
+    assert (total.tally.leaked, total.tally.failed) == (0, 0), total.tally
+    assert total.cut == []
+
+
+def run(made: Scene, first: Target, targets: list[Target]) -> Outcome:
+    """All the swaps as one."""
+    total = Outcome()
+    for _, _, outcome in swap(made, first, targets):
+        total.swaps += outcome.swaps
+        total.seconds += outcome.seconds
+        total.tally += outcome.tally
+        total.cut += outcome.cut
+    assert total.swaps == len(targets)
+    assert total.tally.connections >= CONNECTIONS
+    return total
+
+
+@engine
+def test_swaps_inside_an_engine(options: EngineOptions) -> None:
+    with scene() as made:
+        flawless(run(made, Target(POLICIES[0], options), inside(options, SWAPS)))
+
+
+def test_swaps_between_engines() -> None:
+    with scene() as made:
+        flawless(run(made, Target(POLICIES[0], NFTABLES), between(SWAPS)))
+
+
+@engine
+def test_swaps_from_kumactl(options: EngineOptions) -> None:
+    with scene() as made:
+        applications = made.applications()
+        total = Outcome()
+        for number, (variant, full) in enumerate(KUMACTL):
+            outcome = swap_kumactl(made, applications, variant, full, Target(POLICIES[number], options))
+            total.add(outcome.seconds, outcome.tally, outcome.cut)
+        total.tally.reasons = applications.stop().reasons
+        flawless(total)
+        assert total.tally.connections > 0
+
+
+def test_a_gap_is_seen() -> None:
+    """Uninstall and install is what a swap must not be; were it not seen, the tests above would prove nothing."""
+    with scene() as made:
+        made.install(POLICIES[0], NFTABLES)
+        applications = made.applications()
+        applications.resume()
+        for _ in range(3):
+            made.uninstall()
+            made.install(POLICIES[0], NFTABLES)
+        seen = applications.stop()
+        assert seen.leaked > 0
+        assert seen.proxied > 0
+
+
+@engine
+def test_connections_that_ran_before_an_install_go_on(options: EngineOptions) -> None:
+    """Conntrack was idle, so to it their next segments are the first."""
+    for policy in POLICIES:
+        with scene() as made:
+            kept = keep(made, direct=True)
+            made.install(policy, options)
+            assert broken(kept) == []
+            for group in kept:
+                group.close()
+
+
+@engine
+def test_connections_through_the_data_plane_outlive_an_uninstall(options: EngineOptions) -> None:
+    with scene() as made:
+        made.install(POLICIES[0], options)
+        through = keep(made, direct=False)
+        made.uninstall()
+        assert broken(through) == []
+        past = keep(made, direct=True)
+        assert broken([*through, *past]) == []
+        for group in (*through, *past):
+            group.close()

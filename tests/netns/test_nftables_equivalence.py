@@ -60,7 +60,9 @@ def test_engine_agrees_with_the_specification() -> None:
     @given(policy=policies, data=st.data())
     def agree(policy: Policy, data: st.DataObject) -> None:
         staging = stage(policy)
-        wrong = wrong_answers(staging, data.draw(st.lists(connections(staging.layout), max_size=CONNECTIONS_PER_POLICY)))
+        wrong = wrong_answers(
+            staging, data.draw(st.lists(connections(staging.layout), max_size=CONNECTIONS_PER_POLICY))
+        )
         note(f"policy: {policy}")
         assert not wrong, "\n".join(wrong)
 

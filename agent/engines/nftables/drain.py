@@ -18,6 +18,8 @@ from agent.engines.nftables.table import TABLE, Chain, Hook, Rule, Set, Table
 PORTS = "draining_ports"
 _CHAIN = "draining"
 _PROC = Path("/proc/net/nf_conntrack")
+_TUPLE = re.compile(r"src=(?P<src>\S+) dst=(?P<dst>\S+) sport=(?P<sport>\d+) dport=(?P<dport>\d+)")
+_OVER = ("TIME_WAIT", "CLOSE")
 _TCP = 6
 _IPS_DST_NAT = 1 << 5
 """include/uapi/linux/netfilter/nf_conntrack_common.h: the destination was translated."""
@@ -40,7 +42,8 @@ def leftover(current: Objects | None, also: Iterable[int] = ()) -> str:
         ),
     )
     # The kernel makes the new chains before it lets go of the old ones, so NAT always has a user.
-    return f"delete table {TABLE}\n{table.render()}"
+    clearing = f"delete table {TABLE}\n" if current is not None else ""
+    return clearing + table.render()
 
 
 def is_leftover(current: Objects) -> bool:
@@ -88,22 +91,19 @@ def running(ports: Iterable[int]) -> int:
 
 
 def _runs(line: str, wanted: frozenset[int]) -> bool:
-    """Whether a line of /proc/net/nf_conntrack is such a connection.
+    """Whether a line of /proc/net/nf_conntrack is a TCP connection that was redirected to a port and has not ended.
 
-    The reply comes from the port that the original asked for unless the destination was translated.
+    Each line has the addresses and ports of the original and of its reply. A reply that comes from elsewhere than the
+    original went to tells that the destination was translated.
     """
     fields = line.split()
-    if len(fields) < 6 or fields[2] != "tcp" or fields[5] in ("TIME_WAIT", "CLOSE"):
+    if len(fields) < 6 or fields[2] != "tcp" or fields[5] in _OVER:
         return False
-    asked = [int(port) for port in re.findall(r"\bdport=(\d+)", line)]
-    answers = [int(port) for port in re.findall(r"\bsport=(\d+)", line)]
-    return len(asked) > 1 and len(answers) > 1 and answers[1] in wanted and _translated(line)
-
-
-def _translated(line: str) -> bool:
-    asked = re.findall(r"\bdst=(\S+) sport=\d+ dport=(\d+)", line)
-    answers = re.findall(r"\bsrc=(\S+) dst=\S+ sport=(\d+)", line)
-    return len(asked) > 1 and len(answers) > 1 and asked[0] != answers[1]
+    tuples = [(found["src"], found["dst"], found["sport"], found["dport"]) for found in _TUPLE.finditer(line)]
+    if len(tuples) != 2:
+        return False
+    (_, asked, _, asked_port), (answers, _, answers_port, _) = tuples
+    return int(answers_port) in wanted and (asked, asked_port) != (answers, answers_port)
 
 
 def _translated_ports() -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
@@ -208,19 +209,20 @@ def _families(current: Objects) -> tuple[int, ...]:
         if any(part.get("jump", {}).get("target") in ("inbound", "outbound") for part in expressions):
             if rule["chain"] in ("inbound", "outbound"):
                 continue
-            guard = _guard(rule)
-            found |= {guard} if guard else {int(family) for family in Family}
+            family = _family_of(rule)
+            found |= {family} if family else {int(each) for each in Family}
     return tuple(sorted(found))
 
 
-def _guard(rule: dict[str, object]) -> int | None:
-    """The family a rule is kept to by `meta nfproto`."""
-    expressions = rule["expr"]
-    assert isinstance(expressions, list)
-    for part in expressions:
-        match = part.get("match", {})
-        if match.get("left") == {"meta": {"key": "nfproto"}}:
-            return {"ipv4": 4, "ipv6": 6}.get(match.get("right"))
+def _family_of(rule: dict[str, Any]) -> int | None:
+    """The one family that a rule can match, from what it compares; None for a rule of both."""
+    for left, right in ((part["match"]["left"], part["match"]["right"]) for part in rule["expr"] if "match" in part):
+        if left == {"meta": {"key": "nfproto"}}:
+            return {"ipv4": 4, "ipv6": 6}.get(right)
+        if isinstance(left, dict) and "payload" in left:
+            family = {"ip": 4, "ip6": 6}.get(left["payload"].get("protocol"))
+            if family:
+                return family
     return None
 
 
@@ -230,5 +232,5 @@ def _counters(current: Objects, families: tuple[int, ...]) -> Iterator[RuleCount
         counter = next((part["counter"] for part in rule["expr"] if isinstance(part.get("counter"), dict)), None)
         if counter is not None:
             text = rule.get("comment") or f"rule {rule['handle']}"
-            family = _guard(rule) or everything
+            family = _family_of(rule) or everything
             yield RuleCounter(family, TABLE, rule["chain"], text, counter["packets"], counter["bytes"])

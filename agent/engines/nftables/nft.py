@@ -84,22 +84,23 @@ class ProgramNft:
 
     def execute(self, text: str) -> None:
         """See Nft."""
-        self._run(text)
+        self._run("--file", "-", text=text)
 
     def check(self, text: str) -> None:
         """See Nft."""
-        self._run(text, "--check")
+        self._run("--check", "--file", "-", text=text)
 
     def objects(self, command: str) -> Objects:
         """See Nft."""
-        return _parsed(self._run(command, "--json"))
+        # Not from stdin: with --json, nft reads that as JSON first, and has nothing left to read as a command.
+        return _parsed(self._run("--json", command))
 
     def listing(self, command: str) -> str:
         """See Nft."""
-        return self._run(command, "--stateless")
+        return self._run("--stateless", command)
 
-    def _run(self, text: str, *options: str) -> str:
-        done = run(["nft", *options, "--file", "-"], stdin=text)
+    def _run(self, *arguments: str, text: str | None = None) -> str:
+        done = run(["nft", *arguments], stdin=text)
         if not done.ok:
             raise NftError(_one_line(done.stderr))
         return done.stdout

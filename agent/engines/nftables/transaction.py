@@ -8,6 +8,9 @@ from typing import Any
 from agent.engines.nftables.nft import Objects
 from agent.engines.nftables.table import TABLE, Hook, Table
 
+_REFILLS = (1, 0)
+"""The first version of nft that may be given a text that makes again what it deletes; see `_usable`."""
+
 
 def replacement(current: Objects | None, wanted: Table, *, comments: bool = True) -> str:
     """The transaction that makes our table hold `wanted`, given what it holds now (None: there is no table).
@@ -36,9 +39,22 @@ def _clearing(current: Objects, wanted: Table) -> Iterator[str]:
             yield f"delete chain {TABLE} {chain['name']}"
 
 
+def _version(text: str) -> tuple[int, ...]:
+    """A version as numbers; an unknown one counts as new."""
+    parts = tuple(int(part) for part in text.split(".") if part.isdecimal())
+    return parts or _REFILLS
+
+
 def _usable(current: Objects) -> bool:
-    """Whether the table can be filled again; one that was put to sleep, or holds what we never make, cannot."""
+    """Whether the table can be filled again; one that was put to sleep, or holds what we never make, cannot.
+
+    nft 0.9.8 (Debian 11) crashes, after the kernel has carried it out, on a text that deletes a chain or set and makes
+    it again (run; 1.0.2, 1.0.6 and 1.1.3 do not). It gets the whole table deleted and made again, which is one
+    transaction too.
+    """
     for item in current:
+        if _version(item.get("metainfo", {}).get("version", "")) < _REFILLS:
+            return False
         if item.get("table", {}).get("flags"):
             return False
         if not item.keys() <= {"metainfo", "table", "chain", "rule", "set", "map"}:

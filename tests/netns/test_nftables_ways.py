@@ -1,0 +1,137 @@
+"""libnftables and the nft program are the same to the engine; so are the two ways to read conntrack."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.engine_options import EngineOptions
+from agent.engines.nftables import drain, nft, probe
+from agent.engines.nftables.engine import NftablesEngine, load
+from agent.engines.nftables.nft import LibraryNft, Nft, NftError, ProgramNft
+from agent.engines.nftables.probe import EVERYTHING
+from agent.engines.nftables.ruleset import interface
+from agent.errors import HostError
+from agent.policy import Policy
+from tests.netns.lab import APP, PROXY, bare_namespace, run
+from tests.netns.test_nftables_swap import REMOTES, dial, scene, who
+
+pytestmark = pytest.mark.root
+
+
+def ways() -> list[Nft]:
+    return [nft.find(), ProgramNft()]
+
+
+@pytest.mark.parametrize("way", ways(), ids=lambda way: way.description)
+def test_install_inspect_and_remove(way: Nft) -> None:
+    with bare_namespace() as space, space.inside():
+        before = run(["nft", "list", "ruleset"]).stdout
+        probe.require(way)
+        assert run(["nft", "list", "ruleset"]).stdout == before
+        engine = NftablesEngine(way, EngineOptions())
+        assert way.description in engine.reason
+        plan = engine.plan(EVERYTHING)
+        assert engine.preview(EVERYTHING) == plan.render()
+        assert engine.apply(plan).replaced == ()
+        assert engine.apply(plan).replaced == ("tpctl's rules (nftables)",)
+        found = engine.inspect(plan)
+        assert (found.installed, found.families, found.drift) == (True, (4, 6), ())
+        assert {counter.family for counter in found.counters} == {0, 4, 6}
+        assert engine.inspect(engine.plan(Policy(PROXY))).drift
+        with pytest.raises(NftError):
+            way.execute("add rule inet tpctl nowhere accept\n")
+        listed = engine.remove(dry_run=True).removed
+        assert "nftables: chain outbound" in " ".join(listed)
+        assert engine.remove().removed == listed
+        assert engine.remove().removed == ()
+        assert run(["nft", "list", "ruleset"]).stdout == before
+
+
+def test_what_is_previewed_is_what_the_kernel_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bare_namespace() as space, space.inside():
+        engine = load()
+        given: list[str] = []
+        real = engine.nft.execute
+
+        def execute(text: str) -> None:
+            given.append(text)
+            real(text)
+
+        monkeypatch.setattr(engine.nft, "execute", execute)
+        for policy in (Policy(PROXY), EVERYTHING, Policy(PROXY)):
+            previewed = engine.preview(policy)
+            engine.apply(engine.plan(policy))
+            assert given.pop() == previewed
+            assert not given  # one transaction
+
+
+def test_both_ways_give_the_same_listing() -> None:
+    library, program = ways()
+    assert isinstance(library, LibraryNft)
+    with bare_namespace() as space, space.inside():
+        engine = NftablesEngine(library, EngineOptions(comments=False))
+        engine.apply(engine.plan(EVERYTHING))
+        command = "list table inet tpctl"
+        assert library.listing(command) == program.listing(command)
+        assert library.objects(command) == program.objects(command)
+        assert "comment" not in program.listing(command)
+
+
+def test_the_program_is_used_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nftables", None)
+    assert isinstance(nft.find(), ProgramNft)
+    monkeypatch.setattr("agent.runner.ENVIRONMENT", {"PATH": "/nonexistent"})
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(HostError, match="python3-nftables"):
+        nft.find()
+
+
+def test_what_the_kernel_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: ProgramNft, text: str) -> None:
+        raise NftError("Could not process rule: Operation not supported")
+
+    monkeypatch.setattr(ProgramNft, "check", refuse)
+    with pytest.raises(HostError, match=r"nft says .*not supported.*use --engine iptables instead"):
+        probe.require(ProgramNft())
+
+
+def test_both_ways_count_the_same_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scene() as (lab, _):
+        with lab.inside("host"):
+            engine = load()
+            engine.apply(engine.plan(Policy(PROXY)))
+        with lab.inside("host", APP):
+            through = [dial(family) for family in REMOTES]
+            assert [who(connection) for connection in through] == ["P", "P"]
+        with lab.inside("host"):
+            assert drain.running((15001,)) == 2
+            monkeypatch.setattr(drain, "_PROC", Path("/nonexistent"))
+            assert drain.running((15001,)) == 2
+            assert drain.running((15006,)) == 0
+            through[0].close()
+            assert drain.running((15001,)) == 1
+            through[1].close()
+
+
+@pytest.mark.parametrize("name", ["br0", "odd*", "b*c", "a.b-c_d@e", "wild+", "#x", "$y", "in", "ü"])
+def test_interface_names_mean_what_they_say(name: str) -> None:
+    """Packets are counted on an interface of that name, and not on one of another."""
+    real = name.replace("wild+", "wild7")
+    with bare_namespace() as space, space.inside():
+        for number, link in enumerate((real, "zzz")):
+            run(["ip", "link", "add", link, "type", "veth", "peer", "name", f"far{number}"])
+            for end in (link, f"far{number}"):
+                run(["ip", "link", "set", "dev", end, "up"])
+            run(["ip", "address", "add", f"10.{number}.0.1/24", "dev", link])
+            run(["ip", "neighbour", "add", f"10.{number}.0.2", "lladdr", "02:00:00:00:00:01", "dev", link])
+        rule = f"oifname {interface(name)} ip protocol udp counter"
+        chain = f"chain c {{ type filter hook output priority 0; {rule}; }}"
+        nft.find().execute(f"table inet t {{ {chain}; }}\n")
+        for number in (0, 1):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"x", (f"10.{number}.0.2", 9))
+        assert "counter packets 1 " in run(["nft", "list", "ruleset"]).stdout

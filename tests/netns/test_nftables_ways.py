@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 
 from agent.engine_options import EngineOptions
-from agent.engines.nftables import drain, nft, probe
+from agent.engines.nftables import drain, nft, probe, scratch
 from agent.engines.nftables.engine import NftablesEngine, load
 from agent.engines.nftables.nft import LibraryNft, Nft, NftError, ProgramNft
 from agent.engines.nftables.probe import EVERYTHING
 from agent.engines.nftables.ruleset import interface
 from agent.errors import HostError
-from agent.policy import Policy
+from agent.policy import Family, Policy
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, stage
+from agent.rehearsal.sockets import AF
 from tests.netns.lab import APP, PROXY, bare_namespace, run
 from tests.netns.test_nftables_swap import REMOTES, dial, scene, who
 
@@ -79,6 +84,43 @@ def test_both_ways_give_the_same_listing() -> None:
         assert library.listing(command) == program.listing(command)
         assert library.objects(command) == program.objects(command)
         assert "comment" not in program.listing(command)
+
+
+def test_drift_is_seen_where_no_namespace_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(way: Nft, text: str) -> str:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(scratch, "_listed_elsewhere", refuse)
+    with bare_namespace() as space, space.inside():
+        engine = load()
+        plan = engine.plan(EVERYTHING)
+        engine.apply(plan)
+        before = run(["nft", "list", "ruleset"]).stdout
+        assert engine.inspect(plan).drift == ()
+        run(["nft", "add", "table", "inet", "tpctl_scratch"])
+        run(["nft", "flush", "chain", "inet", "tpctl", "inbound"])
+        assert any("redirect to :15006" in line for line in engine.inspect(plan).drift)
+        engine.apply(plan)
+        assert run(["nft", "--stateless", "list", "table", "inet", "tpctl"]).stdout.count("\n") == before.count("\n")
+        assert "scratch" not in run(["nft", "list", "tables"]).stdout
+
+
+def test_invalid_packets_are_dropped_only_in_the_families_of_the_policy() -> None:
+    """A segment with a wrong checksum is invalid to conntrack."""
+    policy = Policy(PROXY, drop_invalid=True, families=frozenset({Family.IPV4}))
+    with Lab(stage(policy).layout) as lab:
+        with lab.inside(HOST):
+            engine = load()
+            engine.apply(engine.plan(policy))
+        with lab.inside(PEER):
+            for family in Family:
+                with socket.socket(AF[family], socket.SOCK_RAW, socket.IPPROTO_TCP) as sender:
+                    segment = struct.pack("!HHIIBBHHH", 1234, 8080, 1, 0, 0x50, 0x02, 1024, 0xDEAD, 0)
+                    sender.sendto(segment, (str(HOST_ADDRESS[family]), 0))
+        with lab.inside(HOST):
+            counted = {counter.rule: counter.packets for counter in engine.inspect(None).counters}
+    assert counted["tpctl/i1: invalid packets are dropped"] == 1
+    assert counted["tpctl/i0: new connections to this host"] == 0
 
 
 def test_the_program_is_used_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

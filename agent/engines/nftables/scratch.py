@@ -1,4 +1,4 @@
-"""What this kernel and this nft would list for a table, found out in a network namespace that is gone afterwards.
+"""What this kernel and this nft would list for a table, found out where it acts on no traffic.
 
 nft rewrites what it is given (names of priorities, redundant matches, prefixes), each version in its own way. Comparing
 two listings of the same nft avoids knowing any of that.
@@ -11,17 +11,28 @@ import os
 import threading
 
 from agent.engines.nftables.nft import Nft
-from agent.engines.nftables.table import TABLE
-from agent.errors import HostError
+from agent.engines.nftables.table import FAMILY, NAME, TABLE
 
 CLONE_NEWNET = 0x40000000
 
 
-def listing_of(nft: Nft, text: str) -> str:
-    """How a table would be listed. This namespace is not touched.
+_NAME = f"{NAME}_scratch"
 
-    Raises HostError when the kernel refuses a namespace (CAP_SYS_ADMIN is needed), NftError when it refuses the table.
+
+def listing_of(nft: Nft, text: str) -> str:
+    """How a table would be listed. Raises NftError when the kernel refuses it.
+
+    A network namespace that is gone afterwards is the place; in a container that may not make one (CAP_SYS_ADMIN is
+    needed), a dormant table, which the kernel attaches to no hook.
     """
+    try:
+        return _listed_in_thread(nft, text)
+    except OSError:
+        return _listed_dormant(nft, text)
+
+
+def _listed_in_thread(nft: Nft, text: str) -> str:
+    """Namespaces belong to threads; in one that ends, nobody has to find the way back."""
     outcome: list[str | BaseException] = []
 
     def work() -> None:
@@ -30,7 +41,6 @@ def listing_of(nft: Nft, text: str) -> str:
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
             outcome.append(error)
 
-    # Namespaces belong to threads, and this one ends; so the caller never has to find its way back.
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -41,11 +51,23 @@ def listing_of(nft: Nft, text: str) -> str:
 
 
 def _listed_elsewhere(nft: Nft, text: str) -> str:
+    """Leaves the calling thread in a namespace of its own. Raises OSError when the kernel refuses one."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise HostError(f"no scratch network namespace to compare the rules in: {reason}")
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     nft.execute(text)
     return nft.listing(f"list table {TABLE}")
+
+
+def _listed_dormant(nft: Nft, text: str) -> str:
+    body = text.removeprefix(f"table {TABLE} {{")
+    if any(item["table"]["name"] == _NAME for item in nft.objects("list tables") if "table" in item):
+        nft.execute(f"delete table {FAMILY} {_NAME}\n")  # of a run that was killed
+    nft.execute(f"table {FAMILY} {_NAME} {{\n\tflags dormant;{body}")
+    try:
+        return nft.listing(f"list table {FAMILY} {_NAME}").replace("\tflags dormant\n", "", 1)
+    finally:
+        nft.execute(f"delete table {FAMILY} {_NAME}\n")
 
 
 def blocks(listing: str) -> dict[str, list[str]]:

@@ -90,9 +90,10 @@ def timed(argv: Argv, text: str = "") -> Cost:
 def install(*flags: str) -> Cost:
     """`tpctl install` in a fresh namespace."""
     with bare_namespace() as space, space.inside():
-        cost = timed([*INSTALL, *flags])
-        run([TPCTL, "uninstall"])  # or the record under /run/tpctl would outlive the namespace
-    return cost
+        try:
+            return timed([*INSTALL, *flags])
+        finally:
+            run([TPCTL, "uninstall"])  # or the record under /run/tpctl would outlive the namespace
 
 
 def bare(*commands: tuple[Argv, str]) -> Cost:
@@ -133,8 +134,10 @@ def processes(*flags: str) -> Started:
     """Count what one install starts, by strace(1)."""
     with bare_namespace() as space, space.inside(), tempfile.NamedTemporaryFile("r") as trace:
         tracer = ["strace", "-f", "-qq", "-e", "trace=execve,exit_group", "-e", "signal=none", "-o", trace.name]
-        run([*tracer, *INSTALL, *flags])
-        run([TPCTL, "uninstall"])
+        try:
+            run([*tracer, *INSTALL, *flags])
+        finally:
+            run([TPCTL, "uninstall"])
         lines = trace.read().splitlines()
     executed = [line for line in lines if "execve" in line and line.endswith("= 0")]
     return Started(len({line.split()[0] for line in lines}), len(executed))

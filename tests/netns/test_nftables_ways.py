@@ -14,8 +14,8 @@ from agent.engine_options import EngineOptions
 from agent.engines.nftables import drain, nft, probe, scratch
 from agent.engines.nftables.engine import NftablesEngine, load
 from agent.engines.nftables.nft import LibraryNft, Nft, NftError, ProgramNft
+from agent.engines.nftables.parts import interface
 from agent.engines.nftables.probe import EVERYTHING
-from agent.engines.nftables.ruleset import interface
 from agent.errors import HostError
 from agent.policy import Family, Policy
 from agent.rehearsal.lab import Lab

@@ -9,8 +9,9 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from agent.engines.nftables.engine import NftablesPlan
+from agent.engines.nftables.parts import interface
 from agent.engines.nftables.probe import EVERYTHING
-from agent.engines.nftables.ruleset import interface, table_for
+from agent.engines.nftables.ruleset import table_for
 from agent.engines.nftables.table import COMMENT_LIMIT, Rule
 from agent.errors import InputError
 from agent.policy import Dns, DnsCapture, Family, NameServer, Outbound, Policy, PortRange, VirtualNetwork

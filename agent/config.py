@@ -30,6 +30,7 @@ class Config:
     inbound_include_ports: Ports
     inbound_exclude_sources: tuple[Network, ...]
     inbound_insert: bool
+    ssh_guard: bool
     outbound_enabled: bool
     outbound_port: int
     outbound_exclude_ports: Ports
@@ -57,6 +58,7 @@ class Config:
     sleep_between_retries: float
     """Seconds."""
     store_firewalld: bool
+    firewalld_reload: bool
     verbose: bool
     dry_run: bool
     origins: Mapping[str, str]

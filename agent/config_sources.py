@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.config_values import FALSE, TRUE
 from agent.options import BY_KEY, BY_NAME, BY_VARIABLE, OPTIONS, UNSUPPORTED, Option, Unsupported
 
 PREFIXES = ("KUMA_TRANSPARENT_PROXY_", "TPCTL_")
@@ -53,8 +54,16 @@ def from_flags(flags: Mapping[str, Sequence[str]]) -> Findings:
         option = BY_NAME[name]
         keep_all = option.accumulates and len(occurrences) > 1
         raw: object = list(occurrences) if keep_all else occurrences[-1]
+        if option.flag_negates and isinstance(raw, str):
+            raw = _opposite(raw)
         found.given.append(Given(option, raw, f"flag {option.flag}"))
     return found
+
+
+def _opposite(text: str) -> str:
+    """The other truth value; what is none stays, to be refused by the reader."""
+    word = text.strip()
+    return "false" if word in TRUE else "true" if word in FALSE else text
 
 
 def from_environment(environ: Mapping[str, str]) -> Findings:

@@ -25,3 +25,7 @@ class EngineOptions:
     max_retries: int = 4
     sleep_between_retries_seconds: float = 2.0
     verbose: bool = False
+    store_firewalld: bool = False
+    """Keep the rules in firewalld's direct.xml as well."""
+    reload_firewalld: bool = False
+    """Let firewalld reload once they are there."""

@@ -63,6 +63,8 @@ class Option:
     """Whether repeating the flag adds to the list (kumactl's port lists do not: the last one wins)."""
     new: bool = False
     """tpctl has this input and kumactl has not, in any form."""
+    flag_negates: bool = False
+    """The flag says the opposite of the key and the variable (`--no-x` sets `x: false`)."""
 
     @property
     def is_bool(self) -> bool:
@@ -114,6 +116,11 @@ OPTIONS: tuple[Option, ...] = (
         "--redirect-inbound-insert-instead-of-append", "REDIRECT_INBOUND_INSERT_REDIRECT_INSTEAD_OF_APPEND",
         read_bool, False, "",
         "Stand before the rules of other software.",
+    ),
+    Option(
+        "ssh_guard", Section.INBOUND, "sshGuard", "--no-ssh-guard", "SSH_GUARD", read_bool, True, "",
+        "Redirect the port by which this ssh session came in; without this flag it is left alone.",
+        new=True, flag_negates=True,
     ),
     Option(
         "outbound_enabled", Section.OUTBOUND, "redirect.outbound.enabled", "--redirect-outbound",
@@ -247,7 +254,12 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "store_firewalld", Section.ENGINE, "storeFirewalld", "--store-firewalld", "STORE_FIREWALLD",
         read_bool, False, "",
-        "Accepted for kumactl's sake; not carried out yet, with a warning.",
+        "Keep the rules in firewalld's direct.xml too, so that its reloads and the next boot bring them back.",
+    ),
+    Option(
+        "firewalld_reload", Section.ENGINE, "firewalldReload", "--firewalld-reload", "FIREWALLD_RELOAD",
+        read_bool, False, "",
+        "Let firewalld reload after --store-firewalld, so that it is firewalld that holds the rules.", new=True,
     ),
     Option(
         "verbose", Section.RUN, "verbose", "--verbose", "VERBOSE", read_bool, False, "",

@@ -5,6 +5,7 @@ Nothing is changed, and every problem is reported in one go.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
@@ -29,8 +30,8 @@ from agent.policy import (
     includes,
     is_scoped,
 )
+from agent.ssh_guard import SSH_PORT, guard
 
-SSH_PORT = 22
 DOCKER_RESOLVER = IPv4Address("127.0.0.11")
 """Docker's embedded DNS server: it asks upstream from outside the container, so nothing can loop."""
 
@@ -80,12 +81,9 @@ def resolve(config: Config, host: Host) -> Resolved:
     )
     if policy.dns.capture is DnsCapture.ALL:
         _refuse_resolver_loop(config, policy, host, found)
-    _warn_about_ssh(policy, host, found)
-    if config.store_firewalld:
-        found.warn(
-            f"{config.origin('store_firewalld')} is not carried out yet: "
-            "a reload of firewalld removes the redirection; install again after it"
-        )
+    policy = _with_ssh_guard(policy, config, host, found)
+    if config.firewalld_reload and not config.store_firewalld:
+        found.warn(f"{config.origin('firewalld_reload')} has no effect without --store-firewalld")
     options = engine_options(config)
     if options.engine == "nftables" and options.iptables_because:
         found.problems.append(f"{config.origin('engine')}: nftables, but {options.iptables_because}; drop one")
@@ -114,6 +112,8 @@ def engine_options(config: Config) -> EngineOptions:
         max_retries=config.max_retries,
         sleep_between_retries_seconds=config.sleep_between_retries,
         verbose=config.verbose,
+        store_firewalld=config.store_firewalld,
+        reload_firewalld=config.firewalld_reload,
     )
 
 
@@ -279,22 +279,12 @@ def _loop_message(config: Config, server: NameServer, uid: int | None) -> str:
     )
 
 
-def _warn_about_ssh(policy: Policy, host: Host, found: _Findings) -> None:
-    """Losing ssh to a host is the classic accident of a first install."""
-    inbound = policy.inbound
-    if not inbound.enabled:
-        return
-    ports = {one.port for one in host.listeners(Protocol.TCP) if one.port == SSH_PORT and not one.address.is_loopback}
-    session = host.ssh_session_port()
-    for port in sorted(ports | ({session} if session else set())):
-        if inbound.include_ports:
-            taken = includes(inbound.include_ports, port)
-            way_out = "leave it out of --include-inbound-ports to keep them direct"
-        else:
-            taken = not includes(inbound.exclude_ports, port)
-            way_out = f"--exclude-inbound-ports {port} keeps them direct"
-        if taken:
-            found.warn(
-                f"new ssh connections (port {port}) will go to the data plane, and fail when it does not let them "
-                f"through; {way_out}"
-            )
+def _with_ssh_guard(policy: Policy, config: Config, host: Host, found: _Findings) -> Policy:
+    """The policy that leaves the caller's ssh session alone, unless that was declined."""
+    listening = {
+        one.port for one in host.listeners(Protocol.TCP) if one.port == SSH_PORT and not one.address.is_loopback
+    }
+    guarded = guard(policy.inbound, host.ssh_session_port(), listening, enabled=config.ssh_guard)
+    found.notices.extend(guarded.notices)
+    found.problems.extend(guarded.problems)
+    return dataclasses.replace(policy, inbound=guarded.inbound)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from typing import Protocol
 
-from agent.host import interfaces, resolvers, sockets, users
+from agent.host import interfaces, resolvers, sockets, ssh, users
 from agent.host.sockets import Listener
 from agent.policy import Address, Network, contains
 from agent.policy import Protocol as Transport
@@ -84,6 +83,5 @@ class LiveHost:
         return sockets.process_uid(listener.inode)
 
     def ssh_session_port(self) -> int | None:
-        """See `Host`. sshd(8): SSH_CONNECTION holds client address and port, then server address and port."""
-        words = os.environ.get("SSH_CONNECTION", "").split()
-        return int(words[3]) if len(words) == 4 and words[3].isdecimal() else None
+        """See `Host`."""
+        return ssh.session_port()

@@ -86,6 +86,7 @@ def test_everything_arrives_in_the_policy_and_the_options() -> None:
         "virtual_networks": "a:10.0.0.0/8", "drop_invalid": "true", "log_enabled": "true", "log_level": "1",
         "engine": "iptables", "iptables_mode": "legacy", "comments_disabled": "true", "wait": "1",
         "wait_interval": "2", "max_retries": "3", "sleep_between_retries": "4s", "verbose": "true",
+        "store_firewalld": "true", "firewalld_reload": "true",
     }  # fmt: skip
     result = resolved(**flags)
     default = resolved()
@@ -256,7 +257,7 @@ def ssh(address: str, port: int = 22) -> Listener:
     [
         (FakeHost(sockets=(ssh("0.0.0.0"),)), {}, [22]),
         (FakeHost(sockets=(ssh("0.0.0.0"), ssh("::"))), {}, [22]),
-        (FakeHost(sockets=(ssh("0.0.0.0"),), ssh_session=2222), {}, [22, 2222]),
+        (FakeHost(sockets=(ssh("0.0.0.0"),), ssh_session=2222), {"ssh_guard": "true"}, [22, 2222]),
         (FakeHost(sockets=(ssh("127.0.0.1"),)), {}, []),
         (FakeHost(sockets=(ssh("0.0.0.0", 80),)), {}, []),
         (FakeHost(sockets=(ssh("::"),)), {"inbound_exclude_ports": "20-30"}, []),
@@ -273,8 +274,39 @@ def test_defect_1_ssh_is_never_lost_without_a_warning(host: Host, flags: dict[st
         assert ("leave it out of --include" if "inbound_include_ports" in flags else f"ports {port} keeps") in notice
 
 
-def test_store_firewalld_says_that_it_is_not_carried_out() -> None:
-    assert "--store-firewalld is not carried out yet" in resolved(store_firewalld="true").notices[0]
+@pytest.mark.parametrize(
+    ("flags", "excluded", "included"),
+    [
+        ({}, ["2222"], []),
+        ({"inbound_exclude_ports": "80"}, ["80", "2222"], []),
+        ({"inbound_include_ports": "80,2000-3000"}, [], ["80", "2000-2221", "2223-3000"]),
+        ({"inbound_include_ports": "2222-2223"}, [], ["2223"]),
+        ({"inbound_include_ports": "2222,80"}, [], ["80"]),
+        ({"inbound_exclude_ports": "2222"}, ["2222"], []),
+        ({"inbound_include_ports": "80"}, [], ["80"]),
+    ],
+)
+def test_the_ssh_session_that_installs_is_left_alone(
+    flags: dict[str, str], excluded: list[str], included: list[str]
+) -> None:
+    result = resolved(FakeHost(sockets=(ssh("::", 2222),), ssh_session=2222), **flags)
+    inbound = result.policy.inbound
+    assert [str(port) for port in inbound.exclude_ports] == excluded
+    assert [str(port) for port in inbound.include_ports] == included
+    changed = flags not in ({"inbound_exclude_ports": "2222"}, {"inbound_include_ports": "80"})
+    assert len(result.notices) == changed
+    assert not changed or "--no-ssh-guard" in result.notices[0]
+
+
+def test_the_ssh_guard_does_not_turn_included_ports_into_all_ports() -> None:
+    (problem,) = problems(FakeHost(ssh_session=22), inbound_include_ports="22")
+    assert "--no-ssh-guard" in problem
+    declined = resolved(FakeHost(ssh_session=22), inbound_include_ports="22", ssh_guard="true")
+    assert str(declined.policy.inbound.include_ports[0]) == "22"
+
+
+def test_firewalld_reload_alone_is_pointed_out() -> None:
+    assert "no effect without --store-firewalld" in resolved(firewalld_reload="true").notices[0]
 
 
 def test_problems_are_reported_together() -> None:

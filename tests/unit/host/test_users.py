@@ -8,7 +8,7 @@ import pwd
 import pytest
 
 from agent.errors import HostError
-from agent.host import facts, users
+from agent.host import facts, ssh, users
 from agent.host.privilege import require_root
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
@@ -52,4 +52,5 @@ def test_require_root(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_ssh_session(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
     monkeypatch.setenv("SSH_CONNECTION", value)
+    monkeypatch.setattr(ssh, "sockets_of_tables", lambda: {"1": 2222})
     assert facts.LiveHost().ssh_session_port() == port

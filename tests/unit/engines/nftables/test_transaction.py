@@ -36,7 +36,6 @@ def test_base_chains_are_kept_and_all_else_is_made_again() -> None:
     assert found == [
         "flush chain inet tpctl output_last",
         "flush chain inet tpctl outbound",
-        "flush set inet tpctl ports",
         "delete set inet tpctl ports",
         "delete chain inet tpctl outbound",
     ]

@@ -8,6 +8,7 @@ import errno
 import itertools
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -24,6 +25,10 @@ from agent.rehearsal.topology import build
 NEGATIVE_SECONDS = 0.2
 """How long silence is waited for; within one machine an answer takes less than a millisecond."""
 _FIRST_SOURCE_PORT = 20000
+_LAST_SOURCE_PORT = 60000
+_SOURCE_PORT_TRIES = 5
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+"""struct linger (socket(7)). A connection leaves no TIME_WAIT behind, which would take its source port for a minute."""
 _OUTCOMES = {errno.ECONNREFUSED: "refused", errno.ECONNRESET: "reset"}
 
 
@@ -39,7 +44,7 @@ class Lab:
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[tuple[str, Protocol, Family, int], Listener] = {}
         # Every dial has a source port of its own: NAT of UDP would remember the last one's fate.
-        self._source_ports = itertools.count(_FIRST_SOURCE_PORT)
+        self._source_ports = itertools.cycle(range(_FIRST_SOURCE_PORT, _LAST_SOURCE_PORT))
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +81,18 @@ class Lab:
             self._listeners[key] = listener
             self._selector.register(made, selectors.EVENT_READ, listener)
 
+    def listener(self, connection: Connection) -> Listener:
+        """The open listener where a connection ends when it is not redirected. See `serve`."""
+        node, port = seat(self.layout, connection)
+        return self._listeners[(node, Protocol(connection.protocol), connection.family, port)]
+
+    def forget(self, node: str) -> None:
+        """Close the listeners of a node: another policy's data plane listens elsewhere, under another user."""
+        for key in [key for key in self._listeners if key[0] == node]:
+            listener = self._listeners.pop(key)
+            self._selector.unregister(listener.socket)
+            listener.socket.close()
+
     def serve_data_plane(self, policy: Policy) -> None:
         """Open the listeners that a data plane under the policy's user would have."""
         for port in (policy.inbound.port, policy.outbound.port):
@@ -96,23 +113,35 @@ class Lab:
         """
         protocol = Protocol(connection.protocol)
         try:
-            dialler = self._dialler(connection, protocol)
+            dialler = self.begin(connection)
         except OSError as error:
             return Answer(_outcome(error))
         with dialler:
             return _Dial(self._selector, dialler, protocol, relayed).run(timeout)
 
-    def _dialler(self, connection: Connection, protocol: Protocol) -> socket.socket:
-        """A socket that has begun to connect."""
+    def begin(self, connection: Connection) -> socket.socket:
+        """A socket that has begun to connect. Raises OSError when the kernel refuses at once."""
+        tries = 1 if connection.source_port else _SOURCE_PORT_TRIES
+        for left in reversed(range(tries)):
+            try:
+                return self._dialler(connection, connection.source_port or next(self._source_ports))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _dialler(self, connection: Connection, source_port: int) -> socket.socket:
+        protocol = Protocol(connection.protocol)
         node = self.layout.origin(connection)
         inbound = connection.direction is Direction.INBOUND
         with self.inside(node, connection.uid or 0):
             made = sockets.new_socket(protocol, connection.family, transparent=inbound)
             try:
+                if protocol is Protocol.TCP:
+                    made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                 scope = 0
                 if connection.family is Family.IPV6 and connection.destination.is_link_local:
                     scope = socket.if_nametoindex(self.layout.link_of_origin(connection))
-                source_port = connection.source_port or next(self._source_ports)
                 made.bind(_sockname(connection.source, source_port, scope))
                 assert connection.destination_port is not None
                 made.connect(_sockname(connection.destination, connection.destination_port, scope))

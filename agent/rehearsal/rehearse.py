@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from agent.decide import Action, Connection, Verdict, decide
 from agent.engine_options import EngineOptions
 from agent.policy import Family, Policy, Protocol
-from agent.rehearsal.lab import Lab
+from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, Layout, seat, stage
 from agent.rehearsal.namespaces import has_ipv6
 from agent.rehearsal.probes import Probe, probes
@@ -73,13 +73,15 @@ def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
     return Rehearsal(staging.policy, engine.name, engine.variant, results, (*staging.notes, *notices))
 
 
-def attempt(lab: Lab, policy: Policy, wanted: Iterable[Probe]) -> Iterable[Result]:
-    """Try each probe in turn."""
+def attempt(
+    lab: Lab, policy: Policy, wanted: Iterable[Probe], *, timeout: float = NEGATIVE_SECONDS
+) -> Iterator[Result]:
+    """Try each probe in turn, waiting at most `timeout` seconds for each."""
     for probe in wanted:
         verdict = decide(policy, probe.connection)
         expected = expectation(lab.layout, verdict, probe.connection)
         lab.serve(probe.connection)
-        answer = lab.dial(probe.connection)
+        answer = lab.dial(probe.connection, timeout=timeout)
         redirected_tcp = verdict.action is Action.REDIRECT and probe.connection.protocol == Protocol.TCP
         wanted_original = (probe.connection.destination, probe.connection.destination_port)
         kept = not redirected_tcp or answer.original == wanted_original

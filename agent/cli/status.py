@@ -43,6 +43,7 @@ def command(as_json: bool, verbose: bool) -> int:
 
 
 def _document(report: Report) -> dict[str, Any]:
+    from agent.cli import confirming
     from agent.policy_document import to_document
 
     record, found = report.record, report.inspection
@@ -56,6 +57,7 @@ def _document(report: Report) -> dict[str, Any]:
         "phase": record.phase if record else None,
         "policy": to_document(record.policy) if record else None,
         "draining": report.draining,
+        "pending": confirming.data(report.pending),
         "drift": list(found.drift),
         "ports": [
             {"role": p.role, "protocol": str(p.protocol), "port": p.port, "uids": list(p.uids), "problem": p.problem}
@@ -87,6 +89,10 @@ def _print(report: Report, verbose: bool) -> None:
         )
     click.echo(f"installed: {what}")
     rows = []
+    if report.pending:
+        left = max(report.pending.remaining, 0)
+        awaited = f"the {report.pending.command} is taken back in {left:.0f} s, unless `tpctl confirm` comes before"
+        rows.append(("unconfirmed", awaited))
     if report.draining:
         rows.append(("draining", f"{report.draining} connections through the data plane may finish"))
     if record:
@@ -111,6 +117,6 @@ def _counter_lines(report: Report, verbose: bool) -> list[str]:
         return ["  no rule has matched yet"]
     lines = [f"  {'packets':>15} {'bytes':>9}  rule"]
     for counter in shown:
-        where = f"IPv{counter.family} {counter.table} {counter.chain}"
+        where = " ".join((*([f"IPv{counter.family}"] if counter.family else []), counter.table, counter.chain))
         lines.append(f"  {counter.packets:>15} {counter.bytes:>9}  {where}: {counter.rule}")
     return lines

@@ -17,6 +17,7 @@ class RuleCounter:
     """How often a rule of ours matched."""
 
     family: int
+    """4 or 6; 0 for a rule that serves both."""
     table: str
     chain: str
     rule: str

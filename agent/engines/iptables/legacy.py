@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import fcntl
 import os
 import sys
@@ -24,12 +25,7 @@ LOCK = Path("/run/xtables.lock")
 LOCK_POLL_SECONDS = 0.02
 READ_SIZE = 65536
 
-_EXTENSION_DIRECTORIES = (
-    "/usr/lib/{triplet}/xtables",
-    "/usr/lib64/xtables",
-    "/usr/lib/xtables",
-    "/lib/{triplet}/xtables",
-)
+_LIBRARIES = ("/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/lib/{triplet}", "/lib64", "/lib")
 
 
 class LegacyBackend:
@@ -82,13 +78,18 @@ def xtables_lock(wait_seconds: float) -> Iterator[None]:
 
 
 def load() -> Any:
-    """Import python-iptables, telling it where the extensions are so that it need not run ldconfig (0.1 s)."""
-    if "XTABLES_LIBDIR" not in os.environ:
-        triplet = getattr(sys.implementation, "_multiarch", "")
-        for pattern in _EXTENSION_DIRECTORIES:
-            if Path(directory := pattern.format(triplet=triplet)).is_dir():
-                os.environ["XTABLES_LIBDIR"] = directory
-                break
+    """Import python-iptables. Raises HostError when it, or a library of iptables it needs, does not load.
+
+    Its import looks for libraries with ctypes.util.find_library, which runs ldconfig, gcc and ld some sixty times, for
+    0.2 s; it is shown where they are instead.
+    """
+    directories = [
+        Path(pattern.format(triplet=getattr(sys.implementation, "_multiarch", ""))) for pattern in _LIBRARIES
+    ]
+    extensions = next((found for each in directories if (found := each / "xtables").is_dir()), None)
+    if extensions:
+        os.environ.setdefault("XTABLES_LIBDIR", str(extensions))
+    searching, ctypes.util.find_library = ctypes.util.find_library, lambda name: _find_library(name, directories)
     try:
         import iptc
     except Exception as error:  # its import raises whatever the C library lookup meets
@@ -96,7 +97,15 @@ def load() -> Any:
             f"the legacy variant needs python-iptables, which does not load here: {error}; "
             "use --iptables-mode nft where the host has it"
         ) from error
+    finally:
+        ctypes.util.find_library = searching
     return iptc
+
+
+def _find_library(name: str, directories: list[Path]) -> str | None:
+    """The library with its version: the name without one may be a linker script."""
+    found = (path for directory in directories for path in sorted(directory.glob(f"lib{name}.so.*")))
+    return next(map(str, found), None)
 
 
 def in_child(work: Callable[[], None]) -> None:

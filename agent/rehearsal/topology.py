@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 from agent.policy import Family, Network
@@ -28,6 +31,11 @@ _SCOPE_HOST = 254
 _SCOPE_LINK = 253
 _EVERYTHING = {Family.IPV4: "0.0.0.0/0", Family.IPV6: "::/0"}
 _LINK_LOCAL = "fe80::/64"
+
+_IF_INET6 = Path("/proc/thread-self/net/if_inet6")
+_IFA_F_TENTATIVE = 0x40
+"""include/uapi/linux/if_addr.h"""
+_SETTLE_SECONDS = 2.0
 
 _SYSCTLS = {
     # Addresses are usable at once, without a second of duplicate address detection.
@@ -94,6 +102,7 @@ def build(layout: Layout) -> dict[str, Namespace]:
         _connect_peer(layout, nodes)
         for bridge in layout.bridges:
             _connect_container(layout, nodes, bridge)
+        _settle(nodes.values())
     except BaseException:
         for space in spaces.values():
             space.close()
@@ -102,6 +111,20 @@ def build(layout: Layout) -> dict[str, Namespace]:
         for node in nodes.values():
             node.netlink.close()
     return spaces
+
+
+def _settle(nodes: Iterable[_Node]) -> None:
+    """Wait until every IPv6 address may be used: the kernel gets to that in its own time when it is busy."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    for node in nodes:
+        with node.namespace.inside():
+            while _tentative(_IF_INET6.read_text() if _IF_INET6.exists() else "") and time.monotonic() < deadline:
+                time.sleep(0.002)
+
+
+def _tentative(listing: str) -> bool:
+    """Whether a listing of /proc/net/if_inet6 (proc_pid_net(5)) shows an address that is still being checked."""
+    return any(int(line.split()[4], 16) & _IFA_F_TENTATIVE for line in listing.splitlines())
 
 
 def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:

@@ -1,0 +1,101 @@
+"""Connections over all dimensions that `decide()` knows, drawn for the topology of one policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from ipaddress import IPv6Address, ip_address
+from random import Random
+
+from agent.decide import Connection, Direction, State
+from agent.policy import PASSTHROUGH6, Address, Family, Policy, Protocol
+from agent.rehearsal.layout import (
+    HOST_ADDRESS,
+    HOST_LINK_LOCAL,
+    LOOPBACK,
+    PEER_ADDRESS,
+    PEER_LINK_LOCAL,
+    Layout,
+    gateway,
+    member,
+)
+from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
+
+_OWN = tuple(map(ip_address, ("127.0.0.1", "127.0.0.2", "127.0.0.53", "::1")))
+_PASSTHROUGH: dict[Family, Address] = {Family.IPV4: ip_address("127.0.0.6"), Family.IPV6: PASSTHROUGH6}
+_STATEFUL_PORT = 8099
+
+
+class Cast:
+    """Who may talk to whom on a layout."""
+
+    def __init__(self, policy: Policy, layout: Layout) -> None:
+        self.layout = layout
+        links = {uplink.name for uplink in layout.uplinks}
+        servers = [server.address for server in policy.dns.servers if not server.interface]
+        networks = [network for bridge in layout.bridges for network in bridge.networks]
+        self.members = [member(network) for network in networks]
+        self.gateways = [gateway(network) for network in networks]
+        self.remotes: list[Address] = [*ADDRESSES, *(s for s in servers if not layout.is_local(s))]
+        self.own: list[Address] = [*HOST_ADDRESS.values(), *_OWN, *(s for s in servers if layout.is_local(s))]
+        self.link_local: list[IPv6Address] = [PEER_LINK_LOCAL] if links else []
+
+    def connection(self, random: Random) -> Connection:
+        """One connection of the host, the peer or a container, to somebody else."""
+        family = random.choice(list(Family))
+        protocol = random.choice(list(Protocol))
+        port = random.choice((*PORTS, 53, 53, 53))
+        return self._leaves(random, family, protocol, port) if random.random() < 0.6 else self._arrives(
+            random, family, protocol, port
+        )
+
+    def _leaves(self, random: Random, family: Family, protocol: Protocol, port: int) -> Connection:
+        targets = random.choice([self.remotes, self.remotes, self.own, [*self.members, *self.gateways]])
+        targets = _of(family, targets) or _of(family, self.remotes)
+        if family is Family.IPV6 and random.random() < 0.1:
+            targets = list(self.link_local)
+        connection = self.layout.outgoing(protocol, random.choice(targets), port, random.choice(UIDS))
+        if connection.interface == LOOPBACK and random.random() < 0.3:
+            connection = dataclasses.replace(connection, source=_PASSTHROUGH[family])
+        return connection
+
+    def _arrives(self, random: Random, family: Family, protocol: Protocol, port: int) -> Connection:
+        source = random.choice(_of(family, [*self.remotes, *self.members]))
+        if family is Family.IPV6 and random.random() < 0.1:
+            return self.layout.arriving(PEER_LINK_LOCAL, HOST_LINK_LOCAL, protocol, port)
+        origin = self.layout.locate(source)
+        remotes = self.remotes if source in self.members else []
+        targets = [HOST_ADDRESS[family], *_of(family, [*self.members, *self.gateways, *remotes])]
+        return self.layout.arriving(
+            source, random.choice([each for each in targets if self.layout.locate(each) != origin]), protocol, port
+        )
+
+    def stateful(self) -> list[Connection]:
+        """Segments that are no first packet: of a connection conntrack has not seen, and of none at all."""
+        found = []
+        for family in sorted(self.layout.families):
+            for state, port in ((State.MIDSTREAM, _STATEFUL_PORT), (State.INVALID, _STATEFUL_PORT + 1)):
+                remote = PEER_ADDRESS[family]
+                arriving = self.layout.arriving(remote, HOST_ADDRESS[family], Protocol.TCP, port)
+                leaving = self.layout.outgoing(Protocol.TCP, remote, port, 1000)
+                crossing = [
+                    self.layout.arriving(each, remote, Protocol.TCP, port) for each in _of(family, self.members)
+                ]
+                found += [dataclasses.replace(each, state=state) for each in (arriving, leaving, *crossing)]
+        # A packet that cannot be placed is only made, and only dropped, where it arrives.
+        return [each for each in found if each.state is State.MIDSTREAM or each.direction is Direction.INBOUND]
+
+
+def random_connections(policy: Policy, layout: Layout, seed: int, count: int) -> list[Connection]:
+    """So many connections; the same ones for the same seed."""
+    cast, random = Cast(policy, layout), Random(seed)
+    return [cast.connection(random) for _ in range(count)]
+
+
+def stateful_connections(policy: Policy, layout: Layout) -> list[Connection]:
+    """See `Cast.stateful`."""
+    return Cast(policy, layout).stateful()
+
+
+def _of(family: Family, addresses: Sequence[Address]) -> list[Address]:
+    return [address for address in addresses if Family.of(address) is family]

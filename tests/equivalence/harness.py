@@ -1,0 +1,251 @@
+"""Carries a policy out with an engine in a laboratory, and finds the connections that end elsewhere than they should.
+
+Making namespaces takes longer than everything else, so a laboratory serves every policy whose topology it has: the next
+policy replaces the one before, as it would on a host. Whatever comes out wrong is tried again before it is believed: a
+two-processor machine that does something else at the same time loses a packet now and then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent import loopback
+from agent.decide import Action, Connection, State, decide
+from agent.engines.base import Engine
+from agent.policy import Family, Policy, Protocol
+from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, member, stage
+from agent.rehearsal.probes import Probe, probes
+from agent.rehearsal.rehearse import attempt
+from tests.equivalence.connections import random_connections, stateful_connections
+from tests.equivalence.engines import Door
+from tests.equivalence.paste import as_code
+from tests.equivalence.segments import Running, is_answered
+from tests.equivalence.surroundings import IDLE_PORTS, Surroundings
+
+CONFIRM_SECONDS = 1.0
+_DROPPED_SECONDS = 0.03
+_SETTLE_SECONDS = 3.0
+_KEPT_LABS = 24
+
+Planner = Callable[[Engine[Any], Policy], Any]
+"""From an engine and a policy to the plan that is applied; tests of the suite itself hand out broken ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    """One connection that an engine treats otherwise than `decide()` says."""
+
+    policy: Policy
+    connection: Connection
+    label: str
+    expected: str
+    got: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.label}: expected {self.expected} ({self.reason}), got {self.got}\n"
+            f"    (\n        {as_code(self.policy)},\n        {as_code(self.connection)},\n    )"
+        )
+
+
+@dataclass(slots=True)
+class Score:
+    """What a bench has done."""
+
+    policies: int = 0
+    connections: int = 0
+    doubts: int = 0
+    """Connections that ended elsewhere once, and as they should when they were tried again."""
+
+
+def straight(engine: Engine[Any], policy: Policy) -> Any:
+    """The engine's own plan."""
+    return engine.plan(policy)
+
+
+class _Seat:
+    """A laboratory with the engine loaded in its host."""
+
+    def __init__(self, layout: Layout, door: Door) -> None:
+        self.lab = Lab(layout)
+        try:
+            with self.lab.inside(HOST):
+                loopback.add(LOOPBACK)
+                self.engine = door.load()
+            self.surroundings = Surroundings(self.lab)
+            _settle(self.lab)
+        except BaseException:
+            self.lab.close()
+            raise
+
+    def close(self) -> None:
+        self.surroundings.close()
+        self.lab.close()
+
+
+class Bench:
+    """One engine and its laboratories. Use as a context manager; everything is gone at the end."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.score = Score()
+        self._seats: dict[Layout, _Seat] = {}
+        self._around = door.surroundings()
+
+    def __enter__(self) -> Bench:
+        self._around.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.start_afresh()
+        self._around.__exit__(None, None, None)
+
+    def start_afresh(self) -> None:
+        """Let all laboratories go."""
+        for seat in self._seats.values():
+            seat.close()
+        self._seats.clear()
+
+    def compare(
+        self, policy: Policy, more: Callable[[Policy, Layout], Sequence[Connection]], plan: Planner = straight
+    ) -> list[Disagreement]:
+        """The disagreements on a policy's own probes and `more` connections. The policy is staged first."""
+        staging = stage(policy)
+        random = [Probe("a random connection", connection) for connection in more(staging.policy, staging.layout)]
+        return self.try_all(staging.policy, staging.layout, [*probes(staging.policy, staging.layout), *random], plan)
+
+    def try_all(
+        self, policy: Policy, layout: Layout, wanted: Sequence[Probe], plan: Planner = straight
+    ) -> list[Disagreement]:
+        """The disagreements on some connections, of whatever state."""
+        seat = self._seat(layout)
+        running = _begin(seat, [probe for probe in wanted if probe.connection.state is State.MIDSTREAM])
+        try:
+            with seat.lab.inside(HOST):
+                seat.engine.apply(plan(seat.engine, policy))
+            seat.surroundings.suit(policy)
+            seat.surroundings.forget_connections()
+            found = [_broken(policy, each) for each in running if not each.goes_on(NEGATIVE_SECONDS)]
+        finally:
+            for each in running:
+                each.close()
+        seat.lab.forget(HOST)
+        seat.lab.serve_data_plane(policy)
+        found += self._invalid(seat, policy, [p for p in wanted if p.connection.state is State.INVALID])
+        found += self._new(seat, policy, [p for p in wanted if p.connection.state is State.NEW])
+        # libnftables waits with select(2), which ends the process when it is given a descriptor above 1023.
+        for node in seat.lab.spaces:
+            seat.lab.forget(node)
+        self.score.policies += 1
+        self.score.connections += len(wanted)
+        return found
+
+    def _seat(self, layout: Layout) -> _Seat:
+        seat = self._seats.pop(layout, None) or _Seat(layout, self.door)
+        self._seats[layout] = seat
+        while len(self._seats) > _KEPT_LABS:
+            oldest = next(iter(self._seats))
+            self._seats.pop(oldest).close()
+        return seat
+
+    def _new(self, seat: _Seat, policy: Policy, wanted: Sequence[Probe]) -> list[Disagreement]:
+        found = []
+        for result in attempt(seat.lab, policy, wanted):
+            if result.ok:
+                continue
+            again = self._once_more(seat, policy, result.probe, wanted)
+            if again:
+                found.append(again)
+            else:
+                self.score.doubts += 1
+        return found
+
+    def _once_more(
+        self, seat: _Seat, policy: Policy, probe: Probe, wanted: Iterable[Probe]
+    ) -> Disagreement | None:
+        """Try a connection again, with those that share its source port: only together do they mean anything."""
+        port = probe.connection.source_port
+        group = [each for each in wanted if each.connection.source_port == port] if port else [probe]
+        seat.surroundings.forget_connections()
+        for result in attempt(seat.lab, policy, group, timeout=CONFIRM_SECONDS):
+            if not result.ok and result.probe is probe:
+                return Disagreement(
+                    policy,
+                    probe.connection,
+                    probe.label,
+                    str(result.expected or "silence"),
+                    f"{result.answer}{'' if result.original_kept else ', its destination lost'}",
+                    f"{result.verdict.rule}, zone {result.verdict.zone}: {result.verdict.reason}",
+                )
+        return None
+
+    def _invalid(self, seat: _Seat, policy: Policy, wanted: Sequence[Probe]) -> list[Disagreement]:
+        found = []
+        for number, probe in enumerate(wanted):
+            verdict = decide(policy, probe.connection)
+            arrives = verdict.action is not Action.DROP
+            seconds = CONFIRM_SECONDS if arrives else _DROPPED_SECONDS
+            got = is_answered(seat.lab, probe.connection, IDLE_PORTS[-1] - number, seconds)
+            if got is not arrives:
+                words = {True: "arrives", False: "dropped"}
+                found.append(
+                    Disagreement(policy, probe.connection, probe.label, words[arrives], words[got], verdict.rule)
+                )
+        return found
+
+
+def _begin(seat: _Seat, wanted: Sequence[Probe]) -> list[Running]:
+    """Connections that conntrack does not know when the policy comes."""
+    if not wanted:
+        return []
+    seat.surroundings.idle(True)
+    running: list[Running] = []
+    try:
+        for number, probe in enumerate(wanted):
+            connection = dataclasses.replace(probe.connection, source_port=IDLE_PORTS[number])
+            running.append(Running(seat.lab, connection))
+    except BaseException:
+        for each in running:
+            each.close()
+        raise
+    finally:
+        seat.surroundings.idle(False)
+    return running
+
+
+def _broken(policy: Policy, running: Running) -> Disagreement:
+    verdict = decide(policy, running.connection)
+    return Disagreement(
+        policy, running.connection, "a connection that was there before", "it goes on", "it was cut", verdict.rule
+    )
+
+
+def _settle(lab: Lab) -> None:
+    """Wait until packets pass everywhere: the kernel brings links up in its own time, and neighbours have to be found.
+
+    Raises AssertionError when they never do.
+    """
+    for family in sorted(lab.layout.families):
+        remote, own = PEER_ADDRESS[family], HOST_ADDRESS[family]
+        pairs = [lab.layout.outgoing(Protocol.TCP, remote, 9, 0), lab.layout.arriving(remote, own, Protocol.TCP, 9)]
+        for bridge in lab.layout.bridges:
+            for network in bridge.networks:
+                if Family.of(network) is family:
+                    inside = member(network)
+                    pairs.append(lab.layout.outgoing(Protocol.TCP, inside, 9, 0))
+                    pairs.append(lab.layout.arriving(inside, own, Protocol.TCP, 9))
+                    pairs.append(lab.layout.arriving(inside, remote, Protocol.TCP, 9))
+        for connection in pairs:
+            lab.serve(connection)
+            answer = lab.dial(connection, timeout=_SETTLE_SECONDS)
+            assert answer.seat, f"{connection}: {answer} in a fresh laboratory"
+
+
+def usual(policy: Policy, layout: Layout, seed: int, count: int) -> list[Connection]:
+    """Random connections and those of every state, besides the probes."""
+    return [*random_connections(policy, layout, seed, count), *stateful_connections(policy, layout)]

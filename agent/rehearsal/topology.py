@@ -84,8 +84,9 @@ class _Node:
         """AnyIP: every address of the network is local. More specific routes must stand in the same table to win."""
         self.netlink.route("add", dst=str(network), type="local", scope=_SCOPE_HOST, table=_LOCAL_TABLE, oif=1)
 
-    def on_link(self, network: Network | str, name: str) -> None:
-        self.netlink.route("add", dst=str(network), oif=self.index(name), scope=_SCOPE_LINK, table=_LOCAL_TABLE)
+    def on_link(self, network: Network | str, name: str, metric: int = 0) -> None:
+        route = {"oif": self.index(name), "scope": _SCOPE_LINK, "table": _LOCAL_TABLE}
+        self.netlink.route("add", dst=str(network), **route, **({"priority": metric} if metric else {}))
 
     def via(self, network: Network, gateway_address: object) -> None:
         self.netlink.route("add", dst=str(network), gateway=str(gateway_address), table=_LOCAL_TABLE)
@@ -137,7 +138,8 @@ def _connect_peer(layout: Layout, nodes: dict[str, _Node]) -> None:
         if Family.IPV6 in layout.families:
             host.address(uplink.name, HOST_LINK_LOCAL, 64)
             peer.address(far, PEER_LINK_LOCAL, 64)
-            peer.on_link(_LINK_LOCAL, far)
+            # The scope of a link-local address chooses the link; only routes that differ can stand side by side.
+            peer.on_link(_LINK_LOCAL, far, metric=1 + number)
         for server in uplink.servers:
             peer.address(far, server, 64)
     for family in layout.families:

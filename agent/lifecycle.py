@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from agent import loopback, state
+from agent import confirm, loopback, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
@@ -37,11 +37,14 @@ class InstallReport:
     notices: tuple[str, ...] = ()
     changed: bool = True
     """False when exactly this was installed already."""
+    pending: confirm.Pending | None = None
+    """The confirmation it awaits."""
 
 
-def install(policy: Policy, options: EngineOptions) -> InstallReport:
+def install(policy: Policy, options: EngineOptions, *, confirm_within: float | None = None) -> InstallReport:
     """Make the kernel carry out `policy`, replacing what tpctl or kumactl installed before.
 
+    With `confirm_within` (seconds) it is taken back by itself unless it is confirmed in time (`agent.confirm`).
     What was there goes only after the new rules are in place, so no captured connection passes or fails meanwhile.
     Raises HostError when the host lacks something (nothing was touched), ApplyError when a change failed; everything is
     then as it was before, and the message says so.
@@ -52,13 +55,14 @@ def install(policy: Policy, options: EngineOptions) -> InstallReport:
         previous = state.load()
         adapted, notices = _adapted(policy)
         record = _record(selection.engine, adapted, options, previous)
-        report = _report(selection.engine, selection.reason, adapted, notices)
+        report = report_of(selection.engine, selection.reason, adapted, notices)
         if previous and _same(previous, record) and not _differs(selection.engine, adapted):
-            return dataclasses.replace(report, changed=False)
-        return _carry_out(selection.engine, record, previous, report)
+            return _unchanged(report, "install", confirm_within)
+        with confirm.guarded("install", confirm_within, previous) as pending:
+            return dataclasses.replace(carry_out(selection.engine, record, previous, report), pending=pending)
 
 
-def apply() -> InstallReport:
+def apply(*, confirm_within: float | None = None) -> InstallReport:
     """Make the kernel hold the recorded policy again. Raises InputError when nothing is on record."""
     require_root("tpctl apply")
     with state.locked():
@@ -66,10 +70,20 @@ def apply() -> InstallReport:
         if record is None:
             raise InputError("nothing is on record in this network namespace; use tpctl install")
         selection = registry.select(record.options)
-        report = _report(selection.engine, "it is on record", record.policy, [])
+        report = report_of(selection.engine, "it is on record", record.policy, [])
         if record.phase == state.INSTALLED and not _differs(selection.engine, record.policy):
-            return dataclasses.replace(report, changed=False)
-        return _carry_out(selection.engine, record, record, report)
+            return _unchanged(report, "apply", confirm_within)
+        with confirm.guarded("apply", confirm_within, record) as pending:
+            return dataclasses.replace(carry_out(selection.engine, record, record, report), pending=pending)
+
+
+def _unchanged(report: InstallReport, command: str, confirm_within: float | None) -> InstallReport:
+    """The report of a command that found everything done; what awaits confirmation still does, or again."""
+    pending = confirm.load()
+    if pending and confirm_within is not None:
+        with confirm.guarded(command, confirm_within, None) as pending:
+            pass
+    return dataclasses.replace(report, changed=False, pending=pending)
 
 
 def _record(engine: Engine[Any], policy: Policy, options: EngineOptions, previous: state.State | None) -> state.State:
@@ -80,7 +94,8 @@ def _record(engine: Engine[Any], policy: Policy, options: EngineOptions, previou
     return state.State(policy=policy, installed_at=state.now(), options=used, footprints=footprints)
 
 
-def _report(engine: Engine[Any], reason: str, policy: Policy, notices: list[str]) -> InstallReport:
+def report_of(engine: Engine[Any], reason: str, policy: Policy, notices: list[str]) -> InstallReport:
+    """The report of an install that is about to happen."""
     families = tuple(sorted(int(family) for family in policy.families))
     return InstallReport(engine.name, engine.variant, reason, families, policy, notices=tuple(notices))
 
@@ -103,9 +118,10 @@ def _differs(engine: Engine[Any], policy: Policy) -> bool:
     )
 
 
-def _carry_out(
+def carry_out(
     engine: Engine[Any], record: state.State, previous: state.State | None, report: InstallReport
 ) -> InstallReport:
+    """Install what `record` says in place of `previous`, all or nothing. To be called under the lock."""
     policy = record.policy
     state.save(dataclasses.replace(record, phase=state.INSTALLING))
     added = False
@@ -197,34 +213,50 @@ def _has_nftables() -> bool:
     return True
 
 
-def uninstall(*, dry_run: bool = False) -> Removal:
+def uninstall(*, dry_run: bool = False, confirm_within: float | None = None) -> Removal:
     """Take away what tpctl or kumactl installed, by every engine, in every variant and family, and nothing else.
 
     Needs no record, no user and no configuration. Raises ApplyError when the kernel refused, HostError when the host
     has no tool at all to look with.
     """
+    require_root("tpctl uninstall")
+    with state.locked():
+        record, pending = state.load(), confirm.load()
+        if dry_run:
+            return remove_everything(record, dry_run=True)
+        if confirm_within is not None:
+            with confirm.guarded("uninstall", confirm_within, record) as armed:
+                removal = remove_everything(record)
+            if armed and not removal.removed and pending is None:
+                confirm.drop(armed)
+            return removal
+        removal = remove_everything(record)
+        if pending:  # the way out is never barred, and whoever took it needs no way back
+            confirm.drop(pending)
+        return removal
+
+
+def remove_everything(record: state.State | None, *, dry_run: bool = False) -> Removal:
+    """Take away all that is tpctl's or kumactl's, and the record. To be called under the lock."""
     from agent import draining
 
-    require_root("tpctl uninstall")
     engines = list(registry.available(EngineOptions()))
     if not engines:
         raise HostError("this host has neither nftables nor iptables to look with; install one of them")
     removed: list[str] = []
     notices: list[str] = []
-    with state.locked():
-        record = state.load()
-        for engine in engines:
-            footprint = record.footprints.get(engine.name) if record else None
-            if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
-                notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
-            removal = engine.remove(dry_run=dry_run, footprint=footprint)
-            removed += removal.removed
-            notices += removal.notices
-        name = record.policy.loopback if record else "lo"
-        if loopback.remove(name, dry_run=dry_run):
-            removed.append(f"the address ::6 on {name}")
-        if not dry_run:
-            state.clear()
+    for engine in engines:
+        footprint = record.footprints.get(engine.name) if record else None
+        if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
+            notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
+        removal = engine.remove(dry_run=dry_run, footprint=footprint)
+        removed += removal.removed
+        notices += removal.notices
+    name = record.policy.loopback if record else "lo"
+    if loopback.remove(name, dry_run=dry_run):
+        removed.append(f"the address ::6 on {name}")
+    if not dry_run:
+        state.clear()
     return Removal(tuple(removed), tuple(notices))
 
 

@@ -73,19 +73,40 @@ def path() -> Path:
 def load() -> State | None:
     """The record, or None when there is none that can be read (a damaged one counts as none)."""
     try:
-        document = json.loads(path().read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            return None
-        return State(
-            policy=from_document(document["policy"]),
-            phase=str(document["phase"]),
-            installed_at=str(document["installedAt"]),
-            version=str(document["version"]),
-            options=EngineOptions(**document["options"]),
-            footprints=dict(document["footprints"]),
-        )
+        return of_document(json.loads(path().read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def of_document(document: Mapping[str, Any]) -> State:
+    """The record that `document_of` made, by this version or an older one. Raises ValueError, KeyError or TypeError.
+
+    What an older version did not write has its default; what a newer one added is passed over.
+    """
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']} is not known")
+    known = {one.name for one in dataclasses.fields(EngineOptions)}
+    return State(
+        policy=from_document(document["policy"]),
+        phase=str(document["phase"]),
+        installed_at=str(document["installedAt"]),
+        version=str(document["version"]),
+        options=EngineOptions(**{name: value for name, value in document["options"].items() if name in known}),
+        footprints=dict(document["footprints"]),
+    )
+
+
+def document_of(state: State) -> dict[str, Any]:
+    """A record as JSON types."""
+    return {
+        "format": FORMAT,
+        "version": state.version,
+        "installedAt": state.installed_at or now(),
+        "phase": state.phase,
+        "options": dataclasses.asdict(state.options),
+        "policy": to_document(state.policy),
+        "footprints": dict(state.footprints),
+    }
 
 
 def load_policy() -> Policy | None:
@@ -96,16 +117,11 @@ def load_policy() -> Policy | None:
 
 def save(state: State) -> None:
     """Replace the record, whole or not at all. Raises ApplyError when it cannot be written."""
-    document = {
-        "format": FORMAT,
-        "version": state.version,
-        "installedAt": state.installed_at or now(),
-        "phase": state.phase,
-        "options": dataclasses.asdict(state.options),
-        "policy": to_document(state.policy),
-        "footprints": dict(state.footprints),
-    }
-    target = path()
+    write(path(), document_of(state))
+
+
+def write(target: Path, document: Mapping[str, Any]) -> None:
+    """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written."""
     try:
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.

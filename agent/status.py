@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from agent import draining, state
+from agent import confirm, draining, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Inspection
@@ -46,6 +46,8 @@ class Report:
     """What is not as it should be; empty when all is well."""
     draining: int = 0
     """Connections through the data plane that an uninstall lets finish; a table without redirects stays until then."""
+    pending: confirm.Pending | None = None
+    """A change that awaits its confirmation."""
 
 
 def report() -> Report:
@@ -66,7 +68,18 @@ def report() -> Report:
     problems = [*_problems(record, shown, ports)]
     problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]
     problems += [f"{foreign} are installed" for one in found.values() for foreign in one.foreign]
-    return Report(record, shown, ports, tuple(problems), running)
+    pending = confirm.load()
+    if pending and pending.remaining < -confirm.OVERDUE_SECONDS:
+        problems.append(
+            f"a change ({pending.command}) was neither confirmed nor taken back in time: its guardian is gone; "
+            "run `tpctl confirm` or `tpctl rollback`"
+        )
+    return Report(record, shown, ports, tuple(problems), running, pending)
+
+
+def port_problems(policy: Policy) -> tuple[str, ...]:
+    """What is wrong with the data plane's listeners, for a policy that has just been installed."""
+    return tuple(port.problem for port in _ports(policy) if port.problem)
 
 
 def expected_ports(policy: Policy) -> Iterator[Expected]:

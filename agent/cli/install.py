@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from agent.cli.confirming import confirm_option
 from agent.cli.policy_options import PolicyCommand, PolicyInput, install_options
 from agent.errors import InputError
 
@@ -26,16 +27,20 @@ KUMA_TRANSPARENT_PROXY_...; flags override variables, variables override files.
 \b
 Examples:
   tpctl install --kuma-dp-user kuma-dp --exclude-inbound-ports 22 --redirect-dns
-  tpctl install --config /etc/tpctl.yaml --dry-run
+  tpctl install --config /etc/tpctl/config.yaml --dry-run
+  tpctl install --config /etc/tpctl/config.yaml --confirm-within 60s
 """
 
 
 @click.command(cls=PolicyCommand, epilog=EPILOG, context_settings={"max_content_width": 110})
 @install_options
 @click.option("--print-config", is_flag=True, help="Print the effective configuration with its origins, and stop.")
+@confirm_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.argument("what", required=False, metavar=f"[{KUMACTL_WORD}]")
-def command(policy_input: PolicyInput, what: str | None, print_config: bool, as_json: bool) -> None:
+def command(
+    policy_input: PolicyInput, what: str | None, print_config: bool, as_json: bool, confirm_within: float | None
+) -> None:
     """Redirect this host's traffic to the data plane.
 
     Connections that arrive go to port 15006, those the host opens to port 15001 and, if asked for, DNS queries to port
@@ -53,7 +58,7 @@ def command(policy_input: PolicyInput, what: str | None, print_config: bool, as_
     if config.dry_run:
         _dry_run(resolved, as_json=as_json)
     else:
-        _install(config, resolved, as_json=as_json)
+        _install(config, resolved, confirm_within, as_json=as_json)
 
 
 def _check_word(what: str | None) -> None:
@@ -87,10 +92,11 @@ def _dry_run(resolved: Resolved, *, as_json: bool) -> None:
         click.echo(text, nl=not text.endswith("\n"))
 
 
-def _install(config: Config, resolved: Resolved, *, as_json: bool) -> None:
+def _install(config: Config, resolved: Resolved, confirm_within: float | None, *, as_json: bool) -> None:
     from agent import lifecycle
     from agent.cli import output
     from agent.host.privilege import require_root
+    from agent.status import port_problems
 
     require_root("tpctl install")
     if not as_json:  # before the kernel is touched, so that they are seen when it refuses
@@ -100,11 +106,13 @@ def _install(config: Config, resolved: Resolved, *, as_json: bool) -> None:
             f"{option.key} is {getattr(config, option.name)!s}, by {config.origins[option.name]}"
             for option in _given(config)
         )
-    report = lifecycle.install(resolved.policy, resolved.options)
+    report = lifecycle.install(resolved.policy, resolved.options, confirm_within=confirm_within)
+    warnings = [f"warning: {problem}" for problem in port_problems(report.policy)]
     if as_json:
-        output.as_json(_report_data(resolved, report))
+        output.as_json(_report_data(resolved, report, warnings))
     else:
         _print_report(report)
+        output.notices(warnings)
 
 
 def _given(config: Config) -> list[Option]:
@@ -113,7 +121,8 @@ def _given(config: Config) -> list[Option]:
     return [option for option in OPTIONS if config.is_given(option.name)]
 
 
-def _report_data(resolved: Resolved, report: InstallReport) -> dict[str, object]:
+def _report_data(resolved: Resolved, report: InstallReport, warnings: list[str]) -> dict[str, object]:
+    from agent.cli import confirming
     from agent.policy_document import to_document
 
     return {
@@ -125,12 +134,13 @@ def _report_data(resolved: Resolved, report: InstallReport) -> dict[str, object]
         "families": list(report.families),
         "replaced": list(report.replaced),
         "policy": to_document(report.policy),
-        "notices": [*resolved.notices, *report.notices],
+        "pending": confirming.data(report.pending),
+        "notices": [*resolved.notices, *report.notices, *warnings],
     }
 
 
 def _print_report(report: InstallReport) -> None:
-    from agent.cli import output
+    from agent.cli import confirming, output
 
     output.notices(report.notices)
     by = f"{report.engine} ({report.variant})" if report.variant else report.engine
@@ -141,6 +151,7 @@ def _print_report(report: InstallReport) -> None:
             *output.describe(report.policy),
             ("because", report.reason),
             *(("replaced", one) for one in report.replaced),
+            *confirming.request(report.pending),
             ("look at it", "tpctl status"),
             ("take it away", "tpctl uninstall"),
         ]

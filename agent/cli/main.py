@@ -18,6 +18,8 @@ COMMANDS = {
     "install": "redirect this host's traffic to the data plane",
     "uninstall": "take the redirection away, leaving nothing behind",
     "apply": "make the kernel hold the recorded policy again",
+    "confirm": "keep a change made with --confirm-within",
+    "rollback": "take such a change back now",
     "status": "what is installed, and whether it works",
     "explain": "what happens to one connection, and why",
     "verify": "rehearse a policy on this kernel, in scratch namespaces",

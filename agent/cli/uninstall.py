@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from agent.cli.confirming import confirm_option
 from agent.errors import InputError
 
 EXAMPLE = """\b
@@ -19,25 +20,35 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; change nothing.")
 @click.option("--flush", is_flag=True, help="Remove EVERY rule and chain of nat and raw, other software's too.")
 @click.option("--yes", is_flag=True, help="Do not ask before --flush.")
+@confirm_option
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 @click.option("--verbose", is_flag=True, help="List every chain and rule removed.")
-def command(what: str | None, dry_run: bool, flush: bool, yes: bool, as_json: bool, verbose: bool) -> None:
+def command(
+    what: str | None, dry_run: bool, flush: bool, yes: bool, confirm_within: float | None, as_json: bool, verbose: bool
+) -> None:
     """Take the redirection away, leaving nothing behind.
 
     Needs no configuration, no user and no record: tpctl's and kumactl's rules are recognised by their chains and
     comments, in both variants of iptables and both IP families. Rules of other software keep their place and counters.
     Running it twice is fine.
     """
-    from agent import lifecycle
-    from agent.cli import output
+    from agent import confirm, lifecycle
+    from agent.cli import confirming, output
 
     if what not in (None, "transparent-proxy"):
         raise InputError(f'uninstall takes no argument but "transparent-proxy": {what}')
+    if confirm_within is not None and (flush or dry_run):
+        raise InputError(f"--confirm-within does not go with {'--flush' if flush else '--dry-run'}")
     if flush and not dry_run and not yes:
         _ask(lifecycle.flush(dry_run=True).removed)
-    removal = lifecycle.flush(dry_run=dry_run) if flush else lifecycle.uninstall(dry_run=dry_run)
+    if flush:
+        removal = lifecycle.flush(dry_run=dry_run)
+    else:
+        removal = lifecycle.uninstall(dry_run=dry_run, confirm_within=confirm_within)
+    pending = None if confirm_within is None else confirm.load()
     if as_json:
-        output.as_json({"dryRun": dry_run, "removed": removal.removed, "notices": removal.notices})
+        data = {"dryRun": dry_run, "removed": removal.removed, "notices": removal.notices}
+        output.as_json({**data, "pending": confirming.data(pending)})
         return
     output.notices(removal.notices)
     if not removal.removed:
@@ -48,6 +59,7 @@ def command(what: str | None, dry_run: bool, flush: bool, yes: bool, as_json: bo
             click.echo(f"{'would remove' if dry_run else 'removed'} {line}")
     if not dry_run:
         click.echo(f"removed: {len(removal.removed)} rules, chains and addresses; everything else is as it was")
+    output.pairs(confirming.request(pending))
 
 
 def _ask(lost: tuple[str, ...]) -> None:

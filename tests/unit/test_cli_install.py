@@ -46,7 +46,7 @@ class Recorder:
         self.asked: list[tuple[Policy, EngineOptions]] = []
         self.error: Exception | None = None
 
-    def install(self, policy: Policy, options: EngineOptions) -> InstallReport:
+    def install(self, policy: Policy, options: EngineOptions, *, confirm_within: float | None = None) -> InstallReport:
         self.asked.append((policy, options))
         if self.error:
             raise self.error

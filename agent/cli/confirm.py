@@ -1,0 +1,26 @@
+"""`tpctl confirm`."""
+
+from __future__ import annotations
+
+import click
+
+EXAMPLE = """\b
+Example:
+  tpctl install --config /etc/tpctl/config.yaml --confirm-within 60s
+  (open a second ssh session, look whether everything works)
+  tpctl confirm
+"""
+
+
+@click.command("confirm", epilog=EXAMPLE)
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(as_json: bool) -> None:
+    """Keep a change that was made with --confirm-within."""
+    from agent import rollback
+    from agent.cli import output
+
+    outcome = rollback.keep()
+    if as_json:
+        output.as_json({"confirmed": outcome.command})
+    else:
+        click.echo(f"confirmed: the {outcome.command} stays")

@@ -1,0 +1,52 @@
+"""The option --confirm-within of commands that change the kernel, and how they speak of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from agent.confirm import Pending
+
+F = TypeVar("F", bound=Callable[..., Any])
+LONGEST_SECONDS = 24 * 3600.0
+
+
+def duration(text: str) -> float:
+    """The seconds of a time such as 60s or 5m. A bare number is refused: kumactl takes those for nanoseconds."""
+    from agent.config_values import BadValueError, read_duration, whole_number
+
+    try:
+        seconds = 0.0 if whole_number(text) is not None else read_duration(text, lambda note: None)
+    except BadValueError as bad:
+        raise click.BadParameter(str(bad)) from None
+    if not 1 <= seconds <= LONGEST_SECONDS:
+        raise click.BadParameter(f'"{text}" is not a time from 1s to 24h, with its unit')
+    return seconds
+
+
+def confirm_option(function: F) -> F:
+    """Give a command --confirm-within; it is called with `confirm_within`, seconds or None."""
+    return click.option(
+        "--confirm-within",
+        type=duration,
+        metavar="DURATION",
+        help="Take the change back by itself after 60s, 5m, ... unless `tpctl confirm` comes in time.",
+    )(function)
+
+
+def request(pending: Pending | None) -> list[tuple[str, str]]:
+    """The row that asks for a confirmation."""
+    if pending is None:
+        return []
+    left = max(pending.remaining, 0)
+    return [("to keep it", f"tpctl confirm, within {left:.0f} s; otherwise the {pending.command} is taken back")]
+
+
+def data(pending: Pending | None) -> dict[str, object] | None:
+    """The same for JSON."""
+    if pending is None:
+        return None
+    return {"command": pending.command, "remainingSeconds": round(pending.remaining, 1), "by": pending.guardian}

@@ -1,0 +1,33 @@
+"""`tpctl rollback`; also what the timer or process behind --confirm-within runs."""
+
+from __future__ import annotations
+
+import click
+
+from agent.errors import InputError
+
+EXAMPLE = """\b
+Example:
+  tpctl rollback
+"""
+
+
+@click.command("rollback", epilog=EXAMPLE)
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+@click.option("--token", hidden=True, help="Only the change with this token; try until it succeeds.")
+@click.option("--wait", type=float, default=0.0, hidden=True, help="Seconds to wait for a confirmation first.")
+def command(as_json: bool, token: str | None, wait: float) -> None:
+    """Take back, now, a change that awaits its confirmation.
+
+    What stood there before is there again: the previous policy, kumactl's rules, or nothing.
+    """
+    from agent import rollback
+    from agent.cli import output
+
+    outcome = rollback.stand_guard(token, wait) if token else rollback.take_back()
+    if outcome is None and not token:
+        raise InputError("no change awaits confirmation, so there is nothing to take back")
+    if as_json:
+        output.as_json({"takenBack": outcome.command if outcome else None, "now": outcome.now if outcome else None})
+    elif outcome:
+        click.echo(f"taken back: the {outcome.command}; installed now: {outcome.now}")

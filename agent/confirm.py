@@ -1,0 +1,216 @@
+"""Changes that are taken back unless somebody confirms them in time.
+
+Before such a change begins, its way back is written beside the record, and a guardian is started that will go it: a
+transient systemd timer where systemd runs this network namespace, a detached process elsewhere. Either has a token;
+it acts only while the pending record still carries that token, so a confirmation needs no contact with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import agent
+from agent import before, detached, runner, state
+from agent.before import Before
+from agent.errors import ApplyError, InputError, TpctlError
+
+FORMAT = 1
+SYSTEMD_RUNS = Path("/run/systemd/system")
+"""sd_booted(3)."""
+OVERDUE_SECONDS = 10.0
+"""A guardian that has not acted by then is gone."""
+TIMER, PROCESS = "timer", "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A change that awaits its confirmation."""
+
+    command: str
+    """ "install", "apply" or "uninstall"."""
+    seconds: float
+    deadline: float
+    """On CLOCK_BOOTTIME, in seconds: it goes on while the host sleeps, and no clock adjustment moves it."""
+    token: str
+    guardian: str
+    before: Before
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until it is taken back; negative when that is overdue."""
+        return self.deadline - _now()
+
+    @property
+    def unit(self) -> str:
+        """The systemd unit of its timer."""
+        return f"tpctl-rollback-{self.token}"
+
+
+def path() -> Path:
+    """The pending record's place for this network namespace."""
+    return state.path().with_name("pending.json")
+
+
+def load() -> Pending | None:
+    """The change that awaits confirmation, or None."""
+    try:
+        document = json.loads(path().read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            return None
+        return Pending(
+            command=str(document["command"]),
+            seconds=float(document["seconds"]),
+            deadline=float(document["deadline"]),
+            token=str(document["token"]),
+            guardian=str(document["guardian"]),
+            before=before.of_document(document["before"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def drop(pending: Pending) -> None:
+    """Forget a pending change: it stays. To be called under the lock."""
+    path().unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path().parent.rmdir()
+    _dismiss(pending)
+
+
+@contextlib.contextmanager
+def guarded(command: str, seconds: float | None, record: state.State | None) -> Iterator[Pending | None]:
+    """Make the change of the block one that has to be confirmed within `seconds`; None makes it an ordinary one.
+
+    While one is pending, a further one that has to be confirmed moves the deadline, and the way back stays that of the
+    first: to what was last confirmed. Raises InputError for an ordinary one. To be entered under the lock.
+    """
+    earlier = load()
+    if seconds is None:
+        if earlier:
+            raise InputError(_refusal(earlier))
+        yield None
+        return
+    way_back = earlier.before if earlier else before.take(record)
+    armed = _arm(command, seconds, way_back)
+    try:
+        yield armed
+    except TpctlError:  # nothing was changed, or it is undone; after anything else the guardian is needed
+        if earlier:
+            _write(earlier)
+            _dismiss(armed)
+        else:
+            drop(armed)
+        raise
+    if earlier:
+        _dismiss(earlier)
+
+
+def wait(token: str, seconds: float) -> bool:
+    """Wait as the guardian of a change; whether it still has to be taken back when the time is up."""
+    deadline = _now() + seconds
+    settled = False
+    while (left := deadline - _now()) > 0:
+        time.sleep(min(left, 1.0))
+        if not settled:
+            # The record is written after its guardian has started, and under the lock.
+            with contextlib.suppress(ApplyError), state.locked():
+                settled = True
+        pending = load()
+        if settled and (pending is None or pending.token != token):
+            return False
+    return True
+
+
+def guardian_argv(token: str) -> list[str]:
+    """The command that takes a change back."""
+    return [sys.executable, "-m", "agent.cli.main", "rollback", "--token", token]
+
+
+def timer_argv(pending: Pending) -> list[str]:
+    """The command that makes systemd run it in time (systemd-run(1))."""
+    return [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={pending.unit}",
+        "--description=tpctl takes back a change that was not confirmed",
+        f"--on-active={round(pending.seconds * 1000)}ms",
+        "--timer-property=AccuracySec=100ms",
+        *(f"--setenv={name}={value}" for name, value in _environment().items()),
+        *guardian_argv(pending.token),
+    ]
+
+
+def _arm(command: str, seconds: float, way_back: Before) -> Pending:
+    """Start the guardian, then write the record: a guardian without a record does nothing, the reverse would hang."""
+    token = secrets.token_hex(4)
+    pending = Pending(command, seconds, _now() + seconds, token, PROCESS, way_back)
+    if _systemd_runs_here() and _started_timer(pending):
+        pending = Pending(command, seconds, pending.deadline, token, TIMER, way_back)
+    else:
+        detached.start([*guardian_argv(token), "--wait", str(seconds)], _environment())
+    _write(pending)
+    return pending
+
+
+def _write(pending: Pending) -> None:
+    document = {
+        "format": FORMAT,
+        "version": agent.__version__,
+        "command": pending.command,
+        "seconds": pending.seconds,
+        "deadline": pending.deadline,
+        "token": pending.token,
+        "guardian": pending.guardian,
+        "before": before.document_of(pending.before),
+    }
+    state.write(path(), document)
+
+
+def _systemd_runs_here() -> bool:
+    """Whether systemd runs, and in this network namespace: its units would change another one's rules otherwise."""
+    try:
+        same = Path("/proc/1/ns/net").stat().st_ino == Path("/proc/thread-self/ns/net").stat().st_ino
+    except OSError:
+        return False
+    return same and SYSTEMD_RUNS.is_dir()
+
+
+def _started_timer(pending: Pending) -> bool:
+    try:
+        return runner.run(timer_argv(pending)).ok
+    except (FileNotFoundError, TpctlError):
+        return False
+
+
+def _dismiss(pending: Pending) -> None:
+    """Stop a timer that is not needed any more. A process sees by itself that it is not."""
+    if pending.guardian == TIMER:
+        with contextlib.suppress(FileNotFoundError, TpctlError):
+            runner.run(["systemctl", "stop", f"{pending.unit}.timer"])
+
+
+def _environment() -> dict[str, str]:
+    """The guardian finds the package where this process found it, whatever the working directory."""
+    home = str(Path(agent.__file__).resolve().parents[1])
+    others = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one and one != home]
+    return {**runner.ENVIRONMENT, "PYTHONPATH": os.pathsep.join([home, *others])}
+
+
+def _refusal(pending: Pending) -> str:
+    return (
+        f"a change ({pending.command}) awaits confirmation for another {max(pending.remaining, 0):.0f} s: keep it with "
+        "`tpctl confirm`, take it back with `tpctl rollback`, or give --confirm-within to this command too"
+    )
+
+
+def _now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

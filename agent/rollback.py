@@ -1,0 +1,106 @@
+"""Keeping a change that awaits confirmation, or taking it back to exactly what stood there before."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from agent import confirm, lifecycle, state
+from agent.before import Before
+from agent.engines import registry
+from agent.errors import ApplyError, InputError, TpctlError
+from agent.host.privilege import require_root
+
+ATTEMPTS = 20
+PAUSE_SECONDS = 3.0
+"""Between attempts of a guardian: nobody else is there to try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a change."""
+
+    command: str
+    now: str
+    """What is installed now, in words."""
+
+
+def keep() -> Outcome:
+    """Confirm the pending change. Raises InputError when there is none, or when it was not made completely."""
+    require_root("tpctl confirm")
+    with state.locked():
+        pending, record = confirm.load(), state.load()
+        if pending is None:
+            raise InputError(
+                "no change awaits confirmation; if one did, its time was up and it was taken back: see tpctl status"
+            )
+        if record and record.phase != state.INSTALLED:
+            raise InputError(
+                f"the {pending.command} was interrupted before it was done, so there is nothing to keep: "
+                "`tpctl rollback` takes it back"
+            )
+        confirm.drop(pending)
+        return Outcome(pending.command, _installed(record))
+
+
+def take_back(token: str | None = None) -> Outcome | None:
+    """Go the way back of the pending change; with `token` only if it is still that one.
+
+    Hands back None when there is nothing to take back. Raises what installing and uninstalling raise; the change then
+    still awaits its confirmation.
+    """
+    require_root("tpctl rollback")
+    with state.locked():
+        pending = confirm.load()
+        if pending is None or token not in (None, pending.token):
+            return None
+        restore(pending.before)
+        confirm.drop(pending)
+        return Outcome(pending.command, _installed(pending.before.record))
+
+
+def stand_guard(token: str, seconds: float) -> Outcome | None:
+    """Wait, then take the change back unless it was confirmed, as often as it takes. For the guardian."""
+    if not confirm.wait(token, seconds):
+        return None
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            outcome = take_back(token)
+        except (TpctlError, OSError) as error:
+            _tell(f"a change that was not confirmed could not be taken back (attempt {attempt} of {ATTEMPTS}): {error}")
+            if attempt == ATTEMPTS:
+                raise ApplyError(f"the change could not be taken back: {error}") from error
+            time.sleep(PAUSE_SECONDS)
+            continue
+        if outcome:
+            _tell(f"the {outcome.command} was not confirmed in time and was taken back; installed now: {outcome.now}")
+        return outcome
+    return None
+
+
+def restore(before: Before) -> None:
+    """Bring back what stood there before. To be called under the lock."""
+    current = state.load()
+    if before.record is None:
+        lifecycle.remove_everything(current)
+        if before.holdings:
+            from agent.engines.iptables import snapshot
+
+            snapshot.restore(before.holdings)
+        return
+    record = before.record
+    engine = registry.select(record.options).engine
+    report = lifecycle.report_of(engine, "it was installed before", record.policy, [])
+    lifecycle.carry_out(engine, record, current, report)
+
+
+def _installed(record: state.State | None) -> str:
+    return f"the policy installed at {record.installed_at}, by {record.options.engine}" if record else "nothing"
+
+
+def _tell(message: str) -> None:
+    """Write to the system log: a guardian has no terminal, and the operator who comes back wants to know."""
+    import syslog
+
+    syslog.openlog("tpctl", syslog.LOG_PID, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_NOTICE, message)

@@ -76,6 +76,8 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 def flags() -> Iterator[tuple[str, str]]:
     for words, command in commands():
         for parameter in command.params:
+            if getattr(parameter, "hidden", False):
+                continue
             yield from ((words, flag) for flag in (*parameter.opts, *parameter.secondary_opts) if flag.startswith("--"))
 
 

@@ -147,7 +147,7 @@ def test_every_probe_holds_beside_the_rules_of_others(variant: str) -> None:
     ("change", "shown"),
     [
         ("delete rule inet tpctl outbound handle {handle}", "-tcp dport @excluded_outbound_ports"),
-        ("add element inet tpctl excluded_outbound_ports {{ 7777 }}", "7777"),
+        ("add element inet tpctl {ports} {{ 7777 }}", "7777"),
         ("insert rule inet tpctl output_last accept", "+accept"),
         ("add chain inet tpctl stranger", "+chain stranger"),
         ("replace rule inet tpctl outbound handle {handle} counter drop", "+counter"),
@@ -163,7 +163,7 @@ def test_drift_is_seen_and_put_right(change: str, shown: str) -> None:
         assert engine.inspect(plan).drift == ()
         rules = (item["rule"] for item in engine.nft.objects("list table inet tpctl") if "rule" in item)
         handle = next(rule["handle"] for rule in rules if rule.get("comment") == "tpctl/o1: excluded ports")
-        run(["nft", "-f", "-"], stdin=change.format(handle=handle))
+        run(["nft", "-f", "-"], stdin=change.format(handle=handle, ports=plan.table.sets[0].name))
         drift = engine.inspect(plan).drift
         assert any(shown in line for line in drift), drift
         engine.apply(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import struct
 import sys
@@ -27,6 +28,11 @@ from tests.netns.test_nftables_swap import REMOTES, dial, scene, who
 pytestmark = pytest.mark.root
 
 
+def without_comments(text: str) -> str:
+    """What a preview says without the lines that only people read."""
+    return re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
+
+
 def ways() -> list[Nft]:
     return [nft.find(), ProgramNft()]
 
@@ -40,7 +46,7 @@ def test_install_inspect_and_remove(way: Nft) -> None:
         engine = NftablesEngine(way, EngineOptions())
         assert way.description in engine.reason
         plan = engine.plan(EVERYTHING)
-        assert engine.preview(EVERYTHING) == plan.render()
+        assert without_comments(engine.preview(EVERYTHING)) == "".join(plan.transactions(None))
         assert engine.apply(plan).replaced == ()
         assert engine.apply(plan).replaced == ("tpctl's rules (nftables)",)
         found = engine.inspect(plan)
@@ -70,8 +76,9 @@ def test_what_is_previewed_is_what_the_kernel_is_given(monkeypatch: pytest.Monke
         for policy in (Policy(PROXY), EVERYTHING, Policy(PROXY)):
             previewed = engine.preview(policy)
             engine.apply(engine.plan(policy))
-            assert given.pop() == previewed
-            assert not given  # one transaction
+            assert "".join(given) == without_comments(previewed)
+            assert not any("chain" in text for text in given[:-1])  # whatever acts on packets is one transaction
+            given.clear()
 
 
 def test_both_ways_give_the_same_listing() -> None:

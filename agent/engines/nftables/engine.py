@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from agent.engines.nftables import drain, nft, probe, scratch
 from agent.engines.nftables.nft import Nft, NftError, Objects
 from agent.engines.nftables.ruleset import table_for
 from agent.engines.nftables.table import TABLE, Table
-from agent.engines.nftables.transaction import replacement
+from agent.engines.nftables.transaction import preparation, replacement
 from agent.errors import ApplyError, HostError
 from agent.policy import Family, Policy
 
@@ -41,6 +42,12 @@ class NftablesPlan:
         """The text that replaces `current`."""
         return replacement(current, self.table, comments=self.comments)
 
+    def transactions(self, current: Objects | None) -> tuple[str, str]:
+        """The same as two texts: one that makes sets which no rule uses yet (may be empty), one that does the rest."""
+        prepared = preparation(current, self.table)
+        first = Table(prepared).render() if prepared else ""
+        return first, replacement(current, self.table, comments=self.comments, prepared=prepared)
+
 
 class NftablesEngine:
     """Carries plans out through nf_tables."""
@@ -59,23 +66,43 @@ class NftablesEngine:
 
     def preview(self, policy: Policy) -> str:
         """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
-        return self.plan(policy).render_over(self._current())
+        first, text = self.plan(policy).transactions(self._current())
+        return f"# first, sets that no rule uses yet\n{first}# then, in one transaction\n{text}" if first else text
 
     def footprint(self) -> Footprint:
         """Nothing: the table is ours alone, and nothing outside it changes."""
         return {}
 
     def apply(self, plan: NftablesPlan) -> Applied:
-        """Replace whatever our table holds by `plan`, in one transaction."""
+        """Replace whatever our table holds by `plan`: all rules change in one transaction.
+
+        Sets that they look into are made before that; when the rules are then refused, they are taken away again.
+        """
         current = self._current()
+        first, text = plan.transactions(current)
+        prepared = False
         try:
-            self.nft.execute(plan.render_over(current))
+            if first:
+                self.nft.execute(first)
+                prepared = True
+            self.nft.execute(text)
         except NftError as refused:
+            if prepared:
+                self._unprepare(plan, current)
             raise ApplyError(
                 f"nf_tables refused the rules: {refused}. Nothing was changed: the rules are as they were before"
             ) from refused
         held = current is not None and not drain.is_leftover(current)
         return Applied(("tpctl's rules (nftables)",) if held else ())
+
+    def _unprepare(self, plan: NftablesPlan, current: Objects | None) -> None:
+        """Take the sets away that were made for rules which the kernel then refused."""
+        names = (item.name for item in preparation(current, plan.table))
+        lines = (
+            [f"delete set {TABLE} {name}\n" for name in names] if current is not None else [f"delete table {TABLE}\n"]
+        )
+        with contextlib.suppress(NftError):  # the refusal of the rules is what the user has to know
+            self.nft.execute("".join(lines))
 
     def inspect(self, plan: NftablesPlan | None) -> Inspection:
         """What our table holds. Leftovers of an uninstall do not count as installed; see `leftovers`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,11 @@ class Set:
     def keyword(self) -> str:
         """What nft calls it."""
         return "map" if " : " in self.type else "set"
+
+    @property
+    def digest(self) -> str:
+        """What tells its contents from those of any other set, short enough for a name."""
+        return hashlib.blake2s("\n".join((self.type, *self.elements)).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

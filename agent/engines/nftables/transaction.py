@@ -6,23 +6,69 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.engines.nftables.nft import Objects
-from agent.engines.nftables.table import TABLE, Hook, Table
+from agent.engines.nftables.table import TABLE, Hook, Set, Table
 
 _REFILLS = (1, 0)
 """The first version of nft that may be given a text that makes again what it deletes; see `_usable`."""
 
 
-def replacement(current: Objects | None, wanted: Table, *, comments: bool = True) -> str:
+def preparation(current: Objects | None, wanted: Table) -> tuple[Set, ...]:
+    """The sets that are made, in a transaction of their own, before the rules that look into them.
+
+    The kernel shows the elements of a set of intervals a moment after it lets packets meet the rules of the same
+    transaction (seen on Linux 6.18: under load, a connection to an included port leaked in one of a hundred swaps). A
+    set that nothing refers to yet changes nothing.
+    """
+    if not _usable(current or []):
+        return ()
+    held = {item["set"]["name"] for item in current or [] if "set" in item}
+    return tuple(item for item in wanted.sets if item.keyword == "set" and item.name not in held)
+
+
+def replacement(
+    current: Objects | None, wanted: Table, *, comments: bool = True, prepared: tuple[Set, ...] = ()
+) -> str:
     """The transaction that makes our table hold `wanted`, given what it holds now (None: there is no table).
+
+    `prepared` are the sets that were made in it since. Sets of the same name and elements stay.
 
     Base chains are emptied and filled, not deleted and made again. The kernel runs a base chain as a whole either in
     its old or its new generation; but of two base chains a packet may meet the new one while it is still empty and the
-    old one when it is already empty, and leak. Sets and called chains are made again: only rules refer to them.
+    old one when it is already empty, and leak. Called chains are made again: only rules refer to them.
     """
-    return "".join(f"{line}\n" for line in _clearing(current or [], wanted)) + wanted.render(comments=comments)
+    held = current or []
+    kept = frozenset(item.name for item in wanted.sets if item in prepared or (_usable(held) and _holds(held, item)))
+    missing = Table(tuple(item for item in wanted.sets if item.name not in kept), wanted.chains)
+    return "".join(f"{line}\n" for line in _clearing(held, wanted, kept)) + missing.render(comments=comments)
 
 
-def _clearing(current: Objects, wanted: Table) -> Iterator[str]:
+def _holds(current: Objects, wanted: Set) -> bool:
+    """Whether the kernel holds this set with these elements: a stranger may have changed them."""
+    for item in (item["set"] for item in current if "set" in item):
+        if item["name"] == wanted.name:
+            elements = [_element(element) for element in item.get("elem", ())]
+            return item.get("type") == wanted.type and sorted(elements) == sorted(map(_bare, wanted.elements))
+    return False
+
+
+def _element(listed: Any) -> str:
+    """An element of a listed set, as we write it."""
+    if not isinstance(listed, dict):
+        return str(listed)
+    if "prefix" in listed:
+        return f"{listed['prefix']['addr']}/{listed['prefix']['len']}"
+    if "range" in listed:
+        return "-".join(map(str, listed["range"]))
+    return _element(listed["elem"]["val"]) if "elem" in listed else ""
+
+
+def _bare(element: str) -> str:
+    """A network of one address is listed as the address."""
+    address, _, length = element.partition("/")
+    return address if length == ("128" if ":" in address else "32") else element
+
+
+def _clearing(current: Objects, wanted: Table, kept: frozenset[str]) -> Iterator[str]:
     if not _usable(current):
         yield f"delete table {TABLE}"
         return
@@ -30,7 +76,7 @@ def _clearing(current: Objects, wanted: Table) -> Iterator[str]:
     chains = [item["chain"] for item in current if "chain" in item]
     yield from (f"flush chain {TABLE} {chain['name']}" for chain in chains)
     for kind in ("map", "set"):
-        for item in (item[kind] for item in current if kind in item):
+        for item in (item[kind] for item in current if kind in item and item[kind]["name"] not in kept):
             # A packet that began in the old generation of a chain and looks into an emptied set after the commit finds
             # nothing there, and an included port would leak; in a set that is deleted whole it still finds everything.
             if kind == "map":

@@ -79,7 +79,7 @@ def test_thousands_of_exclusions_are_one_rule() -> None:
     many = table_for(Policy(1, outbound=Outbound(exclude_ports=ports, exclude_destinations=networks)))
     few = table_for(Policy(1, outbound=Outbound(exclude_ports=ports[:1], exclude_destinations=networks[:1])))
     assert [len(chain.rules) for chain in many.chains] == [len(chain.rules) for chain in few.chains]
-    assert {item.name: len(item.elements) for item in many.sets} == {
+    assert {item.name.rpartition("_")[0]: len(item.elements) for item in many.sets} == {
         "excluded_outbound_ports": 2000,
         "excluded_destinations_v4": 2500,
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from agent.engines.nftables import drain
 from agent.engines.nftables.nft import Objects
 from agent.engines.nftables.scratch import blocks
 from agent.engines.nftables.table import Chain, Hook, Rule, Set, Table
-from agent.engines.nftables.transaction import replacement
+from agent.engines.nftables.transaction import preparation, replacement
 
 WANTED = Table(
     (Set("ports", "inet_service", ("22",)),),
@@ -39,6 +41,45 @@ def test_base_chains_are_kept_and_all_else_is_made_again() -> None:
         "delete set inet tpctl ports",
         "delete chain inet tpctl outbound",
     ]
+
+
+def test_a_set_that_the_kernel_holds_stays() -> None:
+    same = listed({"set": {"name": "ports", "type": "inet_service", "elem": [22]}}, chain("output_last", -99))
+    assert not any("set" in line for line in clearing(same))
+    assert "set ports" not in replacement(same, WANTED)
+    assert preparation(same, WANTED) == ()
+
+
+@pytest.mark.parametrize("elements", [[], [22, 23], [{"range": [20, 22]}]])
+def test_a_set_that_a_stranger_changed_is_made_again(elements: list[object]) -> None:
+    changed = listed({"set": {"name": "ports", "type": "inet_service", "elem": elements}}, chain("output_last", -99))
+    assert "delete set inet tpctl ports" in clearing(changed)
+    assert "set ports" in replacement(changed, WANTED).partition("delete set")[2].partition("\n")[2]
+
+
+def test_a_set_that_is_not_there_is_prepared() -> None:
+    nothing = listed(chain("output_last", -99))
+    prepared = preparation(nothing, WANTED)
+    assert prepared == WANTED.sets
+    assert "set ports" not in replacement(nothing, WANTED, prepared=prepared)
+    assert preparation(None, WANTED) == WANTED.sets
+
+
+@pytest.mark.parametrize(
+    ("listed_as", "element"),
+    [
+        (22, "22"),
+        ("10.0.0.1", "10.0.0.1/32"),
+        ("2001:db8::1", "2001:db8::1/128"),
+        ({"range": [80, 90]}, "80-90"),
+        ({"prefix": {"addr": "10.0.0.0", "len": 8}}, "10.0.0.0/8"),
+        ({"elem": {"val": {"range": [80, 90]}}}, "80-90"),
+    ],
+)
+def test_elements_are_recognized_however_they_are_listed(listed_as: object, element: str) -> None:
+    wanted = Table((Set("s", "t", (element,)),), ())
+    current = listed({"set": {"name": "s", "type": "t", "elem": [listed_as]}})
+    assert "set s" not in replacement(current, wanted)
 
 
 def test_a_base_chain_that_is_not_wanted_or_hooked_elsewhere_goes() -> None:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-bpfcc python3-nftables iptables nftables iproute2 conntrack dnsutils curl util-linux strace
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix bench-install clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ demo: venv ## the main job in throwaway network namespaces, as a table
 
 test: venv ## every test (root: namespaces are made and removed)
 	@$(BIN)/python -m pytest
+
+test-equivalence: venv ## every engine against the specification on N random policies (N=2000, root)
+	@$(BIN)/python -m tests.equivalence $(or $(N),200)
+
+test-mutations: venv ## deliberately broken engines: how many of them the suite finds out (root)
+	@$(BIN)/python -m tests.equivalence.mutate
 
 check: venv ## lint and strict types
 	$(BIN)/ruff check agent tests

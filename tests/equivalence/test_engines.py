@@ -1,0 +1,27 @@
+"""Every engine agrees with `decide()`: a budgeted number of policies, always the same ones.
+
+`make test-equivalence N=2000` goes further. TPCTL_POLICIES sets the number here.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.equivalence.engines import DOORS
+from tests.equivalence.run import drawn, run
+
+pytestmark = pytest.mark.root
+
+POLICIES = int(os.environ.get("TPCTL_POLICIES", "40"))
+_SEED = 1
+
+
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_engine_agrees_with_the_specification(name: str) -> None:
+    outcome = run(DOORS[name], drawn(POLICIES, _SEED))
+    assert outcome.score.policies >= POLICIES
+    assert not outcome.wrong, (
+        f"{len(outcome.wrong)} of {outcome.score.connections} connections; the first, to be pinned:\n{outcome.smallest}"
+    )

@@ -1,0 +1,1 @@
+"""What makes an installation come back: firewalld's direct rules, and systemd's units."""

@@ -44,29 +44,32 @@ def inbound(family: socket.AddressFamily, expected: bytes = INBOUND) -> Route:
     return Route(family, HOST_ADDRESSES[family], expected)
 
 
+@contextmanager
+def prepared_namespaces() -> Iterator[tuple[Namespace, Namespace]]:
+    """A host and a peer for many short connections, for the length of the block. Nothing runs in them."""
+    spaces = build(Layout())
+    try:
+        for space in spaces.values():
+            with space.inside():
+                write_sysctls(_SYSCTLS)
+        yield spaces[HOST], spaces[PEER]
+    finally:
+        for space in spaces.values():
+            space.close()
+
+
 class Scene:
     """Two connected namespaces and the servers in them. Nothing is installed, and conntrack is idle."""
 
-    def __init__(self) -> None:
-        self.spaces = build(Layout())
-        for space in self.spaces.values():
-            with space.inside():
-                write_sysctls(_SYSCTLS)
+    def __init__(self, host: Namespace, peer: Namespace) -> None:
+        """`host` is where the swaps happen, `peer` every other host."""
+        self.host = host
+        self.peer = peer
         self._servers = [
-            Servers(self.host, PROXY, {15001: OUTBOUND, 15006: INBOUND}),
-            Servers(self.host, APP, {REAL_PORT: REAL}),
-            Servers(self.peer, 0, {REAL_PORT: REAL}),
+            Servers(host, PROXY, {15001: OUTBOUND, 15006: INBOUND}),
+            Servers(host, APP, {REAL_PORT: REAL}),
+            Servers(peer, 0, {REAL_PORT: REAL}),
         ]
-
-    @property
-    def host(self) -> Namespace:
-        """Where the swaps happen."""
-        return self.spaces[HOST]
-
-    @property
-    def peer(self) -> Namespace:
-        """Every other host."""
-        return self.spaces[PEER]
 
     def applications(self) -> Applications:
         """One process for each family and direction, paused."""
@@ -93,21 +96,18 @@ class Scene:
             lifecycle.uninstall()
 
     def close(self) -> None:
-        """End the servers and let the namespaces go."""
+        """End the servers, and take everything away that was installed."""
         for servers in self._servers:
             servers.stop()
-        try:
-            self.uninstall()  # or the record under /run/tpctl would outlive the namespace
-        finally:
-            for space in self.spaces.values():
-                space.close()
+        self.uninstall()  # or the record under /run/tpctl would outlive the namespace
 
 
 @contextmanager
 def scene() -> Iterator[Scene]:
     """A scene for the length of the block."""
-    made = Scene()
-    try:
-        yield made
-    finally:
-        made.close()
+    with prepared_namespaces() as (host, peer):
+        made = Scene(host, peer)
+        try:
+            yield made
+        finally:
+            made.close()

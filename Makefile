@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := python3-venv python3-bpfcc python3-nftables iptables nftables iproute2 conntrack dnsutils curl util-linux strace
+PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
+	dnsutils curl util-linux strace procps
 
 .DEFAULT_GOAL := help
 .PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install clean

@@ -1,0 +1,174 @@
+"""The programs that are attached, found by their pinned links; the maps are found through the programs.
+
+Nothing else is pinned: a link holds its program and a program its maps, so one link update changes all of it at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.engines.ebpf import syscall
+from agent.engines.ebpf.place import Place
+from agent.engines.ebpf.programs import MAPS, PROGRAMS, Program, Scope
+from agent.errors import ApplyError
+
+_NEXT = "_next"
+"""The BPF file system allows no dots in names."""
+
+
+@dataclass(slots=True)
+class Attached:
+    """A pinned link and what it runs."""
+
+    program: Program
+    link: int
+    """A descriptor."""
+    info: syscall.LinkInfo
+
+
+@dataclass(slots=True)
+class Installed:
+    """Everything of ours in one network namespace, with descriptors open."""
+
+    links: dict[str, Attached] = field(default_factory=dict)
+    maps: dict[str, int] = field(default_factory=dict)
+    """By name, those of the first program that has them; descriptors."""
+    settings: dict[str, int] = field(default_factory=dict)
+    """By program: the id of its map of settings. More than one id means a replacement was interrupted."""
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Installed]:
+    """What is pinned in a folder. Raises OSError."""
+    found = Installed()
+    with ExitStack() as stack:
+        for program in PROGRAMS:
+            try:
+                link = syscall.pinned(folder / program.name)
+            except OSError:
+                continue
+            stack.callback(os.close, link)
+            info = syscall.link_info(link)
+            found.links[program.name] = Attached(program, link, info)
+            code = syscall.program_by_id(info.program)
+            stack.callback(os.close, code)
+            for descriptor in syscall.maps_of(code):
+                stack.callback(os.close, descriptor)
+                shape = syscall.map_info(descriptor)
+                if shape.name == "settings":
+                    found.settings[program.name] = shape.number
+                if shape.name in MAPS:
+                    found.maps.setdefault(shape.name, descriptor)
+        yield found
+
+
+def targets(place: Place, inode: int) -> Mapping[Scope, int]:
+    """What each scope's links should report as attached to: a cgroup's id is its directory's inode number."""
+    return {
+        Scope.APPLICATIONS: place.applications.stat().st_ino,
+        Scope.DATA_PLANE: place.data_plane.stat().st_ino,
+        Scope.NAMESPACE: inode,
+    }
+
+
+class Switch:
+    """Puts loaded programs in the place of whatever is pinned, one atomic step a program; undoes on failure."""
+
+    def __init__(self, place: Place, folder: Path, inode: int) -> None:
+        self.place = place
+        self.folder = folder
+        self.targets = targets(place, inode)
+
+    def run(self, loaded: Mapping[str, int], before: Installed) -> None:
+        """Attach the programs (descriptors by name). Raises ApplyError; everything is then as before."""
+        with ExitStack() as undo:
+            for program in PROGRAMS:
+                try:
+                    self._put(program, loaded[program.name], before.links.get(program.name), undo)
+                except OSError as error:
+                    undo.close()
+                    raise ApplyError(
+                        f"the kernel refused to attach the eBPF program {program.name} to {program.scope.value}: "
+                        f"{error.strerror}. Everything is as it was before"
+                    ) from error
+            undo.pop_all()
+
+    def _put(self, program: Program, code: int, old: Attached | None, undo: ExitStack) -> None:
+        if old and old.info.target == self.targets[program.scope]:
+            syscall.replace(old.link, code)
+            undo.callback(_put_back, old)
+            return
+        link = self._attach(program, code)
+        try:
+            self._pin(program, link, old, undo)
+        finally:
+            os.close(link)
+
+    def _pin(self, program: Program, link: int, old: Attached | None, undo: ExitStack) -> None:
+        """Pin a new link under its name. An old one (of another cgroup, or of a dead namespace) goes only after."""
+        final, temporary = self.folder / program.name, self.folder / f"{program.name}{_NEXT}"
+        temporary.unlink(missing_ok=True)
+        syscall.pin(link, temporary)
+        if old:
+            # Its descriptor keeps it attached until the whole switch is done.
+            final.unlink()
+            undo.callback(syscall.pin, old.link, final)
+        temporary.rename(final)
+        undo.callback(final.unlink)
+
+    def _attach(self, program: Program, code: int) -> int:
+        place = {
+            Scope.APPLICATIONS: self.place.applications,
+            Scope.DATA_PLANE: self.place.data_plane,
+            Scope.NAMESPACE: Path("/proc/thread-self/ns/net"),
+        }[program.scope]
+        target = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return syscall.attach(code, target, program.attach_type)
+        finally:
+            os.close(target)
+
+
+def _put_back(old: Attached) -> None:
+    code = syscall.program_by_id(old.info.program)
+    try:
+        syscall.replace(old.link, code)
+    finally:
+        os.close(code)
+
+
+def unpin(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove pins; a link without another reference detaches its program. Raises OSError."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}{_NEXT}"):
+            path.unlink(missing_ok=True)
+
+
+def is_dead(folder: Path) -> bool:
+    """Whether the network namespace of a folder of pins is gone: the kernel then took its sk_lookup link apart."""
+    try:
+        link = syscall.pinned(folder / "sk_lookup")
+    except OSError:
+        return False
+    try:
+        return syscall.link_info(link).target == 0
+    except OSError:
+        return False
+    finally:
+        os.close(link)
+
+
+def clear_dead(place: Place) -> tuple[str, ...]:
+    """Remove what namespaces that no longer exist left behind; hands back their folders' names."""
+    cleared = []
+    for folder in place.folders():
+        if is_dead(folder):
+            unpin(folder, tuple(program.name for program in PROGRAMS))
+            with suppress(OSError):
+                folder.rmdir()
+            cleared.append(folder.name)
+    return tuple(cleared)

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/* Connections that arrive: the data plane's listening socket is chosen in place of the application's. The accepted
+ * socket keeps the address the client asked for.
+ */
+
+#define NOT_ASSIGNED 0
+#define ASSIGNED 1
+
+static __always_inline int assign_from(struct bpf_sk_lookup *ctx, u32 base) {
+  for (u32 i = 0; i < SLOTS; i++) {
+    u32 slot = base + i;
+    struct bpf_sock *found = listeners.lookup(&slot);
+    if (!found)
+      continue;
+    /* The kernel balances over the socket's SO_REUSEPORT group by itself. */
+    int failed = bpf_sk_assign(ctx, found, 0);
+    bpf_sk_release(found);
+    if (!failed)
+      return ASSIGNED;
+  }
+  return NOT_ASSIGNED;
+}
+
+static __always_inline int is_from_here(struct flow *flow) {
+  if (flow->from.word[0] == flow->to.word[0] && flow->from.word[1] == flow->to.word[1] &&
+      flow->from.word[2] == flow->to.word[2] && flow->from.word[3] == flow->to.word[3])
+    return 1;
+  if (flow->ipv6 && is_small6(&flow->from, 1))
+    return 1;
+  return is_local(flow, &flow->from);
+}
+
+int sk_lookup(struct bpf_sk_lookup *ctx) {
+  int zero = 0;
+  struct settings *set = settings.lookup(&zero);
+  u64 *netns = anchor.lookup(&zero);
+  if (!set || ctx->protocol != IPPROTO_TCP)
+    return SK_PASS;
+  struct flow flow = {.port = ctx->local_port, .netns = netns ? *netns : 0};
+  if (ctx->family == AF_INET6) {
+    flow.ipv6 = 1;
+    LOAD(flow.from.word[0], ctx->remote_ip6[0]);
+    LOAD(flow.from.word[1], ctx->remote_ip6[1]);
+    LOAD(flow.from.word[2], ctx->remote_ip6[2]);
+    LOAD(flow.from.word[3], ctx->remote_ip6[3]);
+    LOAD(flow.to.word[0], ctx->local_ip6[0]);
+    LOAD(flow.to.word[1], ctx->local_ip6[1]);
+    LOAD(flow.to.word[2], ctx->local_ip6[2]);
+    LOAD(flow.to.word[3], ctx->local_ip6[3]);
+  } else {
+    map4(&flow.from, ctx->remote_ip4);
+    map4(&flow.to, ctx->local_ip4);
+  }
+  /* The kernel drops packets from outside that claim to come from one of its own addresses, so these are ours. */
+  if (!serves(set, &flow) || is_from_here(&flow))
+    return SK_PASS;
+  int rule = inbound_rule(set, &flow, &flow.from);
+  if (rule != RULE_I5 && rule != RULE_I7) {
+    count(rule, flow.ipv6);
+    return SK_PASS;
+  }
+  /* A listener on :: that takes IPv4 too stands in the second half. */
+  if (assign_from(ctx, flow.ipv6 ? SLOTS : 0) || (!flow.ipv6 && assign_from(ctx, SLOTS))) {
+    count(rule, flow.ipv6);
+    return SK_PASS;
+  }
+  int bypass = set->flags & FLAG_BYPASS;
+  count(bypass ? RULE_BYPASSED_INBOUND : RULE_REFUSED_INBOUND, flow.ipv6);
+  return bypass ? SK_PASS : SK_DROP; /* dropped: the client is told that the connection is refused */
+}

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
+/* Connections and queries that processes of this host open: the destination is changed before the kernel sees it, so no
+ * packet is ever translated. What was asked for is kept with the socket, and goes when the socket goes.
+ */
+
+static __always_inline struct settings *settings_of(u64 netns) {
+  int zero = 0;
+  struct settings *set = settings.lookup(&zero);
+  return set && set->netns == name_of(netns) ? set : 0;
+}
+
+static __always_inline void map4(struct address *into, u32 ip) {
+  into->word[0] = 0;
+  into->word[1] = 0;
+  into->word[2] = MAPPED;
+  into->word[3] = ip;
+}
+
+/* Whether the data plane has a socket on a port, as a connection to it would find. */
+static __always_inline int answers(struct bpf_sock_addr *ctx, struct flow *flow, u16 port, int udp) {
+  struct bpf_sock_tuple tuple = {};
+  int size;
+  if (flow->ipv6) {
+    tuple.ipv6.daddr[3] = htonl(1);
+    tuple.ipv6.saddr[3] = htonl(1);
+    tuple.ipv6.dport = htons(port);
+    size = sizeof(tuple.ipv6);
+  } else {
+    tuple.ipv4.daddr = LOCAL4;
+    tuple.ipv4.saddr = LOCAL4;
+    tuple.ipv4.dport = htons(port);
+    size = sizeof(tuple.ipv4);
+  }
+  struct bpf_sock *found;
+  if (udp)
+    found = bpf_sk_lookup_udp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+  else
+    found = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+  if (!found)
+    return 0;
+  bpf_sk_release(found);
+  return 1;
+}
+
+#define REFUSED -1
+
+/* The port to go to instead, 0 or REFUSED; remembers with the socket what was asked for. */
+static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow) {
+  struct bpf_sock *sk = ctx->sk;
+  if (!sk)
+    return 0;
+  u64 sock = address_of(sk);
+  flow->netns = netns_of(sock);
+  struct settings *set = settings_of(flow->netns);
+  if (!set || !serves(set, flow))
+    return 0;
+  flow->uid = uid_of(sock);
+  int udp = ctx->protocol == IPPROTO_UDP;
+  if (!udp && ctx->protocol != IPPROTO_TCP)
+    return 0;
+  int rule = RULE_S1;
+  if (!is_scoped(flow))
+    rule = udp ? udp_rule(set, flow) : tcp_rule(set, flow);
+  u16 port = port_for(set, rule);
+  if (port && set->flags & FLAG_BYPASS && !answers(ctx, flow, port, udp)) {
+    rule = rule == RULE_D3 ? RULE_BYPASSED_DNS : rule == RULE_O3 ? RULE_BYPASSED_INBOUND : RULE_BYPASSED_OUTBOUND;
+    port = 0;
+  }
+  count(rule, flow->ipv6);
+  if (!port) {
+    /* A socket may be connected again, and one that is not connected may ask several servers: an answer of the data
+     * plane to an earlier query still has to look like the server's. */
+    if (!udp || flow->port == set->dns_port)
+      asked.sk_storage_delete(sk);
+    return 0;
+  }
+  struct asked *kept = asked.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+  if (!kept)
+    return set->flags & FLAG_BYPASS ? 0 : REFUSED; /* no memory; the data plane could not tell where to */
+  kept->address = flow->to;
+  kept->port = flow->port;
+  kept->role = ROLE_CLIENT;
+  return port;
+}
+
+static __always_inline int redirect4(struct bpf_sock_addr *ctx) {
+  struct flow flow = {.port = ntohs(ctx->user_port)};
+  u32 ip = ctx->user_ip4;
+  struct bpf_sock *sk = ctx->sk;
+  map4(&flow.to, ip ? ip : LOCAL4); /* 0.0.0.0 means this host */
+  u32 source = sk ? sk->src_ip4 : 0;
+  if (source)
+    map4(&flow.from, source);
+  int port = redirect(ctx, &flow);
+  if (port <= 0)
+    return port < 0 ? REFUSE : ALLOW;
+  ctx->user_ip4 = LOCAL4;
+  barrier();
+  ctx->user_port = htons(port);
+  return ALLOW;
+}
+
+static __always_inline int redirect6(struct bpf_sock_addr *ctx) {
+  struct flow flow = {.port = ntohs(ctx->user_port)};
+  struct bpf_sock *sk = ctx->sk;
+  LOAD(flow.to.word[0], ctx->user_ip6[0]);
+  LOAD(flow.to.word[1], ctx->user_ip6[1]);
+  LOAD(flow.to.word[2], ctx->user_ip6[2]);
+  LOAD(flow.to.word[3], ctx->user_ip6[3]);
+  flow.ipv6 = 1;
+  if (!flow.to.word[0] && !flow.to.word[1]) {
+    if (flow.to.word[2] == MAPPED)
+      flow.ipv6 = 0;
+    else if (!flow.to.word[2] && !flow.to.word[3])
+      flow.to.word[3] = htonl(1); /* :: means this host */
+  }
+  if (flow.ipv6 && sk) {
+    LOAD(flow.from.word[0], sk->src_ip6[0]);
+    LOAD(flow.from.word[1], sk->src_ip6[1]);
+    LOAD(flow.from.word[2], sk->src_ip6[2]);
+    LOAD(flow.from.word[3], sk->src_ip6[3]);
+  } else if (sk) {
+    u32 source = sk->src_ip4;
+    if (source)
+      map4(&flow.from, source);
+  }
+  int port = redirect(ctx, &flow);
+  if (port <= 0)
+    return port < 0 ? REFUSE : ALLOW;
+  ctx->user_ip6[0] = 0;
+  barrier();
+  ctx->user_ip6[1] = 0;
+  barrier();
+  ctx->user_ip6[2] = flow.ipv6 ? 0 : MAPPED;
+  barrier();
+  ctx->user_ip6[3] = flow.ipv6 ? htonl(1) : LOCAL4;
+  barrier();
+  ctx->user_port = htons(port);
+  return ALLOW;
+}
+
+int connect4(struct bpf_sock_addr *ctx) {
+  return redirect4(ctx);
+}
+
+int connect6(struct bpf_sock_addr *ctx) {
+  return redirect6(ctx);
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx) {
+  return redirect4(ctx);
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx) {
+  return redirect6(ctx);
+}
+
+/* What the socket asked for, when its other end is the data plane on this host. `any` allows every one of its ports. */
+static __always_inline struct asked *asked_of(struct bpf_sock_addr *ctx, u16 port, int any) {
+  int zero = 0;
+  struct settings *set = settings.lookup(&zero);
+  struct bpf_sock *sk = ctx->sk;
+  if (!set || !sk)
+    return 0;
+  if (port != set->dns_port && !(any && (port == set->outbound_port || port == set->inbound_port)))
+    return 0;
+  struct asked *kept = asked.sk_storage_get(sk, 0, 0);
+  return kept && kept->role == ROLE_CLIENT ? kept : 0;
+}
+
+static __always_inline void restore4(struct bpf_sock_addr *ctx, int any) {
+  if (ctx->user_ip4 != LOCAL4)
+    return;
+  struct asked *kept = asked_of(ctx, ntohs(ctx->user_port), any);
+  if (!kept)
+    return;
+  u32 ip = kept->address.word[3];
+  u16 port = kept->port;
+  ctx->user_ip4 = ip;
+  barrier();
+  ctx->user_port = htons(port);
+}
+
+static __always_inline void restore6(struct bpf_sock_addr *ctx, int any) {
+  u32 third = ctx->user_ip6[2], last = ctx->user_ip6[3];
+  if (!(!third && last == htonl(1)) && !(third == MAPPED && last == LOCAL4))
+    return;
+  struct asked *kept = asked_of(ctx, ntohs(ctx->user_port), any);
+  if (!kept)
+    return;
+  struct address to = kept->address;
+  u16 port = kept->port;
+  ctx->user_ip6[0] = to.word[0];
+  barrier();
+  ctx->user_ip6[1] = to.word[1];
+  barrier();
+  ctx->user_ip6[2] = to.word[2];
+  barrier();
+  ctx->user_ip6[3] = to.word[3];
+  barrier();
+  ctx->user_port = htons(port);
+}
+
+int recvmsg4(struct bpf_sock_addr *ctx) {
+  restore4(ctx, 0);
+  return ALLOW;
+}
+
+int recvmsg6(struct bpf_sock_addr *ctx) {
+  restore6(ctx, 0);
+  return ALLOW;
+}
+
+int getpeername4(struct bpf_sock_addr *ctx) {
+  restore4(ctx, 1);
+  return ALLOW;
+}
+
+int getpeername6(struct bpf_sock_addr *ctx) {
+  restore6(ctx, 1);
+  return ALLOW;
+}

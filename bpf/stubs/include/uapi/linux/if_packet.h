@@ -1,0 +1,1 @@
+/* Stands in for a kernel header: see bpf/README.md. */

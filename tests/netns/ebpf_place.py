@@ -1,0 +1,71 @@
+"""A cgroup and a BPF file system for one test: nothing outside them is ever attached to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.engines.ebpf.engine import EbpfEngine, load
+from agent.engines.ebpf.place import cgroup2, mount_bpffs
+
+_numbers = itertools.count()
+_MNT_DETACH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPlace:
+    """Where a test's programs live."""
+
+    cgroup: Path
+    pins: Path
+
+    def engine(self, *, applications: Path | None = None, bypass: bool = False) -> EbpfEngine:
+        """The engine for the current namespace, kept to this test's cgroup."""
+        return load(cgroup=applications or self.cgroup, root=self.cgroup, pins=self.pins, bypass=bypass)
+
+
+def enter(cgroup: Path) -> None:
+    """Move this process into a cgroup; the sockets it makes from now on belong there."""
+    (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@contextlib.contextmanager
+def own_place() -> Iterator[OwnPlace]:
+    """A cgroup with this process in it, and a BPF file system; both are gone at the end, with all that was attached."""
+    top = cgroup2()
+    before = top / _own_cgroup().lstrip("/")
+    cgroup = top / f"tpctl-test-{os.getpid()}-{next(_numbers)}"
+    pins = Path(tempfile.mkdtemp(prefix="tpctl-bpffs-"))
+    cgroup.mkdir()
+    try:
+        mount_bpffs(pins)
+        enter(cgroup)
+        yield OwnPlace(cgroup, pins)
+    finally:
+        enter(before)
+        ctypes.CDLL(None).umount2(os.fsencode(pins), _MNT_DETACH)
+        pins.rmdir()
+        _remove(cgroup)
+
+
+def _own_cgroup() -> str:
+    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+
+
+def _remove(cgroup: Path) -> None:
+    """Its processes have ended, but the kernel may still be putting one away."""
+    for _ in range(50):
+        try:
+            cgroup.rmdir()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return

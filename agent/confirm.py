@@ -21,6 +21,7 @@ import agent
 from agent import before, detached, runner, state
 from agent.before import Before
 from agent.errors import ApplyError, InputError, TpctlError
+from agent.host.proc import in_first_namespace
 
 FORMAT = 1
 SYSTEMD_RUNS = Path("/run/systemd/system")
@@ -177,11 +178,7 @@ def _write(pending: Pending) -> None:
 
 def _systemd_runs_here() -> bool:
     """Whether systemd runs, and in this network namespace: its units would change another one's rules otherwise."""
-    try:
-        same = Path("/proc/1/ns/net").stat().st_ino == Path("/proc/thread-self/ns/net").stat().st_ino
-    except OSError:
-        return False
-    return same and SYSTEMD_RUNS.is_dir()
+    return in_first_namespace() and SYSTEMD_RUNS.is_dir()
 
 
 def _started_timer(pending: Pending) -> bool:

@@ -14,6 +14,7 @@ from agent.engines import registry
 from agent.engines.base import Engine, Removal
 from agent.errors import ApplyError, HostError, InputError, TpctlError
 from agent.host.privilege import require_root
+from agent.persist import in_step
 from agent.policy import DnsCapture, Family, Policy
 
 FLUSHED_TABLES = ("nat", "raw")
@@ -51,15 +52,25 @@ def install(policy: Policy, options: EngineOptions, *, confirm_within: float | N
     """
     require_root("tpctl install")
     selection = registry.select(options)
+    if options.reload_firewalld:
+        in_step.require_firewalld()
     with state.locked():
         previous = state.load()
         adapted, notices = _adapted(policy)
         record = _record(selection.engine, adapted, options, previous)
         report = report_of(selection.engine, selection.reason, adapted, notices)
-        if previous and _same(previous, record) and not _differs(selection.engine, adapted):
+        if (
+            previous
+            and _same(previous, record)
+            and not _differs(selection.engine, adapted)
+            and not in_step.change(record)
+        ):
             return _unchanged(report, "install", confirm_within)
         with confirm.guarded("install", confirm_within, previous) as pending:
-            return dataclasses.replace(carry_out(selection.engine, record, previous, report), pending=pending)
+            done = carry_out(selection.engine, record, previous, report)
+            if options.store_firewalld and options.reload_firewalld:
+                _reload_firewalld(selection.engine, adapted)
+            return dataclasses.replace(done, pending=pending)
 
 
 def apply(*, confirm_within: float | None = None) -> InstallReport:
@@ -123,6 +134,7 @@ def carry_out(
 ) -> InstallReport:
     """Install what `record` says in place of `previous`, all or nothing. To be called under the lock."""
     policy = record.policy
+    in_file = in_step.change(record, previous)
     state.save(dataclasses.replace(record, phase=state.INSTALLING))
     added = False
     try:
@@ -137,10 +149,18 @@ def carry_out(
         raise
     if Family.IPV6 not in policy.families:
         loopback.remove(policy.loopback)
+    if in_file:
+        in_file.carry_out()
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
     return dataclasses.replace(
         report, replaced=(*applied.replaced, *replaced), notices=(*report.notices, *applied.notices)
     )
+
+
+def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:
+    in_step.reload()
+    if _differs(engine, policy):
+        raise ApplyError("firewalld has reloaded, but the kernel does not hold the policy: see `tpctl status`")
 
 
 def _remove_others(engine: Engine[Any], record: state.State, previous: state.State | None) -> tuple[str, ...]:
@@ -245,6 +265,7 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         raise HostError("this host has neither nftables nor iptables to look with; install one of them")
     removed: list[str] = []
     notices: list[str] = []
+    failure = in_step.remove(record, removed, dry_run=dry_run)
     for engine in engines:
         footprint = record.footprints.get(engine.name) if record else None
         if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
@@ -257,6 +278,8 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         removed.append(f"the address ::6 on {name}")
     if not dry_run:
         state.clear()
+    if failure:
+        raise ApplyError(f"everything was removed from the kernel, but {failure}")
     return Removal(tuple(removed), tuple(notices))
 
 

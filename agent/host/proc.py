@@ -17,3 +17,11 @@ def read_net(name: str) -> str:
         return (NET / name).read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
+
+
+def in_first_namespace() -> bool:
+    """Whether the network namespace is that of the first process: the one systemd and firewalld manage."""
+    try:
+        return Path("/proc/1/ns/net").stat().st_ino == Path("/proc/thread-self/ns/net").stat().st_ino
+    except OSError:
+        return False

@@ -15,7 +15,7 @@ from xml.parsers import expat
 from agent.engines.iptables.engine import IptablesPlan
 from agent.engines.iptables.parts import TableRules
 from agent.engines.iptables.rule import quote, split
-from agent.engines.iptables.saved import KUMA_CHAINS, OWN_CHAINS, owner_of_chain, owner_of_rule
+from agent.engines.iptables.saved import owner_of_chain, owner_of_rule
 
 EMPTY = b'<?xml version="1.0" encoding="utf-8"?>\n<direct>\n</direct>\n'
 INDENT = b"  "
@@ -42,12 +42,7 @@ class _Reading:
 
 def holds_ours(content: bytes) -> bool:
     """Whether anything in the file is tpctl's or kumactl's. Raises UnreadableError."""
-    return mentions_ours(content) and bool(_read(content).owned)
-
-
-def mentions_ours(content: bytes) -> bool:
-    """Whether one of our names stands anywhere in it; for files that need not be parsed."""
-    return OWN_CHAINS.encode() in content or KUMA_CHAINS.encode() in content
+    return bool(_read(content).owned)
 
 
 def with_plan(content: bytes, plan: IptablesPlan) -> bytes:

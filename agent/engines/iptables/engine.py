@@ -321,8 +321,9 @@ def _canonical(rules: TableRules) -> list[str]:
     for chain, content in sorted(rules.chains):
         lines.append(f":{chain}")
         lines += [f"-A {chain} {rule.canonical().render()}" for rule in content]
-    jumps = sorted(enumerate(rules.jumps), key=lambda item: (item[1].chain, item[0]))
-    return lines + [f"-A {jump.chain} {jump.rule.canonical().render()}" for _, jump in jumps]
+    # firewalld's iptables backend keeps the direct rules of a built-in chain in a chain of its own, with this suffix.
+    jumps = [(jump.chain.removesuffix("_direct"), jump.rule.canonical().render()) for jump in rules.jumps]
+    return lines + [f"-A {chain} {text}" for chain, text in sorted(jumps, key=lambda jump: jump[0])]
 
 
 def _counters(tables: Mapping[Family, Tables]) -> Iterator[RuleCounter]:

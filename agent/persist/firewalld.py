@@ -1,0 +1,122 @@
+"""--store-firewalld: our rules in firewalld's direct.xml, so that its starts and reloads bring them back.
+
+firewalld owns every rule of iptables on a host with direct rules: whenever it starts or reloads it flushes all tables,
+then writes what direct.xml says. So the file holds all our rules, and is checked by firewalld itself before it counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import runner
+from agent.engines.iptables.saved import KUMA_CHAINS, OWN_CHAINS
+from agent.errors import ApplyError, HostError
+from agent.persist import files
+
+if TYPE_CHECKING:
+    from agent.engines.iptables.engine import IptablesPlan
+
+DIRECTORY = Path("/etc/firewalld")
+CHECKER = "firewall-offline-cmd"
+CLIENT = "firewall-cmd"
+NEW_FILE_MODE = 0o640
+RELOAD_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A checked replacement of direct.xml that has not happened yet."""
+
+    path: Path
+    after: bytes | None
+    """None removes the file: nothing was in it but ours."""
+
+    def carry_out(self) -> None:
+        """Make it the file that counts. Raises ApplyError; the file is then as it was."""
+        if self.after is None:
+            files.remove(self.path)
+        else:
+            files.replace(self.path, self.after, mode=NEW_FILE_MODE)
+
+
+def storing(plan: IptablesPlan) -> Change | None:
+    """What stores a plan; None when the file holds exactly that. Raises HostError: nothing was touched then."""
+    from agent.persist import direct_xml
+
+    path = DIRECTORY / "direct.xml"
+    if not DIRECTORY.is_dir():
+        raise HostError(f"there is no {DIRECTORY}: firewalld is not installed; leave out --store-firewalld")
+    before = files.read(path)
+    try:
+        after = direct_xml.with_plan(direct_xml.EMPTY if before is None else before, plan)
+    except direct_xml.UnreadableError as error:
+        raise HostError(f"{path} is not what firewalld.direct(5) describes ({error}); mend it first") from error
+    if after == before:
+        return None
+    _check(after)
+    return Change(path, after)
+
+
+def removing() -> Change | None:
+    """What takes our rules out; None when there are none. Raises HostError when the file cannot be understood."""
+    path = DIRECTORY / "direct.xml"
+    before = files.read(path)
+    if before is None or not any(chains.encode() in before for chains in (OWN_CHAINS, KUMA_CHAINS)):
+        return None
+    from agent.persist import direct_xml  # lazily: hardly any host has anything of ours there
+
+    try:
+        after = direct_xml.without_ours(before)
+    except direct_xml.UnreadableError as error:
+        raise HostError(
+            f"{path} mentions tpctl or kumactl, but is not what firewalld.direct(5) describes ({error}); "
+            "take the elements with TPCTL_ and KUMA_MESH_ out by hand"
+        ) from error
+    if after == before:
+        return None
+    if after == direct_xml.EMPTY:
+        return Change(path, None)
+    if shutil.which(CHECKER, path=runner.SEARCH_PATH):
+        _check(after)
+    return Change(path, after)
+
+
+def is_running() -> bool:
+    """Whether a firewalld answers that manages this host."""
+    try:
+        return runner.run([CLIENT, "--state"]).ok
+    except (FileNotFoundError, ApplyError):
+        return False
+
+
+def reload() -> None:
+    """Let firewalld read its files again; it then holds the rules. Raises ApplyError."""
+    try:
+        done = runner.run([CLIENT, "--reload"], timeout=RELOAD_SECONDS)
+    except FileNotFoundError:
+        raise ApplyError(f"direct.xml is written, but there is no {CLIENT} to make firewalld reload") from None
+    if not done.ok:
+        raise ApplyError(f"direct.xml is written, but firewalld did not reload: {done.failure()}")
+
+
+def _check(content: bytes) -> None:
+    """Let firewalld judge its whole configuration with this direct.xml in it. Raises HostError."""
+    with tempfile.TemporaryDirectory(prefix="tpctl-firewalld-") as folder:
+        copy = Path(folder) / "firewalld"
+        try:
+            shutil.copytree(DIRECTORY, copy)
+            (copy / "direct.xml").write_bytes(content)
+            done = runner.run([CHECKER, "--system-config", str(copy), "--check-config"])
+        except FileNotFoundError:
+            raise HostError(
+                f"{CHECKER} is not on this host, so direct.xml cannot be checked; install firewalld"
+            ) from None
+        except (OSError, shutil.Error, ApplyError) as error:
+            raise HostError(f"firewalld's configuration cannot be checked: {error}") from error
+    if not done.ok:
+        said = done.failure().replace(str(copy), str(DIRECTORY))
+        raise HostError(f"firewalld refuses its configuration with tpctl's rules in it; nothing was written: {said}")

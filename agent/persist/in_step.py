@@ -1,0 +1,63 @@
+"""What firewalld keeps of our rules follows what is installed: the part of the lifecycle that knows of it.
+
+Other network namespaces share firewalld's files, so there only a record says that they are about the rules of this one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agent.errors import HostError, TpctlError
+from agent.host.proc import in_first_namespace
+
+if TYPE_CHECKING:
+    from agent.persist.firewalld import Change
+    from agent.state import State
+
+
+def change(record: State, previous: State | None = None) -> Change | None:
+    """What has to change in firewalld's files for a record. Raises HostError before anything is touched."""
+    from agent.persist import firewalld
+
+    if record.options.store_firewalld:
+        from agent.engines.iptables.engine import IptablesPlan
+
+        return firewalld.storing(IptablesPlan.of_policy(record.policy, record.options))
+    if _concerns(previous):
+        return firewalld.removing()
+    return None
+
+
+def remove(record: State | None, removed: list[str], *, dry_run: bool) -> str | None:
+    """Take our rules out, and say so in `removed`; hands back what went wrong, because the kernel comes first."""
+    if not _concerns(record):
+        return None
+    from agent.persist import firewalld
+
+    try:
+        if found := firewalld.removing():
+            removed.append(f"tpctl's and kumactl's elements of {found.path}")
+            if not dry_run:
+                found.carry_out()
+    except TpctlError as error:
+        return str(error)
+    return None
+
+
+def require_firewalld() -> None:
+    """Raise HostError unless there is a firewalld that can reload."""
+    from agent.persist import firewalld
+
+    if not firewalld.is_running():
+        raise HostError("--firewalld-reload: firewalld does not run on this host; leave the flag out, or start it")
+
+
+def reload() -> None:
+    """Let firewalld read its files. Raises ApplyError."""
+    from agent.persist import firewalld
+
+    firewalld.reload()
+
+
+def _concerns(record: State | None) -> bool:
+    return bool(record and record.options.store_firewalld) or in_first_namespace()

@@ -9,6 +9,7 @@ from ipaddress import ip_address, ip_network
 
 from agent.engine_options import EngineOptions
 from agent.policy import (
+    ALL_PORTS,
     Dns,
     DnsCapture,
     Inbound,
@@ -16,9 +17,12 @@ from agent.policy import (
     Outbound,
     Policy,
     PortRange,
+    Protocol,
+    UidExclusion,
+    UidRange,
     VirtualNetwork,
 )
-from tests.swap.scene import Scene, inbound, outbound
+from tests.swap.scene import REMOTES, Scene, inbound, outbound
 from tests.swap.traffic import APP, FAMILIES, PROXY, REAL, REAL_PORT, Applications, Kept, Tally
 
 NFTABLES = EngineOptions(engine="nftables")
@@ -54,6 +58,22 @@ POLICIES = (
     ),
 )
 """Each captures what the applications open; little else do they have in common."""
+
+EXCLUDING = (
+    Policy(PROXY, outbound=Outbound(exclude_ports=(PortRange(22), PortRange(8000, 8100)))),
+    Policy(PROXY, outbound=Outbound(exclude_destinations=tuple(map(ip_network, REMOTES.values())))),
+    Policy(PROXY, outbound=Outbound(exclude_uids=(UidExclusion(Protocol.TCP, (ALL_PORTS,), UidRange(APP)),))),
+    Policy(
+        PROXY,
+        outbound=Outbound(
+            exclude_uids=(
+                UidExclusion(Protocol.TCP, (PortRange(REAL_PORT),), UidRange(APP, APP + 100)),
+                UidExclusion(Protocol.TCP, (PortRange(25),), UidRange(2000)),
+            )
+        ),
+    ),
+)
+"""Each leaves alone what the applications of the host open, for a reason of its own."""
 
 
 @dataclass(frozen=True, slots=True)

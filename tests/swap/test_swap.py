@@ -7,9 +7,10 @@ import os
 import pytest
 
 from agent.engine_options import EngineOptions
-from tests.swap.scene import Scene, scene
+from tests.swap.scene import Scene, outbound, scene
 from tests.swap.swaps import (
     ENGINES,
+    EXCLUDING,
     KUMACTL,
     NFTABLES,
     POLICIES,
@@ -22,7 +23,9 @@ from tests.swap.swaps import (
     name,
     swap,
     swap_kumactl,
+    timed_install,
 )
+from tests.swap.traffic import APP, FAMILIES, REAL, Applications
 
 pytestmark = pytest.mark.root
 
@@ -75,6 +78,20 @@ def test_swaps_from_kumactl(options: EngineOptions) -> None:
         total.tally.reasons = applications.stop().reasons
         flawless(total)
         assert total.tally.connections > 0
+
+
+@engine
+def test_what_is_excluded_is_never_redirected(options: EngineOptions) -> None:
+    """To these applications the real server is who should answer."""
+    with scene() as made:
+        made.install(EXCLUDING[0], options)
+        applications = Applications([(made.host, APP, outbound(family, REAL)) for family in FAMILIES])
+        applications.resume()
+        for turn in range(SWAPS):
+            timed_install(made, Target(EXCLUDING[(turn + 1) % len(EXCLUDING)], options))
+        seen = applications.stop()
+        assert seen.failed == 0, seen.reasons
+        assert seen.connections >= CONNECTIONS // 2
 
 
 def test_a_gap_is_seen() -> None:

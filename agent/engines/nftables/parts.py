@@ -122,9 +122,8 @@ class Parts:
     def define(self, name: str, kind: str, elements: Iterable[str]) -> str:
         """Keep a set of the table; hands back how a rule refers to it."""
         made = Set(name, kind, tuple(elements))
-        if made.keyword == "set":
-            # Different sets never share a name: a new one is filled before the rules look into it (`preparation`).
-            made = Set(f"{name}_{made.digest}", kind, made.elements)
+        # Different sets never share a name: a new one is filled before the rules look into it (`preparation`).
+        made = Set(f"{name}_{made.digest}", kind, made.elements)
         self.sets[made.name] = made
         return f"@{made.name}"
 

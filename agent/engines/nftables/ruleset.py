@@ -102,7 +102,6 @@ class _Builder(Parts):
         if not self.families:
             return
         yield Chain("inbound", tuple(self._inbound()))
-        yield from self._excluded_uid_chains(Protocol.TCP)
         if self.capturing:
             yield Chain("dns", tuple(self._dns()))
             yield Chain("dns_tcp", tuple(self._dns_over_tcp()))
@@ -128,8 +127,7 @@ class _Builder(Parts):
         outbound = self.policy.outbound
         if Family.IPV6 in self.families:
             yield Rule(f"ip6 daddr {LINK_LOCAL6}", "accept", "s1: link-local destinations cannot be redirected")
-        if any(item.protocol is Protocol.TCP for item in outbound.exclude_uids):
-            yield Rule("", "meta skuid vmap @excluded_uids", "x1: excluded uids")
+        yield from self._excluded_uids(Protocol.TCP)
         for match in self.excluded_destinations():
             yield Rule(match, "accept", "x2: excluded destinations")
         if self.capturing:
@@ -181,16 +179,17 @@ class _Builder(Parts):
         for match in self.servers(self.capturing, "daddr"):
             yield Rule(join(match, "meta l4proto udp"), redirect_to(self.policy.dns.port), "d3: to the DNS listener")
 
-    def _excluded_uid_chains(self, protocol: Protocol) -> Iterator[Chain]:
-        """One lookup finds the chain of a uid, one more its ports."""
-        targets: list[str] = []
+    def _excluded_uids(self, protocol: Protocol) -> Iterator[Rule]:
+        """One rule for all users that share their excluded ports.
+
+        A verdict map would do with one lookup, but the kernel empties a map that is deleted for packets that are still
+        under way in the old rules, and an excluded user's connection was redirected in one of fifty swaps under load.
+        """
         for number, (ports, uids) in enumerate(ports_by_uids(self.policy.outbound.exclude_uids, protocol).items()):
             name = f"excluded_uids_{number}"
+            owner = f"meta skuid {self.define(name, 'uid', map(str, uids))}"
             match = "" if ports == (ALL_PORTS,) else self.ports(f"{name}_ports", ports)
-            yield Chain(name, (Rule(match, "accept", f"x1: excluded uids {_shortened(uids)}"),))
-            targets += [f"{item} : jump {name}" for item in uids]
-        if targets:
-            self.define("excluded_uids", "uid : verdict", targets)
+            yield Rule(join(owner, match), "accept", f"x1: excluded uids {_shortened(uids)}")
 
 
 def _shortened(items: tuple[object, ...]) -> str:

@@ -59,16 +59,11 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """A named set of intervals, or, when the type names a value too, a map."""
+    """A named set of intervals."""
 
     name: str
     type: str
     elements: tuple[str, ...]
-
-    @property
-    def keyword(self) -> str:
-        """What nft calls it."""
-        return "map" if " : " in self.type else "set"
 
     @property
     def digest(self) -> str:
@@ -89,7 +84,7 @@ class Table:
 
     def _body(self, comments: bool) -> Iterator[str]:
         for item in self.sets:
-            yield f"\t{item.keyword} {item.name} {{"
+            yield f"\tset {item.name} {{"
             yield f"\t\ttype {item.type}; flags interval;"
             yield f"\t\telements = {{ {', '.join(item.elements)} }}"
             yield "\t}"

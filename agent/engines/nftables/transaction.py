@@ -22,7 +22,7 @@ def preparation(current: Objects | None, wanted: Table) -> tuple[Set, ...]:
     if not _usable(current or []):
         return ()
     held = {item["set"]["name"] for item in current or [] if "set" in item}
-    return tuple(item for item in wanted.sets if item.keyword == "set" and item.name not in held)
+    return tuple(item for item in wanted.sets if item.name not in held)
 
 
 def replacement(

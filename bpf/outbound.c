@@ -44,8 +44,9 @@ static __always_inline int answers(struct bpf_sock_addr *ctx, struct flow *flow,
 
 #define REFUSED -1
 
-/* The port to go to instead, 0 or REFUSED; remembers with the socket what was asked for. */
-static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow) {
+/* The port to go to instead, 0 or REFUSED; remembers with the socket what was asked for. `datagram` is a constant: where
+ * only UDP comes by, the rules of TCP are left out. */
+static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow, int datagram) {
   struct bpf_sock *sk = ctx->sk;
   if (!sk)
     return 0;
@@ -55,7 +56,7 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
   if (!set || !serves(set, flow))
     return 0;
   flow->uid = uid_of(sock);
-  int udp = ctx->protocol == IPPROTO_UDP;
+  int udp = datagram || ctx->protocol == IPPROTO_UDP;
   if (!udp && ctx->protocol != IPPROTO_TCP)
     return 0;
   int rule = RULE_S1;
@@ -83,7 +84,7 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
   return port;
 }
 
-static __always_inline int redirect4(struct bpf_sock_addr *ctx) {
+static __always_inline int redirect4(struct bpf_sock_addr *ctx, int datagram) {
   struct flow flow = {.port = ntohs(ctx->user_port)};
   u32 ip = ctx->user_ip4;
   struct bpf_sock *sk = ctx->sk;
@@ -91,7 +92,7 @@ static __always_inline int redirect4(struct bpf_sock_addr *ctx) {
   u32 source = sk ? sk->src_ip4 : 0;
   if (source)
     map4(&flow.from, source);
-  int port = redirect(ctx, &flow);
+  int port = redirect(ctx, &flow, datagram);
   if (port <= 0)
     return port < 0 ? REFUSE : ALLOW;
   ctx->user_ip4 = LOCAL4;
@@ -100,7 +101,7 @@ static __always_inline int redirect4(struct bpf_sock_addr *ctx) {
   return ALLOW;
 }
 
-static __always_inline int redirect6(struct bpf_sock_addr *ctx) {
+static __always_inline int redirect6(struct bpf_sock_addr *ctx, int datagram) {
   struct flow flow = {.port = ntohs(ctx->user_port)};
   struct bpf_sock *sk = ctx->sk;
   LOAD(flow.to.word[0], ctx->user_ip6[0]);
@@ -124,7 +125,7 @@ static __always_inline int redirect6(struct bpf_sock_addr *ctx) {
     if (source)
       map4(&flow.from, source);
   }
-  int port = redirect(ctx, &flow);
+  int port = redirect(ctx, &flow, datagram);
   if (port <= 0)
     return port < 0 ? REFUSE : ALLOW;
   ctx->user_ip6[0] = 0;
@@ -140,19 +141,19 @@ static __always_inline int redirect6(struct bpf_sock_addr *ctx) {
 }
 
 int connect4(struct bpf_sock_addr *ctx) {
-  return redirect4(ctx);
+  return redirect4(ctx, 0);
 }
 
 int connect6(struct bpf_sock_addr *ctx) {
-  return redirect6(ctx);
+  return redirect6(ctx, 0);
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx) {
-  return redirect4(ctx);
+  return redirect4(ctx, 1);
 }
 
 int sendmsg6(struct bpf_sock_addr *ctx) {
-  return redirect6(ctx);
+  return redirect6(ctx, 1);
 }
 
 /* What the socket asked for, when its other end is the data plane on this host. `any` allows every one of its ports. */

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* Types, maps and constants that the programs share with agent/engines/ebpf/layout.py. The files of this directory are
- * compiled as one text, in the order of agent/engines/ebpf/compile.py: bcc rewrites map accesses only in its main file.
+/* Types, maps and constants that the programs share with agent/engines/ebpf/contents.py. The files of this directory are
+ * compiled as one text, in the order of agent/engines/ebpf/build.py: bcc rewrites map accesses only in its main file.
  *
  * NETWORKS, USERS, SERVERS, PORT_LISTS, IN_FLIGHT (entries) and the OFFSET_* are given on the compiler's command line.
  */

@@ -79,13 +79,8 @@ class Contents:
         return found
 
     def sizes(self) -> dict[str, int]:
-        """How many entries each map must hold, as bpf/types.c calls it. A map cannot have none."""
-        return {
-            "PORT_LISTS": len(self.ports),
-            "NETWORKS": max(1, len(self.networks)),
-            "USERS": max(1, len(self.users)),
-            "SERVERS": max(1, len(self.servers)),
-        }
+        """How many entries each map must hold. A map cannot have room for none."""
+        return {name: max(1, len(getattr(self, name))) for name in ("ports", "networks", "users", "servers")}
 
 
 def contents_for(policy: Policy, *, bypass: bool) -> Contents:

@@ -8,18 +8,19 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
 from agent.engines.ebpf import btf, listeners, place, syscall
+from agent.engines.ebpf.build import Build, build
 from agent.engines.ebpf.contents import Contents, Settings, contents_for, describe
 from agent.engines.ebpf.counters import read_counters
 from agent.engines.ebpf.installed import Installed, Switch, clear_dead, is_dead, opened, targets, unpin
 from agent.engines.ebpf.place import Place
-from agent.engines.ebpf.programs import KEPT_MAPS, POLICY_MAPS, PROGRAMS, Compiled, compile_all
+from agent.engines.ebpf.programs import KEPT_MAPS, MAPS, POLICY_MAPS, PROGRAMS, SOCKET_MAPS, Program
 from agent.errors import ApplyError, HostError
 from agent.policy import Policy
 
@@ -81,39 +82,31 @@ class EbpfEngine:
         """Load the programs with maps of their own, fill these, and put them in place of any that run."""
         place.mount_bpffs(self.where.bpffs)
         here = place.netns()
-        constants = btf.definitions(btf.kernel(), cookie=here.is_cookie)
-        constants |= plan.contents.sizes() | {"IN_FLIGHT": IN_FLIGHT}
-        compiled = compile_all(constants)
+        built = build(btf.definitions(btf.kernel(), cookie=here.is_cookie))
+        clear_dead(self.where)
+        folder = self.where.make_folder()
         try:
-            _fill(compiled, plan.contents, here.number)
-            clear_dead(self.where)
-            folder = self.where.make_folder()
-            try:
-                with opened(folder) as before:
-                    self._switch(compiled, plan, before, here)
-                    return Applied(("tpctl's programs (eBPF)",) if before.links else ())
-            except OSError as error:
-                raise ApplyError(f"the eBPF programs cannot be put in place: {error}") from error
-            finally:
-                with suppress(OSError):
-                    folder.rmdir()  # only goes when nothing was installed
+            with opened(folder) as before, _maps(built, plan.contents, before) as maps:
+                _fill(maps, plan.contents, here.number)
+                self._switch(built, plan, before, maps)
+                return Applied(("tpctl's programs (eBPF)",) if before.links else ())
+        except OSError as error:
+            raise ApplyError(f"the eBPF programs cannot be put in place: {error}") from error
         finally:
-            compiled.close()
+            with suppress(OSError):
+                folder.rmdir()  # only goes when nothing was installed
 
-    def _switch(self, compiled: Compiled, plan: EbpfPlan, before: Installed, here: place.Netns) -> None:
-        kept = _kept(compiled, before, plan.contents.settings)
+    def _switch(self, built: Build, plan: EbpfPlan, before: Installed, maps: Mapping[str, int]) -> None:
         with ExitStack() as stack:
             loaded: dict[str, int] = {}
             for program in PROGRAMS:
-                code = compiled.with_maps(program.name, kept)
-                loaded[program.name] = _load(program.kind, program.attach_type, program.name, code)
+                loaded[program.name] = _load(program, built.with_maps(program.name, maps))
                 stack.callback(os.close, loaded[program.name])
-            waiting = kept.get("listeners", compiled.maps["listeners"])
             port = plan.contents.settings.inbound_port
-            listeners.register(waiting, port)
-            Switch(self.where, self.where.folder, here.inode).run(loaded, before)
+            listeners.register(maps["listeners"], port)
+            Switch(self.where, self.where.folder, place.netns().inode).run(loaded, before)
             # Again, for those that began to listen before the new sockops program could see it.
-            listeners.register(waiting, port)
+            listeners.register(maps["listeners"], port)
             _announce_namespace()
 
     def inspect(self, plan: EbpfPlan | None) -> Inspection:
@@ -181,11 +174,39 @@ def _of_dead(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"eBPF: programs of {name}, a network namespace that is gone" for name in names)
 
 
-def _fill(compiled: Compiled, contents: Contents, netns: int) -> None:
+@contextmanager
+def _maps(built: Build, contents: Contents, before: Installed) -> Iterator[Mapping[str, int]]:
+    """Descriptors of the maps to run with: new ones, or the running programs' where these are to be gone on with."""
+    sizes = contents.sizes() | {"in_flight": IN_FLIGHT}
+    kept = _kept(before, contents.settings)
+    with ExitStack() as stack:
+        made: dict[str, int] = {}
+        for name in MAPS:
+            shape = replace(built.shapes[name], max_entries=sizes.get(name, built.shapes[name].max_entries))
+            if name in kept and syscall.map_info(kept[name]).shape == shape:
+                made[name] = kept[name]
+                continue
+            made[name] = syscall.create_map(name, shape, typed=name in SOCKET_MAPS)
+            stack.callback(os.close, made[name])
+        yield made
+
+
+def _kept(before: Installed, wanted: Settings) -> Mapping[str, int]:
+    """The running programs' maps of what traffic fills."""
+    kept = {name: before.maps[name] for name in KEPT_MAPS if name in before.maps}
+    running = before.maps.get("settings")
+    if "listeners" in kept and running is not None:
+        raw = syscall.lookup(running, bytes(4), syscall.map_info(running).shape.value_size)
+        if raw is None or Settings.unpack(raw)[0].inbound_port != wanted.inbound_port:
+            del kept["listeners"]  # they listen on another port
+    return kept
+
+
+def _fill(maps: Mapping[str, int], contents: Contents, netns: int) -> None:
     for name in POLICY_MAPS:
         for key, value in contents.entries(name, netns).items():
             try:
-                syscall.update(compiled.maps[name], key, value)
+                syscall.update(maps[name], key, value)
             except OSError as error:
                 raise ApplyError(
                     f"the kernel refused an entry of the eBPF map {name} ({describe(name, key, value)}): "
@@ -193,32 +214,14 @@ def _fill(compiled: Compiled, contents: Contents, netns: int) -> None:
                 ) from error
 
 
-def _kept(compiled: Compiled, before: Installed, wanted: Settings) -> Mapping[str, int]:
-    """The running programs' maps that the new ones go on with: those of the same shape."""
-    kept = {}
-    for name in KEPT_MAPS:
-        if name in before.maps:
-            old, new = syscall.map_info(before.maps[name]), syscall.map_info(compiled.maps[name])
-            if (old.kind, old.key_size, old.value_size, old.max_entries) == (
-                new.kind, new.key_size, new.value_size, new.max_entries,
-            ):  # fmt: skip
-                kept[name] = before.maps[name]
-    running = before.maps.get("settings")
-    if "listeners" in kept and running is not None:
-        raw = syscall.lookup(running, bytes(4), syscall.map_info(running).value_size)
-        if raw is None or Settings.unpack(raw)[0].inbound_port != wanted.inbound_port:
-            del kept["listeners"]  # they listen on another port
-    return kept
-
-
-def _load(kind: int, attach_type: int, name: str, code: bytes) -> int:
+def _load(program: Program, code: bytes) -> int:
     try:
-        return syscall.load_program(kind, attach_type, name, code)
+        return syscall.load_program(program.kind, program.attach_type, program.name, code)
     except syscall.RefusedError as refused:
         said = "\n".join(refused.log.splitlines()[-_VERIFIER_LINES:])
         raise ApplyError(
-            f"the kernel refused the eBPF program {name}: {refused.error.strerror}. Nothing was changed; {_INSTEAD}. "
-            f"The verifier's last lines, for a report of this:\n{said}"
+            f"the kernel refused the eBPF program {program.name}: {refused.error.strerror}. Nothing was changed; "
+            f"{_INSTEAD}. The verifier's last lines, for a report of this:\n{said}"
         ) from refused
 
 
@@ -232,7 +235,7 @@ def _read(found: Installed, name: str) -> Iterator[tuple[bytes, bytes]]:
     descriptor = found.maps.get(name)
     if descriptor is None:
         return
-    shape = syscall.map_info(descriptor)
+    shape = syscall.map_info(descriptor).shape
     for key in syscall.keys(descriptor, shape.key_size):
         value = syscall.lookup(descriptor, key, shape.value_size)
         if value is not None:

@@ -15,8 +15,8 @@ _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64l
 _ATTRIBUTES = 144
 """Bytes of union bpf_attr that are passed; what a kernel does not know must be zero, and is."""
 
-_LOOKUP, _UPDATE, _NEXT_KEY, _PROG_LOAD, _PIN, _GET = 1, 2, 4, 5, 6, 7
-_PROG_BY_ID, _MAP_BY_ID, _INFO, _LINK_CREATE, _LINK_UPDATE = 13, 14, 15, 28, 29
+_CREATE, _LOOKUP, _UPDATE, _NEXT_KEY, _PROG_LOAD, _PIN, _GET = 0, 1, 2, 4, 5, 6, 7
+_PROG_BY_ID, _MAP_BY_ID, _INFO, _BTF_LOAD, _LINK_CREATE, _LINK_UPDATE = 13, 14, 15, 18, 28, 29
 NO_EXIST = 1
 """BPF_NOEXIST: only update an entry that is not there."""
 _INFO_BYTES = 256
@@ -150,24 +150,57 @@ def link_info(descriptor: int) -> LinkInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class MapInfo:
-    """A map's shape."""
+class Shape:
+    """What a map is made of."""
 
-    number: int
-    """The map's id."""
-    name: str
     kind: int
     key_size: int
     value_size: int
     max_entries: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """A map."""
+
+    number: int
+    """The map's id."""
+    name: str
+    shape: Shape
 
 
 def map_info(descriptor: int) -> MapInfo:
     """About a map. Raises OSError."""
     raw = _info(descriptor)
-    kind, number, key_size, value_size, max_entries, _ = struct.unpack_from("=IIIIII", raw)
+    kind, number, key_size, value_size, max_entries, flags = struct.unpack_from("=IIIIII", raw)
     name = raw[24:40].split(b"\0")[0].decode(errors="replace")
-    return MapInfo(number, name, kind, key_size, value_size, max_entries)
+    return MapInfo(number, name, Shape(kind, key_size, value_size, max_entries, flags))
+
+
+def create_map(name: str, shape: Shape, *, typed: bool = False) -> int:
+    """A new map; hands back its descriptor. Socket storage has to be `typed`. Raises OSError."""
+    head = struct.pack("=IIIII", shape.kind, shape.key_size, shape.value_size, shape.max_entries, shape.flags)
+    head += struct.pack("=II16sI", 0, 0, name.encode()[:15], 0)
+    if not typed:
+        return _bpf(_CREATE, head)
+    types = _load_types(shape.value_size)
+    try:
+        return _bpf(_CREATE, head + struct.pack("=III", types, 1, 3))
+    finally:
+        os.close(types)
+
+
+def _load_types(value_size: int) -> int:
+    """BTF with a 32-bit integer (type 1) for a key, and bytes (type 3) for a value; Documentation/bpf/btf.rst."""
+    strings = b"\0int\0byte\0"
+    kind_int, kind_array, signed = 1 << 24, 3 << 24, 1 << 24
+    types = struct.pack("=IIII", 1, kind_int, 4, signed | 32) + struct.pack("=IIII", 5, kind_int, 1, 8)
+    types += struct.pack("=IIIIII", 0, kind_array, 0, 2, 1, value_size)
+    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings))
+    raw = header + types + strings
+    buffer = ctypes.create_string_buffer(raw, len(raw))
+    return _bpf(_BTF_LOAD, struct.pack("=QQIII", _address(buffer), 0, len(raw), 0, 0))
 
 
 def maps_of(program_fd: int) -> Iterator[int]:

@@ -1,0 +1,170 @@
+"""How the text of bpf/*.c becomes instructions for this kernel: once, by bcc; then from a cache.
+
+The instructions depend on the kernel (its structures' offsets) but not on the policy, which is in the maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.engines.ebpf import syscall
+from agent.engines.ebpf.programs import MAPS, PROGRAMS
+from agent.errors import ApplyError, HostError
+
+SOURCES = ("types.c", "kernel.c", "decide.c", "outbound.c", "data_plane.c", "inbound.c")
+CACHE = Path("/var/cache/tpctl")
+_STUBS = "stubs"
+_PSEUDO_MAP_FD = 1
+_LOAD_IMM64 = 0x18
+"""A two-instruction load; with source register BPF_PSEUDO_MAP_FD its number is a map's descriptor."""
+_PLACEHOLDERS = {"NETWORKS": 1, "USERS": 1, "SERVERS": 1, "PORT_LISTS": 1, "IN_FLIGHT": 1}
+"""Sizes of the maps that bcc makes; ours are made to fit the policy."""
+_WRITABLE_BY_OTHERS = 0o022
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The programs' instructions, in which a map is its position in `MAPS`; and what each map is made of."""
+
+    instructions: Mapping[str, bytes]
+    shapes: Mapping[str, syscall.Shape]
+
+    def with_maps(self, name: str, maps: Mapping[str, int]) -> bytes:
+        """A program's instructions for maps that exist (descriptors by name)."""
+        return _with_maps(self.instructions[name], {number: maps[each] for number, each in enumerate(MAPS)})
+
+    def dump(self) -> str:
+        """As text, for the cache."""
+        return json.dumps(
+            {
+                "instructions": {name: code.hex() for name, code in self.instructions.items()},
+                "shapes": {name: asdict(shape) for name, shape in self.shapes.items()},
+            }
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Build:
+        """The opposite of `dump`. Raises ValueError, KeyError or TypeError for anything else."""
+        raw = json.loads(text)
+        return cls(
+            {program.name: bytes.fromhex(raw["instructions"][program.name]) for program in PROGRAMS},
+            {name: syscall.Shape(**raw["shapes"][name]) for name in MAPS},
+        )
+
+
+def _with_maps(instructions: bytes, numbers: Mapping[int, int]) -> bytes:
+    code = bytearray(instructions)
+    for at in range(0, len(code), 8):
+        if code[at] == _LOAD_IMM64 and code[at + 1] >> 4 == _PSEUDO_MAP_FD:
+            number = int.from_bytes(code[at + 4 : at + 8], "little")
+            code[at + 4 : at + 8] = numbers[number].to_bytes(4, "little")
+    return bytes(code)
+
+
+def sources() -> Path:
+    """The directory of the C programs. Raises HostError when this installation lacks it."""
+    here = Path(__file__).resolve()
+    # Installed, they are a package beside this one's parent; in a checkout they are at its top.
+    for candidate in (here.parents[2] / "bpf", here.parents[3] / "bpf"):
+        if (candidate / SOURCES[0]).exists():
+            return candidate
+    raise HostError("the eBPF programs are missing from this installation of tpctl (bpf/*.c); install it again")
+
+
+def build(offsets: Mapping[str, int], cache: Path = CACHE) -> Build:
+    """The programs for a kernel with these structures: from the cache, or compiled and put there.
+
+    Raises HostError when bcc is missing, ApplyError when it cannot compile them or the kernel refuses a map.
+    """
+    return _build(tuple(sorted(offsets.items())), cache)
+
+
+@functools.lru_cache(maxsize=4)
+def _build(offsets: tuple[tuple[str, int], ...], cache: Path) -> Build:
+    where = sources()
+    text = "\n".join((where / name).read_text(encoding="utf-8") for name in SOURCES)
+    key = hashlib.sha256(repr((text, offsets, MAPS, os.uname().machine)).encode()).hexdigest()[:32]
+    file = cache / f"ebpf-{key}.json"
+    found = _cached(file)
+    if found is None:
+        found = _compile(text, where / _STUBS, dict(offsets))
+        _keep(file, found)
+    return found
+
+
+def _cached(file: Path) -> Build | None:
+    """What the cache holds. What others than root could have written is not loaded into the kernel."""
+    try:
+        for path in (file.parent, file):
+            status = path.lstat()
+            if status.st_uid != 0 or status.st_mode & _WRITABLE_BY_OTHERS:
+                return None
+        return Build.parse(file.read_text(encoding="ascii"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(file: Path, built: Build) -> None:
+    """Put a build into the cache, and older ones away. It is no misfortune when that cannot be done."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".ebpf-")
+        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+            stream.write(built.dump())
+        Path(temporary).replace(file)
+        for other in file.parent.glob("ebpf-*.json"):
+            if other != file:
+                other.unlink(missing_ok=True)
+
+
+def _compile(text: str, stubs: Path, offsets: Mapping[str, int]) -> Build:
+    try:
+        from bcc import BPF
+        from bcc.libbcc import lib
+    except (ImportError, OSError) as error:
+        raise HostError(
+            "the eBPF engine needs bcc's Python bindings (Debian, Ubuntu: apt install python3-bpfcc; Fedora, RHEL: dnf "
+            f"install python3-bcc); importing them failed: {error}. Or use --engine nftables or --engine iptables"
+        ) from error
+    flags = [*(f"-D{name}={value}" for name, value in {**offsets, **_PLACEHOLDERS}.items()), "-Wno-everything"]
+    before = os.environ.get("BCC_KERNEL_SOURCE")
+    os.environ["BCC_KERNEL_SOURCE"] = str(stubs)
+    try:
+        module = BPF(text=text.encode(), cflags=flags)
+    except Exception as error:  # bcc raises nothing narrower
+        raise ApplyError(
+            f"bcc could not prepare the eBPF programs: {error} (the compiler's messages stand above). "
+            "Nothing was changed"
+        ) from error
+    finally:
+        os.environ.pop("BCC_KERNEL_SOURCE")
+        if before is not None:
+            os.environ["BCC_KERNEL_SOURCE"] = before
+    try:
+        return _taken_from(module, lib)
+    finally:
+        module.cleanup()
+
+
+def _taken_from(module: Any, lib: Any) -> Build:
+    descriptors = {name: int(lib.bpf_table_fd(module.module, name.encode())) for name in MAPS}
+    numbers = {descriptor: MAPS.index(name) for name, descriptor in descriptors.items()}
+    instructions = {}
+    for program in PROGRAMS:
+        name = program.name.encode()
+        size = lib.bpf_function_size(module.module, name)
+        instructions[program.name] = _with_maps(
+            ctypes.string_at(lib.bpf_function_start(module.module, name), size), numbers
+        )
+    shapes = {name: syscall.map_info(descriptor).shape for name, descriptor in descriptors.items()}
+    return Build(instructions, shapes)

@@ -7,7 +7,7 @@ PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftable
 	dnsutils curl util-linux strace procps
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install bench-swap bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ fix: venv ## let the linter mend what it can
 
 bench-install: venv ## install against bare iptables-restore, and start-up time
 	@$(BIN)/python -m tests.bench.install
+
+bench-swap: venv ## connections that leak or fail while policies and engines are swapped (two minutes)
+	@$(BIN)/python -m tests.bench.swap
+
+bench-scale: venv ## thousands of exclusions beside none, on each engine: install and new connections a second
+	@$(BIN)/python -m tests.bench.scale
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,6 +37,28 @@ def tpctl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[st
     return run([sys.executable, "-m", "agent.cli.main", *arguments], check=check)
 
 
+UNPRIVILEGED = """
+import importlib, os, pkgutil, sys
+import agent
+# A checkout under /root cannot be read later on.
+for module in pkgutil.walk_packages(agent.__path__, "agent."):
+    importlib.import_module(module.name)
+os.setgroups([])
+os.setgid({uid})
+os.setuid({uid})
+"""
+
+
+def unprivileged(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code as an ordinary user in the current namespace; every module of the agent is imported before."""
+    return run([sys.executable, "-c", UNPRIVILEGED.format(uid=PROXY) + code], check=False)
+
+
+def tpctl_unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as an ordinary user."""
+    return unprivileged(f"sys.argv = ['tpctl', *{list(arguments)}]\nfrom agent.cli.main import main\nmain()\n")
+
+
 @contextmanager
 def installed(lab: Lab, *flags: str) -> Iterator[None]:
     """`tpctl install` in the laboratory's host for the length of the block."""

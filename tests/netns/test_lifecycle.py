@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from agent import state
 from agent.policy import Policy
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout
-from tests.netns.lab import PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot, tpctl
+from tests.netns.lab import PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot, tpctl, tpctl_unprivileged
 
 pytestmark = pytest.mark.root
 
@@ -225,20 +224,17 @@ def test_a_host_without_iptables(lab: Lab, flags: tuple[str, ...], code: int) ->
 @pytest.mark.parametrize("command", ["install", "uninstall", "status", "apply", "verify"])
 def test_without_root_nothing_is_touched(lab: Lab, command: str) -> None:
     flags = ["--kuma-dp-user", PROXY_USER] if command in ("install", "verify") else []
-
-    def drop() -> None:
-        os.setgid(PROXY)
-        os.setuid(PROXY)
-
     with lab.inside(HOST):
         before = snapshot(counters=True)
-        done = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.argv = ['tpctl', '{command}', *{flags}];"
-             "from agent.cli.main import main; main()"],
-            capture_output=True, text=True, check=False, cwd=ROOT_DIRECTORY, preexec_fn=drop,
-        )  # fmt: skip
+        done = tpctl_unprivileged(command, *flags)
         assert snapshot(counters=True) == before
-    if "Permission denied" in done.stderr or "No module named" in done.stderr:
-        pytest.skip("an unprivileged user cannot read this checkout")
     assert done.returncode == 2
     assert "needs root" in done.stderr
+
+
+def test_without_root_a_dry_run_and_explain_work(lab: Lab) -> None:
+    with lab.inside(HOST):
+        planned = tpctl_unprivileged("install", "--kuma-dp-user", PROXY_USER, "--dry-run", "--engine", "iptables")
+        explained = tpctl_unprivileged("explain", "outbound", "--to", "10.1.2.3:443", "--kuma-dp-user", PROXY_USER)
+    assert "-j REDIRECT --to-ports 15006" in planned.stdout
+    assert "redirect" in explained.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import subprocess
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
@@ -21,7 +20,7 @@ from agent.rehearsal.layout import HOST, stage
 from agent.rehearsal.probes import probes
 from agent.rehearsal.rehearse import attempt
 from agent.rehearsal.sockets import Seat
-from tests.netns.lab import APP, PROXY, bare_namespace, run, snapshot
+from tests.netns.lab import APP, PROXY, bare_namespace, run, snapshot, unprivileged
 
 pytestmark = pytest.mark.root
 
@@ -204,9 +203,6 @@ def test_counters_tell_which_rule_acted() -> None:
 
 
 def test_without_privilege_it_says_what_is_needed() -> None:
-    code = "from agent.engines.nftables.engine import load; load()"
-    done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", ".venv/bin/python", "-c", code], capture_output=True, text=True
-    )
+    done = unprivileged("from agent.engines.nftables.engine import load\nload()\n")
     assert "HostError: the nftables engine does not work here" in done.stderr
     assert "--engine iptables" in done.stderr

@@ -23,7 +23,17 @@ from agent.rehearsal import rehearse as rehearsing
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout, stage
 from agent.rehearsal.namespaces import Namespace
-from tests.netns.lab import APP, PROXY, PROXY_USER, ROOT_DIRECTORY, bare_namespace, run, snapshot, tpctl
+from tests.netns.lab import (
+    APP,
+    PROXY,
+    PROXY_USER,
+    ROOT_DIRECTORY,
+    bare_namespace,
+    run,
+    snapshot,
+    tpctl,
+    tpctl_unprivileged,
+)
 
 pytestmark = pytest.mark.root
 SECONDS = 2.0
@@ -106,12 +116,7 @@ def test_bad_input() -> None:
 
 
 def test_without_root() -> None:
-    os_user = str(PROXY)
-    argv = ["setpriv", "--reuid", os_user, "--regid", os_user, "--clear-groups"]
-    argv += [sys.executable, "-m", "agent.cli.main", "verify", "--kuma-dp-user", PROXY_USER]
-    done = run(argv, check=False)
-    if "No module named" in done.stderr or "Permission denied" in done.stderr:
-        pytest.skip("an unprivileged user cannot read this checkout")
+    done = tpctl_unprivileged("verify", "--kuma-dp-user", PROXY_USER)
     assert done.returncode == 2
     assert "needs root" in done.stderr
 

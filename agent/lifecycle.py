@@ -233,25 +233,27 @@ def _has_nftables() -> bool:
     return True
 
 
-def uninstall(*, dry_run: bool = False, confirm_within: float | None = None) -> Removal:
+def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, keep_units: bool = False) -> Removal:
     """Take away what tpctl or kumactl installed, by every engine, in every variant and family, and nothing else.
 
     Needs no record, no user and no configuration. Raises ApplyError when the kernel refused, HostError when the host
-    has no tool at all to look with.
+    has no tool at all to look with. What would install it again at the next boot goes too, except with `keep_units`.
     """
     require_root("tpctl uninstall")
     with state.locked():
         record, pending = state.load(), confirm.load()
-        if dry_run:
-            return remove_everything(record, dry_run=True)
         if confirm_within is not None:
+            # A reboot before the confirmation is a way back too, so the units stay until it has come.
             with confirm.guarded("uninstall", confirm_within, record) as armed:
                 removal = remove_everything(record)
             if armed and not removal.removed and pending is None:
                 confirm.drop(armed)
             return removal
-        removal = remove_everything(record)
-        if pending:  # the way out is never barred, and whoever took it needs no way back
+        removal = remove_everything(record, dry_run=dry_run)
+        if not keep_units:
+            units = in_step.remove_units(dry_run=dry_run)
+            removal = dataclasses.replace(removal, removed=(*removal.removed, *units))
+        if pending and not dry_run:  # the way out is never barred, and whoever took it needs no way back
             confirm.drop(pending)
         return removal
 

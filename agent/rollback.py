@@ -10,6 +10,7 @@ from agent.before import Before
 from agent.engines import registry
 from agent.errors import ApplyError, InputError, TpctlError
 from agent.host.privilege import require_root
+from agent.persist import in_step
 
 ATTEMPTS = 20
 PAUSE_SECONDS = 3.0
@@ -40,6 +41,8 @@ def keep() -> Outcome:
                 "`tpctl rollback` takes it back"
             )
         confirm.drop(pending)
+        if pending.command == "uninstall":
+            in_step.remove_units()
         return Outcome(pending.command, _installed(record))
 
 

@@ -10,6 +10,7 @@ from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Inspection
 from agent.errors import HostError
+from agent.host.proc import in_first_namespace
 from agent.host.sockets import Listener, listeners
 from agent.policy import DnsCapture, Policy, Protocol
 
@@ -48,6 +49,8 @@ class Report:
     """Connections through the data plane that an uninstall lets finish; a table without redirects stays until then."""
     pending: confirm.Pending | None = None
     """A change that awaits its confirmation."""
+    next_boot: tuple[str, ...] | None = None
+    """What will install something at the next boot; None where a boot means nothing, in other network namespaces."""
 
 
 def report() -> Report:
@@ -74,7 +77,15 @@ def report() -> Report:
             f"a change ({pending.command}) was neither confirmed nor taken back in time: its guardian is gone; "
             "run `tpctl confirm` or `tpctl rollback`"
         )
-    return Report(record, shown, ports, tuple(problems), running, pending)
+    return Report(record, shown, ports, tuple(problems), running, pending, _next_boot())
+
+
+def _next_boot() -> tuple[str, ...] | None:
+    if not in_first_namespace():
+        return None
+    from agent.persist.outlook import next_boot
+
+    return next_boot()
 
 
 def port_problems(policy: Policy) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": "make the kernel hold the recorded policy again",
     "confirm": "keep a change made with --confirm-within",
     "rollback": "take such a change back now",
+    "persist": "make the redirection survive a reboot, or see whether it will",
     "status": "what is installed, and whether it works",
     "explain": "what happens to one connection, and why",
     "verify": "rehearse a policy on this kernel, in scratch namespaces",

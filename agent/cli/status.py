@@ -58,6 +58,7 @@ def _document(report: Report) -> dict[str, Any]:
         "policy": to_document(record.policy) if record else None,
         "draining": report.draining,
         "pending": confirming.data(report.pending),
+        "nextBoot": None if report.next_boot is None else list(report.next_boot),
         "drift": list(found.drift),
         "ports": [
             {"role": p.role, "protocol": str(p.protocol), "port": p.port, "uids": list(p.uids), "problem": p.problem}
@@ -100,6 +101,9 @@ def _print(report: Report, verbose: bool) -> None:
     for port in report.ports:
         owner = f"uid {', '.join(map(str, port.uids))} listens" if port.uids else "nobody listens"
         rows.append((f"{port.role} listener", f"{port.protocol} {port.port}: {owner}"))
+    if report.next_boot is not None and (found.installed or report.next_boot):
+        lines = report.next_boot or ("the redirection is not installed again; `tpctl persist` changes that",)
+        rows += [("next boot", line) for line in lines]
     if found.installed:
         rows.append(("drift", "yes, from the plan (-) to the kernel (+):" if found.drift else "none"))
     output.pairs(rows)

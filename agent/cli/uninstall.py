@@ -20,11 +20,19 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; change nothing.")
 @click.option("--flush", is_flag=True, help="Remove EVERY rule and chain of nat and raw, other software's too.")
 @click.option("--yes", is_flag=True, help="Do not ask before --flush.")
+@click.option("--keep-units", is_flag=True, help="Leave systemd's units: the next boot installs again.")
 @confirm_option
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 @click.option("--verbose", is_flag=True, help="List every chain and rule removed.")
 def command(
-    what: str | None, dry_run: bool, flush: bool, yes: bool, confirm_within: float | None, as_json: bool, verbose: bool
+    what: str | None,
+    dry_run: bool,
+    flush: bool,
+    yes: bool,
+    keep_units: bool,
+    confirm_within: float | None,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
     """Take the redirection away, leaving nothing behind.
 
@@ -44,7 +52,7 @@ def command(
     if flush:
         removal = lifecycle.flush(dry_run=dry_run)
     else:
-        removal = lifecycle.uninstall(dry_run=dry_run, confirm_within=confirm_within)
+        removal = lifecycle.uninstall(dry_run=dry_run, confirm_within=confirm_within, keep_units=keep_units)
     pending = None if confirm_within is None else confirm.load()
     if as_json:
         data = {"dryRun": dry_run, "removed": removal.removed, "notices": removal.notices}

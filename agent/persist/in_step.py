@@ -44,6 +44,15 @@ def remove(record: State | None, removed: list[str], *, dry_run: bool) -> str | 
     return None
 
 
+def remove_units(*, dry_run: bool = False) -> tuple[str, ...]:
+    """Take systemd's units of this host away, unless this is another network namespace; says what went."""
+    if not in_first_namespace():
+        return ()
+    from agent.persist import systemd
+
+    return tuple(f"the unit file {path}" for path in systemd.remove(dry_run=dry_run))
+
+
 def require_firewalld() -> None:
     """Raise HostError unless there is a firewalld that can reload."""
     from agent.persist import firewalld

@@ -140,3 +140,29 @@ def test_a_file_that_firewalld_would_refuse_is_never_written(daemon: Firewall, c
     assert rules(daemon) == []
     assert daemon.direct.read_text() == content
     assert [one.name for one in daemon.configuration.iterdir() if one.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("daemon", ["nftables"], indirect=True)
+def test_persist_firewalld_stores_what_is_installed(lab: Lab, daemon: Firewall) -> None:
+    daemon.tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "nftables")
+    refused = daemon.tpctl("persist", "--firewalld", check=False)
+    assert refused.returncode == 2
+    assert "persist --systemd" in refused.stderr
+    daemon.tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "iptables")
+    assert "stored the rules" in daemon.tpctl("persist", "--firewalld").stdout
+    wanted = rules(daemon)
+    daemon.run(["firewall-cmd", "--reload"])
+    assert rules(daemon) == wanted
+    assert inbound(lab) == "host:15006"
+    daemon.tpctl("uninstall")
+    assert not daemon.direct.exists()
+
+
+@pytest.mark.parametrize("daemon", ["nftables"], indirect=True)
+def test_an_unconfirmed_install_leaves_direct_xml_as_it_was(daemon: Firewall) -> None:
+    daemon.direct.write_text(OTHERS)
+    daemon.tpctl(*STORE, "--confirm-within", "60s")
+    assert "TPCTL_" in daemon.direct.read_text()
+    daemon.tpctl("rollback")
+    assert daemon.direct.read_text() == OTHERS
+    assert rules(daemon) == []

@@ -1,0 +1,39 @@
+"""What the next boot will do about the redirection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.errors import HostError
+from agent.persist import direct_xml, files, firewalld, systemd
+
+
+def next_boot(root: Path = Path("/")) -> tuple[str, ...]:
+    """A line for everything that will install something; none when the redirection ends with this boot."""
+    lines = []
+    if systemd.is_enabled(root):
+        lines.append(f"{systemd.SERVICE} installs what /{systemd.CONFIG} says{_missing_config(root)}")
+    if systemd.has_drop_in(root):
+        lines.append(f"kuma-dp.service installs what /{systemd.CONFIG} says before it starts{_missing_config(root)}")
+    stored = _stored(root)
+    if stored:
+        lines.append(stored)
+    return tuple(lines)
+
+
+def _missing_config(root: Path) -> str:
+    return "" if (root / systemd.CONFIG).is_file() else ", but that file is missing"
+
+
+def _stored(root: Path) -> str | None:
+    path = root / firewalld.DIRECTORY.relative_to("/") / "direct.xml"
+    try:
+        content = files.read(path)
+        if content is None or not direct_xml.holds_ours(content):
+            return None
+    except (HostError, direct_xml.UnreadableError):
+        return None
+    wanted = [root / place / systemd.WANTED / "firewalld.service" for place in systemd.PLACES]
+    if any(link.is_symlink() for link in wanted):
+        return "firewalld installs the rules in its direct.xml"
+    return "firewalld would install the rules in its direct.xml, but is not enabled"

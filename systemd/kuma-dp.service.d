@@ -1,0 +1,1 @@
+../agent/persist/units/kuma-dp.service.d

@@ -1,0 +1,179 @@
+"""systemd's units in a root directory of the test's own, judged by systemd's own tools."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agent.errors import HostError, InputError
+from agent.persist import direct_xml, outlook, systemd
+from tests.unit.persist.test_direct_xml import PLANS
+
+MAX_EXPOSURE = 1.5
+SYSTEM = Path("/usr/lib/systemd/system")
+analyzed = pytest.mark.skipif(
+    not shutil.which("systemd-analyze") or not SYSTEM.is_dir(), reason="no systemd-analyze here"
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A host with systemd and a configuration."""
+    units = tmp_path / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    (units / "multi-user.target").write_text("[Unit]\n")
+    (tmp_path / "etc/tpctl").mkdir(parents=True)
+    (tmp_path / "etc/tpctl/config.yaml").write_text("kumaDPUser: kuma-dp\n")
+    return tmp_path
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file and link below a folder."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        found[name] = str(path.readlink()) if path.is_symlink() else path.read_text() if path.is_file() else "/"
+    return found
+
+
+@pytest.mark.parametrize("kuma", [True, False])
+def test_installed_enabled_and_taken_away_again(root: Path, kuma: bool) -> None:
+    (root / "etc/systemd/system" / systemd.WANTED).mkdir(parents=True)
+    if kuma:
+        (root / "etc/systemd/system/kuma-dp.service").write_text("[Service]\nExecStart=/bin/true\n")
+    before = tree(root)
+    done = systemd.install(root, command="/opt/tpctl/bin/tpctl")
+    assert systemd.is_enabled(root)
+    assert systemd.has_drop_in(root) is kuma
+    assert len(done) == 3 + kuma
+    units = "".join(text for name, text in tree(root).items() if name not in before)
+    assert "ExecStart=/opt/tpctl/bin/tpctl install --config /etc/tpctl/config.yaml" in units
+    assert ("ExecStartPre=+/opt/tpctl/bin/tpctl install" in units) is kuma
+    assert "/usr/bin/tpctl" not in units
+    assert systemd.install(root, command="/opt/tpctl/bin/tpctl") == ()
+    assert systemd.install(root, command="/usr/bin/tpctl")
+    assert len(systemd.remove(root, dry_run=True)) == 3 + kuma
+    assert systemd.is_enabled(root)
+    assert len(systemd.remove(root)) == 3 + kuma
+    assert tree(root) == before
+    assert systemd.remove(root) == ()
+
+
+def test_drop_ins_of_others_stay(root: Path) -> None:
+    (root / "etc/systemd/system/kuma-dp.service.d").mkdir(parents=True)
+    (root / "etc/systemd/system/kuma-dp.service.d/site.conf").write_text("[Unit]\n")
+    (root / "usr/lib/systemd/system/kuma-dp.service").write_text("[Service]\n")
+    before = tree(root)
+    systemd.install(root, command="/usr/bin/tpctl")
+    systemd.remove(root)
+    assert {name: text for name, text in tree(root).items() if not name.endswith("wants")} == before
+
+
+def test_without_a_configuration_nothing_is_written(root: Path) -> None:
+    (root / systemd.CONFIG).unlink()
+    before = tree(root)
+    with pytest.raises(InputError, match="print-config"):
+        systemd.install(root, command="/usr/bin/tpctl")
+    assert tree(root) == before
+
+
+def test_without_systemd_nothing_is_written(root: Path) -> None:
+    (root / "usr/lib/systemd/system/multi-user.target").unlink()
+    before = tree(root)
+    with pytest.raises(HostError, match="no systemd"):
+        systemd.install(root, command="/usr/bin/tpctl")
+    assert tree(root) == before
+
+
+def test_a_command_in_a_home_is_within_reach_of_the_relay(root: Path) -> None:
+    assert "ProtectHome=read-only" in systemd.unit_text(systemd.RELAY, "/home/me/.venv/bin/tpctl")
+    assert "ProtectHome=yes" in systemd.unit_text(systemd.RELAY, "/opt/bin/tpctl")
+
+
+def test_the_path_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = tmp_path / "tpctl"
+    command.touch()
+    monkeypatch.setattr(sys, "argv", [str(command)])
+    assert systemd.own_path() == str(command)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/main.py"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    assert systemd.own_path() == str(command)
+
+
+def test_what_the_next_boot_does(root: Path) -> None:
+    assert outlook.next_boot(root) == ()
+    (root / "usr/lib/systemd/system/kuma-dp.service").write_text("[Service]\n")
+    systemd.install(root, command="/usr/bin/tpctl")
+    service, kuma = outlook.next_boot(root)
+    assert service == "tpctl.service installs what /etc/tpctl/config.yaml says"
+    assert kuma.startswith("kuma-dp.service installs")
+    (root / systemd.CONFIG).unlink()
+    assert "but that file is missing" in outlook.next_boot(root)[0]
+    systemd.remove(root)
+    (root / "etc/firewalld").mkdir()
+    (root / "etc/firewalld/direct.xml").write_bytes(direct_xml.with_plan(direct_xml.EMPTY, PLANS[0]))
+    assert "is not enabled" in outlook.next_boot(root)[0]
+    wants = root / "etc/systemd/system/multi-user.target.wants"
+    (wants / "firewalld.service").symlink_to("/usr/lib/systemd/system/firewalld.service")
+    assert outlook.next_boot(root) == ("firewalld installs the rules in its direct.xml",)
+    (root / "etc/firewalld/direct.xml").write_text("<direct><rule")
+    assert outlook.next_boot(root) == ()
+
+
+@pytest.fixture
+def machine(root: Path) -> Path:
+    """The same with the machine's own units and a user for the relay, as far as systemd-analyze looks."""
+    shutil.copytree(SYSTEM, root / "usr/lib/systemd/system", symlinks=True, dirs_exist_ok=True)
+    (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nkuma-dp:x:5678:5678::/:/bin/false\n")
+    for name in ("usr/bin/tpctl", "usr/bin/kuma-dp"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("#!/bin/sh\n")
+        (root / name).chmod(0o755)
+    (root / "etc/systemd/system").mkdir(parents=True)
+    text = "[Service]\nUser=kuma-dp\nExecStart=/usr/bin/kuma-dp run\n"
+    (root / "etc/systemd/system/kuma-dp.service").write_text(text)
+    systemd.install(root, command="/usr/bin/tpctl")
+    return root
+
+
+@analyzed
+@pytest.mark.parametrize("unit", [systemd.SERVICE, systemd.RELAY, "kuma-dp.service"])
+def test_systemd_finds_nothing_wrong(machine: Path, unit: str) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", f"--root={machine}", unit], capture_output=True, text=True, check=False
+    )
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "tpctl" in line or "kuma-dp" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+@analyzed
+def test_systemd_finds_what_is_wrong(machine: Path) -> None:
+    """So that the silence above means something."""
+    path = machine / "etc/systemd/system" / systemd.SERVICE
+    path.write_text(path.read_text().replace("/usr/bin/tpctl install", "/usr/bin/missing install"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", f"--root={machine}", systemd.SERVICE], capture_output=True, text=True, check=False
+    )
+    assert "/usr/bin/missing" in done.stderr
+
+
+@analyzed
+def test_the_relay_is_hardly_exposed(machine: Path) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", f"--root={machine}", systemd.RELAY],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert float(found[1]) <= MAX_EXPOSURE
+
+
+def test_the_units_are_at_the_top_of_the_repository_too() -> None:
+    top = Path(__file__).resolve().parents[3] / "systemd"
+    for name in (systemd.SERVICE, systemd.RELAY, systemd.DROP_IN):
+        assert (top / name).read_text() == systemd.unit_text(name, systemd.SHIPPED_COMMAND)

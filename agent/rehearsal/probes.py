@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from agent.decide import Connection
+from agent.decide import Action, Connection, decide
 from agent.policy import (
     DNS_PORT,
     MAX_PORT,
+    MAX_UID,
     RESERVED,
     Address,
     Family,
@@ -19,7 +20,7 @@ from agent.policy import (
     PortRange,
     Ports,
     Protocol,
-    UidRange,
+    UidExclusion,
     contains,
     includes,
     of_family,
@@ -32,6 +33,7 @@ _REMOTES: dict[Family, tuple[Address, ...]] = {
     Family.IPV4: tuple(map(ip_address, ("203.0.113.10", "198.51.100.10", "192.0.2.10", "9.9.9.10"))),
     Family.IPV6: tuple(map(ip_address, ("2001:db8:10::10", "2001:db8:ffff::10", "2600::10"))),
 }
+_BESIDE_LINK_LOCAL = ip_address("fec0::10")
 _ORDINARY_PORTS = (8080, 9090, 3000, 4000, 7777, 31337)
 _REUSED_PORT = 19053
 """A source port that a query of the data plane and one of an application share; no dial gets it otherwise."""
@@ -103,6 +105,15 @@ def application_uid(policy: Policy) -> int:
     return next(free, 1000 if policy.proxy_uid != 1000 else 1001)
 
 
+def redirected_ports(policy: Policy) -> tuple[int, int]:
+    """A port that is redirected where connections arrive, and one where they leave, if the port lists allow any."""
+    inbound, outbound = policy.inbound, policy.outbound
+    return (
+        _redirected_port(policy, inbound.include_ports, inbound.exclude_ports),
+        _redirected_port(policy, outbound.include_ports, outbound.exclude_ports),
+    )
+
+
 def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
     inbound, outbound = policy.inbound, policy.outbound
     avoided = (*inbound.exclude_sources, *outbound.exclude_destinations)
@@ -118,8 +129,7 @@ def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
         family,
         application_uid(policy),
         next(filter(ordinary, remotes), remotes[0]),
-        _redirected_port(policy, inbound.include_ports, inbound.exclude_ports),
-        _redirected_port(policy, outbound.include_ports, outbound.exclude_ports),
+        *redirected_ports(policy),
     )
 
 
@@ -154,6 +164,22 @@ def _sample(network: Network) -> Address:
     return network[min(9, network.num_addresses - 1)]
 
 
+def _rim(cast: _Cast, network: Network) -> Iterator[tuple[str, Address]]:
+    """Addresses of the peer in a network, at its end, and on either side of it, each with what it is."""
+    first, last = int(network.network_address), int(network.broadcast_address)
+    candidates = [(f"the excluded {network}", _sample(network)), (f"the end of the excluded {network}", network[-1])]
+    kind = type(network.network_address)
+    if first > 0:
+        candidates.append((f"the address below the excluded {network}", kind(first - 1)))
+    if last < 2**network.max_prefixlen - 1:
+        candidates.append((f"the address above the excluded {network}", kind(last + 1)))
+    for address, label in {address: label for label, address in reversed(candidates)}.items():
+        special = address.is_multicast or address.is_loopback or address.is_unspecified or address.is_link_local
+        reserved = address.version == 4 and (address.is_reserved or int(address) >> 24 == 0)
+        if not (special or reserved) and cast.layout.locate(address) == PEER:
+            yield label, address
+
+
 def _inbound(cast: _Cast) -> Iterator[Probe]:
     inbound = cast.policy.inbound
     yield cast.arrive("inbound", cast.port_in)
@@ -166,37 +192,54 @@ def _inbound(cast: _Cast) -> Iterator[Probe]:
         for port in _edges(cast.policy, ranges):
             yield cast.arrive(f"inbound, {_named(ranges, port, what)}", port)
     for source in tuple(of_family(inbound.exclude_sources, cast.family))[:_MOST_RANGES]:
-        if cast.layout.locate(_sample(source)) == PEER:
-            yield cast.arrive(f"inbound from the excluded {source}", cast.port_in, source=_sample(source))
+        for label, address in _rim(cast, source):
+            yield cast.arrive(f"inbound from {label}", cast.port_in, source=address)
     yield cast.arrive("inbound UDP", cast.port_in, protocol=Protocol.UDP)
+    for protocol in Protocol:
+        yield cast.arrive(f"inbound DNS over {protocol.upper()}", DNS_PORT, protocol=protocol)
 
 
 def _outbound(cast: _Cast) -> Iterator[Probe]:
     outbound = cast.policy.outbound
     yield cast.out("outbound by an application", cast.port_out)
     yield cast.out("outbound by root", cast.port_out, uid=ROOT)
-    yield cast.out("outbound by the data plane", cast.port_out, uid=cast.policy.proxy_uid)
+    for port in sorted({cast.port_out, cast.port_in}):
+        yield cast.out(f"outbound by the data plane to port {port}", port, uid=cast.policy.proxy_uid)
     for what, ranges in (("included", outbound.include_ports), ("excluded", outbound.exclude_ports)):
         for port in _edges(cast.policy, ranges):
             yield cast.out(f"outbound, {_named(ranges, port, what)}", port)
     for network in tuple(of_family(outbound.exclude_destinations, cast.family))[:_MOST_RANGES]:
-        if cast.layout.locate(_sample(network)) == PEER:
-            yield cast.out(f"outbound to the excluded {network}", cast.port_out, to=_sample(network))
+        for label, address in _rim(cast, network):
+            yield cast.out(f"outbound to {label}", cast.port_out, to=address)
+            if cast.policy.captures_dns(cast.family):
+                for protocol in Protocol:
+                    yield cast.query(f"DNS over {protocol.upper()} to {label}", address, protocol)
     for rule in outbound.exclude_uids[:_MOST_RANGES]:
-        yield from _excluded_users(cast, rule.protocol, rule.ports, rule.uids)
+        yield from _excluded_users(cast, rule)
     udp = cast.layout.outgoing(Protocol.UDP, cast.remote, cast.port_out, cast.app)
     yield Probe(f"IPv{cast.family} outbound UDP", udp)
     if cast.family is Family.IPV6:
         yield cast.out("outbound to a link-local address", cast.port_out, to=PEER_LINK_LOCAL)
+        for protocol, port in ((Protocol.TCP, cast.port_out), (Protocol.UDP, DNS_PORT)):
+            beside = cast.layout.outgoing(protocol, _BESIDE_LINK_LOCAL, port, cast.app)
+            yield Probe(f"IPv6 outbound {protocol.upper()} to {_BESIDE_LINK_LOCAL}, next to link-local ones", beside)
 
 
-def _excluded_users(cast: _Cast, protocol: Protocol, ports: Ports, uids: UidRange) -> Iterator[Probe]:
+def _excluded_users(cast: _Cast, rule: UidExclusion) -> Iterator[Probe]:
+    """The users of an exclusion and their neighbours, to its ports and their neighbours."""
+    protocol, ports, uids = rule.protocol, rule.ports, rule.uids
     port = DNS_PORT if protocol is Protocol.UDP and includes(ports, DNS_PORT) else ports[0].first
     server = next((s.address for s in cast.policy.servers(cast.family) if s.interface is None), cast.remote)
     to = server if port == DNS_PORT else cast.remote
-    for uid in sorted({uids.first, uids.last}):
+    for uid in sorted({uids.first, uids.last, max(0, uids.first - 1), min(MAX_UID, uids.last + 1)}):
         connection = cast.layout.outgoing(protocol, to, port, uid)
-        yield Probe(f"IPv{cast.family} {protocol} port {port} by the excluded uid {uid}", connection)
+        what = "excluded uid" if uid in uids else "uid next to excluded ones"
+        yield Probe(f"IPv{cast.family} {protocol} port {port} by the {what} {uid}", connection)
+    if protocol is Protocol.TCP:
+        yield cast.out(f"TCP port {port} by an application, not by the excluded uid {uids.first}", port)
+        for edge in (*_edges(cast.policy, ports), cast.port_out):
+            named = _named(ports, edge, "excluded")
+            yield cast.out(f"TCP {named} by the excluded uid {uids.first}", edge, uid=uids.first)
 
 
 def _to_self(cast: _Cast) -> Iterator[Probe]:
@@ -213,7 +256,22 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
         other = ip_address("127.0.0.2")
         yield cast.out("application to 127.0.0.2", port, to=other)
         yield cast.out("data plane to 127.0.0.2", port, uid=proxy, to=other)
+        for beside in ("127.0.0.5", "127.0.0.7"):
+            delivered = cast.out(f"data plane from {beside} to the application", port, uid=proxy, to=cast.own)
+            yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=ip_address(beside)))
+    for uid in {max(0, proxy - 1), min(MAX_UID, proxy + 1)} - {proxy}:
+        yield cast.out(
+            f"uid {uid}, next to the data plane's, to its own host's address", cast.port_out, uid=uid, to=cast.own
+        )
+        yield cast.out(f"outbound by uid {uid}, next to the data plane's", cast.port_out, uid=uid)
+    yield cast.query("data plane's DNS over TCP to its own host's address", cast.own, Protocol.TCP, uid=proxy)
     if cast.family in cast.policy.families:
+        if cast.family is Family.IPV6:
+            away = cast.out(f"application from {passthrough} to another host", cast.port_out).connection
+            away = dataclasses.replace(away, source=passthrough)
+            # Otherwise the answer does not find its way back: the other host has an address like that itself.
+            if decide(cast.policy, away).action is Action.REDIRECT:
+                yield Probe(f"IPv6 application from {passthrough} to another host", away)
         delivered = cast.out(f"data plane from {passthrough} to the application", port, uid=proxy, to=cast.own)
         yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=passthrough))
     for excluded in cast.policy.inbound.exclude_ports[:1]:
@@ -232,8 +290,12 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
             (f"DNS to {server}", Protocol.UDP, None),
             (f"DNS over TCP to {server}", Protocol.TCP, None),
             (f"DNS to {server} by the data plane", Protocol.UDP, policy.proxy_uid),
+            (f"DNS over TCP to {server} by the data plane", Protocol.TCP, policy.proxy_uid),
         ):
             yield _on(cast.query(label, server.address, protocol, uid=uid), server.interface)
+        if server.interface is None and cast.layout.locate(server.address) == PEER:
+            label = f"DNS from the name server {server} to this host"
+            yield cast.arrive(label, DNS_PORT, source=server.address, protocol=Protocol.UDP)
     yield cast.query("DNS to another server", cast.remote)
     if cast.family is Family.IPV6:
         for protocol in Protocol:
@@ -253,7 +315,13 @@ def _on(probe: Probe, interface: str | None) -> Probe:
 
 def _zones(cast: _Cast, server: Address) -> Iterator[Probe]:
     """The same addresses and ports, by the data plane and by an application: neither may inherit the other's fate."""
-    for who, uid in (("the data plane", cast.policy.proxy_uid), ("an application", cast.app)):
+    excluded = [
+        rule.uids.first
+        for rule in cast.policy.outbound.exclude_uids
+        if rule.protocol is Protocol.UDP and includes(rule.ports, DNS_PORT)
+    ]
+    others = [("an excluded uid", uid) for uid in excluded[:1]]
+    for who, uid in (("the data plane", cast.policy.proxy_uid), *others, ("an application", cast.app)):
         probe = cast.query(f"DNS by {who}, from a port the other uses", server, uid=uid)
         yield Probe(probe.label, dataclasses.replace(probe.connection, source_port=_REUSED_PORT))
 
@@ -270,8 +338,16 @@ def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]
     yield cast.arrive(f"{name}: container to another host", cast.port_out, source=source, to=cast.remote)
     yield cast.arrive(f"{name}: container to the host's own address", cast.port_in, source=source)
     yield cast.arrive(f"{name}: container to the bridge's address", cast.port_in, source=source, to=network[1])
+    yield cast.arrive(f"{name}: container's UDP", cast.port_out, source=source, to=cast.remote, protocol=Protocol.UDP)
+    beyond = type(network.network_address)(min(int(network.broadcast_address) + 1, 2**network.max_prefixlen - 1))
+    if cast.layout.locate(beyond) == PEER and not beyond.is_multicast:
+        yield cast.arrive(
+            f"{name}: container to the address after its network", cast.port_out, source=source, to=beyond
+        )
     query = f"{name}: container's DNS"
     yield cast.arrive(query, DNS_PORT, source=source, to=cast.remote, protocol=Protocol.UDP)
     yield cast.arrive(f"{query} to the bridge's address", DNS_PORT, source=source, to=network[1], protocol=Protocol.UDP)
     yield cast.arrive(f"{query} over TCP", DNS_PORT, source=source, to=cast.remote)
     yield cast.arrive(f"another host to {name}'s container", cast.port_in, to=source)
+    asked = f"another host's DNS to {name}'s container"
+    yield cast.arrive(asked, DNS_PORT, to=source, protocol=Protocol.UDP)

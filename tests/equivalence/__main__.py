@@ -26,7 +26,9 @@ def main() -> int:
         began = time.monotonic()
         outcome = run(DOORS[name], wanted, lambda line: print(line, file=sys.stderr, flush=True))
         score, seconds = outcome.score, time.monotonic() - began
-        print(f"{name:<16} {len(wanted):>8} {score.connections:>11} {len(outcome.wrong):>13} {seconds:>8.1f}", flush=True)
+        print(
+            f"{name:<16} {len(wanted):>8} {score.connections:>11} {len(outcome.wrong):>13} {seconds:>8.1f}", flush=True
+        )
         if score.doubts:
             print(f"{'':<16} {score.doubts} connections were tried twice: wrong at first, right the second time")
         if outcome.smallest:

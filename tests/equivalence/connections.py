@@ -8,7 +8,7 @@ from ipaddress import IPv6Address, ip_address
 from random import Random
 
 from agent.decide import Connection, Direction, State
-from agent.policy import PASSTHROUGH6, Address, Family, Policy, Protocol
+from agent.policy import DNS_PORT, PASSTHROUGH6, Address, Family, Policy, Protocol
 from agent.rehearsal.layout import (
     HOST_ADDRESS,
     HOST_LINK_LOCAL,
@@ -19,11 +19,12 @@ from agent.rehearsal.layout import (
     gateway,
     member,
 )
+from agent.rehearsal.probes import redirected_ports
 from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
 
 _OWN = tuple(map(ip_address, ("127.0.0.1", "127.0.0.2", "127.0.0.53", "::1")))
 _PASSTHROUGH: dict[Family, Address] = {Family.IPV4: ip_address("127.0.0.6"), Family.IPV6: PASSTHROUGH6}
-_STATEFUL_PORT = 8099
+_APPLICATION = 1000
 
 
 class Cast:
@@ -45,8 +46,10 @@ class Cast:
         family = random.choice(list(Family))
         protocol = random.choice(list(Protocol))
         port = random.choice((*PORTS, 53, 53, 53))
-        return self._leaves(random, family, protocol, port) if random.random() < 0.6 else self._arrives(
-            random, family, protocol, port
+        return (
+            self._leaves(random, family, protocol, port)
+            if random.random() < 0.6
+            else self._arrives(random, family, protocol, port)
         )
 
     def _leaves(self, random: Random, family: Family, protocol: Protocol, port: int) -> Connection:
@@ -70,20 +73,28 @@ class Cast:
             source, random.choice([each for each in targets if self.layout.locate(each) != origin]), protocol, port
         )
 
-    def stateful(self) -> list[Connection]:
-        """Segments that are no first packet: of a connection conntrack has not seen, and of none at all."""
+    def stateful(self, ports: tuple[int, int]) -> list[Connection]:
+        """Segments that are no first packet: of a connection conntrack has not seen, and of none at all.
+
+        `ports` are those to which connections arrive and leave.
+        """
+        arriving_port, leaving_port = ports
         found = []
         for family in sorted(self.layout.families):
-            for state, port in ((State.MIDSTREAM, _STATEFUL_PORT), (State.INVALID, _STATEFUL_PORT + 1)):
-                remote = PEER_ADDRESS[family]
-                arriving = self.layout.arriving(remote, HOST_ADDRESS[family], Protocol.TCP, port)
-                leaving = self.layout.outgoing(Protocol.TCP, remote, port, 1000)
-                crossing = [
-                    self.layout.arriving(each, remote, Protocol.TCP, port) for each in _of(family, self.members)
-                ]
-                found += [dataclasses.replace(each, state=state) for each in (arriving, leaving, *crossing)]
+            remote, layout = PEER_ADDRESS[family], self.layout
+            found += [
+                layout.arriving(remote, HOST_ADDRESS[family], Protocol.TCP, arriving_port),
+                layout.outgoing(Protocol.TCP, remote, leaving_port, _APPLICATION),
+                *(
+                    layout.arriving(each, remote, Protocol.TCP, port)
+                    for each in _of(family, self.members)
+                    for port in (leaving_port, DNS_PORT)
+                ),
+            ]
+        midstream = [dataclasses.replace(each, state=State.MIDSTREAM) for each in found]
+        invalid = [dataclasses.replace(each, state=State.INVALID) for each in found]
         # A packet that cannot be placed is only made, and only dropped, where it arrives.
-        return [each for each in found if each.state is State.MIDSTREAM or each.direction is Direction.INBOUND]
+        return [*midstream, *(each for each in invalid if each.direction is Direction.INBOUND)]
 
 
 def random_connections(policy: Policy, layout: Layout, seed: int, count: int) -> list[Connection]:
@@ -94,7 +105,7 @@ def random_connections(policy: Policy, layout: Layout, seed: int, count: int) ->
 
 def stateful_connections(policy: Policy, layout: Layout) -> list[Connection]:
     """See `Cast.stateful`."""
-    return Cast(policy, layout).stateful()
+    return Cast(policy, layout).stateful(redirected_ports(policy))
 
 
 def _of(family: Family, addresses: Sequence[Address]) -> list[Address]:

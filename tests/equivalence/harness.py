@@ -111,20 +111,26 @@ class Bench:
             seat.close()
         self._seats.clear()
 
+    def plan(self, policy: Policy, layout: Layout) -> Any:
+        """The engine's plan for a staged policy."""
+        return self._seat(layout).engine.plan(policy)
+
     def compare(
-        self, policy: Policy, more: Callable[[Policy, Layout], Sequence[Connection]], plan: Planner = straight
-    ) -> list[Disagreement]:
+        self, policy: Policy, more: Callable[[Policy, Layout], Sequence[Connection]], plan: Planner = straight,
+        *, first_only: bool = False,
+    ) -> list[Disagreement]:  # fmt: skip
         """The disagreements on a policy's own probes and `more` connections. The policy is staged first."""
         staging = stage(policy)
-        random = [Probe("a random connection", connection) for connection in more(staging.policy, staging.layout)]
-        return self.try_all(staging.policy, staging.layout, [*probes(staging.policy, staging.layout), *random], plan)
+        random = [Probe("a connection besides the probes", each) for each in more(staging.policy, staging.layout)]
+        wanted = [*probes(staging.policy, staging.layout), *random]
+        return self.try_all(staging.policy, staging.layout, wanted, plan, first_only=first_only)
 
     def try_all(
-        self, policy: Policy, layout: Layout, wanted: Sequence[Probe], plan: Planner = straight
-    ) -> list[Disagreement]:
-        """The disagreements on some connections, of whatever state."""
-        seat = self._seat(layout)
-        running = _begin(seat, [probe for probe in wanted if probe.connection.state is State.MIDSTREAM])
+        self, policy: Policy, layout: Layout, wanted: Sequence[Probe], plan: Planner = straight,
+        *, first_only: bool = False,
+    ) -> list[Disagreement]:  # fmt: skip
+        """The disagreements on some connections, of whatever state; with `first_only` it stops when there is one."""
+        seat, running = self._begin(layout, [probe for probe in wanted if probe.connection.state is State.MIDSTREAM])
         try:
             with seat.lab.inside(HOST):
                 seat.engine.apply(plan(seat.engine, policy))
@@ -137,13 +143,24 @@ class Bench:
         seat.lab.forget(HOST)
         seat.lab.serve_data_plane(policy)
         found += self._invalid(seat, policy, [p for p in wanted if p.connection.state is State.INVALID])
-        found += self._new(seat, policy, [p for p in wanted if p.connection.state is State.NEW])
+        if not (found and first_only):
+            found += self._new(seat, policy, [p for p in wanted if p.connection.state is State.NEW], first_only)
         # libnftables waits with select(2), which ends the process when it is given a descriptor above 1023.
         for node in seat.lab.spaces:
             seat.lab.forget(node)
         self.score.policies += 1
         self.score.connections += len(wanted)
         return found
+
+    def _begin(self, layout: Layout, wanted: Sequence[Probe]) -> tuple[_Seat, list[Running]]:
+        """A laboratory, and connections that run there; a new one when the rules in it let none pass."""
+        seat = self._seat(layout)
+        try:
+            return seat, _begin(seat, wanted)
+        except OSError:
+            self._seats.pop(layout).close()
+            seat = self._seat(layout)
+            return seat, _begin(seat, wanted)
 
     def _seat(self, layout: Layout) -> _Seat:
         seat = self._seats.pop(layout, None) or _Seat(layout, self.door)
@@ -153,7 +170,7 @@ class Bench:
             self._seats.pop(oldest).close()
         return seat
 
-    def _new(self, seat: _Seat, policy: Policy, wanted: Sequence[Probe]) -> list[Disagreement]:
+    def _new(self, seat: _Seat, policy: Policy, wanted: Sequence[Probe], first_only: bool) -> list[Disagreement]:
         found = []
         for result in attempt(seat.lab, policy, wanted):
             if result.ok:
@@ -161,13 +178,13 @@ class Bench:
             again = self._once_more(seat, policy, result.probe, wanted)
             if again:
                 found.append(again)
+                if first_only:
+                    break
             else:
                 self.score.doubts += 1
         return found
 
-    def _once_more(
-        self, seat: _Seat, policy: Policy, probe: Probe, wanted: Iterable[Probe]
-    ) -> Disagreement | None:
+    def _once_more(self, seat: _Seat, policy: Policy, probe: Probe, wanted: Iterable[Probe]) -> Disagreement | None:
         """Try a connection again, with those that share its source port: only together do they mean anything."""
         port = probe.connection.source_port
         group = [each for each in wanted if each.connection.source_port == port] if port else [probe]

@@ -72,9 +72,7 @@ def port_ranges(most: int) -> st.SearchStrategy[tuple[PortRange, ...]]:
 def uid_ranges() -> st.SearchStrategy[UidRange]:
     """One user, or a range of users."""
     pair = st.tuples(st.sampled_from(UIDS), st.sampled_from(UIDS))
-    return st.one_of(
-        st.sampled_from(UIDS).map(UidRange), pair.map(lambda ends: UidRange(min(ends), max(ends)))
-    )
+    return st.one_of(st.sampled_from(UIDS).map(UidRange), pair.map(lambda ends: UidRange(min(ends), max(ends))))
 
 
 usually_on = st.sampled_from([True, True, True, False])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from agent.decide import Connection
 from agent.policy import Policy
-from agent.rehearsal.layout import Layout, stage
+from agent.rehearsal.layout import LOOPBACK, Layout, stage
 from agent.rehearsal.probes import Probe
 from tests.equivalence.engines import Door
 from tests.equivalence.harness import Bench, Disagreement, Score, usual
@@ -56,12 +57,14 @@ def run(door: Door, wanted: Sequence[Policy], report: Callable[[str], None] = la
     with Bench(door) as bench:
         outcome = Outcome(bench.score)
         for number, policy in enumerate(wanted, 1):
-            wrong = bench.compare(policy, lambda staged, layout, number=number: usual(staged, layout, number, CONNECTIONS))
+            wrong = bench.compare(policy, partial(usual, seed=number, count=CONNECTIONS))
             outcome.wrong += wrong
             if wrong and outcome.smallest is None:
                 outcome.smallest = smallest(bench, wrong[0])
             if number % 100 == 0:
-                report(f"{door.name}: {number} policies, {bench.score.connections} connections, {len(outcome.wrong)} wrong")
+                report(
+                    f"{door.name}: {number} policies, {bench.score.connections} connections, {len(outcome.wrong)} wrong"
+                )
         return outcome
 
 
@@ -92,8 +95,8 @@ def retried(bench: Bench, policy: Policy, wrong: Disagreement) -> list[Disagreem
 
 
 def _possible(layout: Layout, connection: Connection) -> bool:
-    links = {link.name for link in (*layout.uplinks, *layout.bridges)} | {"lo"}
-    return connection.interface in links
+    uplinks, bridges = (link.name for link in layout.uplinks), (bridge.name for bridge in layout.bridges)
+    return connection.interface in {LOOPBACK, *uplinks, *bridges}
 
 
 def any_seed() -> int:

@@ -41,6 +41,7 @@ class Surroundings:
             "chain idle_out { type filter hook output priority -450; }\n"
             "chain resolvers { }\n"
             f"chain input {{ type filter hook input priority 0; jump resolvers; iifname != lo {new_answer}; }}\n"
+            f"chain output {{ type filter hook output priority 0; oifname != lo {new_answer}; }}\n"
             f"chain forward {{ type filter hook forward priority 0; {new_answer}; }}\n"
             "}\n"
         )

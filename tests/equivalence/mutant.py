@@ -1,0 +1,144 @@
+"""What a mutation is, and the ones that cannot be seen, with the reason written down.
+
+A mutant is one small mistake in an engine's plan. Some mistakes change nothing: the rules hold something twice for
+safety, or the rig has nobody who could send the packet that would show it. Those are counted apart and never as caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from agent.policy import Address, DnsCapture, Family, Policy, contains
+from agent.rehearsal.layout import member
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """The place of a mistake, in words that both engines share."""
+
+    rule: str
+    """The rule's name in `agent.decide` (o3, z4), or the comment of one that has none."""
+    part: str
+    """Which part of it: "rule", "SYN", "local", "owner", "port", "source", "destination", "in", "out", ..."""
+    family: Family | None = None
+    chain: str = ""
+    text: str = ""
+    """The rule as it was."""
+    other: str = ""
+    """The name of the rule it was swapped with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One broken plan."""
+
+    kind: str
+    spot: Spot
+    plan: Any
+    became: str
+    unseen: str | None = None
+    """Why nobody can tell it from the right one; None when somebody must."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} [{self.spot.rule}/{self.spot.part}] {self.spot.chain}: {self.spot.text}  =>  {self.became}"
+
+
+def name_of(comment: str) -> str:
+    """A rule's name, from its comment."""
+    return comment.removeprefix("tpctl/").partition(":")[0]
+
+
+Judge = Callable[[Policy, str, Spot], str | None]
+
+
+def unseen(policy: Policy, kind: str, spot: Spot) -> str | None:
+    """Why a mutation of a kind at a spot changes nothing that can be seen; None when it must be caught."""
+    return next((reason for judge in _JUDGES if (reason := judge(policy, kind, spot))), None)
+
+
+def _logging(_: Policy, kind: str, spot: Spot) -> str | None:
+    return "it only logs" if spot.rule.startswith("log") or "LOG" in spot.chain else None
+
+
+def _switched_off(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if not policy.inbound.enabled:
+        if {spot.rule, spot.other} & {"i0", "i3", "i4", "i5", "i6", "i7", "to the inbound listener"}:
+            return "inbound redirection is off: nothing is redirected there anyway"
+        if spot.rule == "o3":
+            return "inbound redirection is off: o3 leads nowhere"
+        if (spot.rule == "o2" and spot.part != "out") or spot.other == "o2":
+            return "inbound redirection is off: there is no o3 that o2 would keep off, and o4 and o5 let it pass too"
+    if not policy.outbound.enabled and not policy.dns.tcp and spot.chain.lower().endswith(("outbound", "dns_tcp")):
+        return "outbound redirection is off: whatever gets here passes"
+    if spot.rule == "o0":
+        return "the chain ends there anyway"
+    jump = "new connections of this host"
+    return jump + ": outbound redirection is off" if spot.rule == jump and not policy.outbound.enabled else None
+
+
+def _held_twice(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if spot.rule == "o6" and spot.part in ("rule", "destination") and kind in ("drop a rule", "off by one"):
+        return "o6 is for packets without an owner: o4 and o5 have let every connection over lo pass"
+    if {spot.rule, spot.other} == {"o6", "o7"}:
+        return "o6 is for packets without an owner: o4 and o5 have let every connection over lo pass"
+    if spot.rule == "o4" and kind == "drop a condition" and spot.part == "owner":
+        return "the data plane's connections that are still there pass by o5"
+    if spot.rule == "o2" and spot.part == "out" and spot.family is Family.IPV4:
+        return "the kernel lets no packet from 127.0.0.6 out of another interface than lo"
+    everything = policy.dns.capture is DnsCapture.ALL and policy.dns.tcp
+    if spot.rule == "x4" and everything and spot.part == "rule" and spot.other != "o1":
+        return "d4 has taken every query over TCP but the data plane's"
+    if spot.rule == "d4" and spot.part == "family":
+        return "s1 has let link-local destinations pass, and of the others d4 takes both families"
+    if spot.rule == "DNS queries" and spot.part == "family" and policy.dns.capture is DnsCapture.LISTED:
+        return "the chain only names servers of the family"
+    query = "dns" in spot.chain.lower() or "query" in spot.chain.lower()
+    if spot.rule == "s1" and query and policy.dns.capture is DnsCapture.LISTED and kind != "negate":
+        return "no listed server is link-local"
+    return None
+
+
+def _out_of_reach(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if spot.rule == "z2" and spot.part == "owner" and kind == "drop a condition":
+        return "out of reach: nobody else can send from the port that the data plane's listener has"
+    if spot.rule == "i2" and spot.part == "destination" and kind == "off by one" and "narrower" in spot.other:
+        return "out of reach: the container answers for the addresses of its network itself"
+    if (spot.rule == "s1" or "fe80::/10" in spot.text) and kind == "off by one" and "narrower" in spot.other:
+        return "out of reach: links only have addresses of fe80::/64"
+    if spot.rule == "z7" and "fe80::/10" in spot.text and spot.part == "destination" and kind != "negate":
+        return "out of reach: nobody forwards to link-local addresses, or queries that are not of virtual networks"
+    if {spot.rule, spot.other} == {"a query to a captured server", "z2"}:
+        return "out of reach: nobody else can send from the port that the data plane's listener has"
+    return None
+
+
+def _no_server(policy: Policy, kind: str, spot: Spot) -> str | None:
+    """z7 and z4 of servers from which nothing can arrive, or to which nobody forwards."""
+    if spot.rule.startswith("set name_servers") and contains(policy.outbound.exclude_destinations, _address(spot.text)):
+        return "an excluded destination is left alone, listed or not"
+    if policy.dns.capture is not DnsCapture.LISTED or spot.rule not in ("z4", "z7"):
+        return None
+    loopback = "127.0.0." in spot.text or "::1/128" in spot.text
+    if loopback:
+        return "nothing arrives from, or is forwarded to, a loopback address"
+    if spot.rule == "z7" and not any(str(member(vnet.network)) in spot.text for vnet in policy.virtual_networks):
+        return "out of reach: nobody forwards queries to this server but virtual networks, and z6 is asked first"
+    return None
+
+
+_JUDGES: tuple[Judge, ...] = (_logging, _switched_off, _held_twice, _out_of_reach, _no_server)
+
+
+def _address(text: str) -> Address:
+    return ip_address(text.partition("/")[0])
+
+
+def spread(items: list[Mutant], most: int) -> Iterator[Mutant]:
+    """So many of them, evenly from all over the list."""
+    if len(items) <= most:
+        yield from items
+        return
+    yield from (items[number * len(items) // most] for number in range(most))

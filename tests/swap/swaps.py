@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
@@ -108,15 +108,15 @@ def name(options: EngineOptions) -> str:
     return options.engine if options.engine == "nftables" else f"iptables {options.iptables_mode}"
 
 
-def inside(options: EngineOptions, times: int) -> list[Target]:
+def inside(options: EngineOptions, times: int, policies: Sequence[Policy] = POLICIES) -> list[Target]:
     """Policies in turn, in one engine. For a start with the first policy."""
-    return [Target(POLICIES[turn % len(POLICIES)], options) for turn in range(1, times + 1)]
+    return [Target(policies[turn % len(policies)], options) for turn in range(1, times + 1)]
 
 
-def between(times: int) -> list[Target]:
+def between(times: int, policies: Sequence[Policy] = POLICIES) -> list[Target]:
     """Engines in turn, so that each follows each; policies in turn as well. For a start with nftables."""
     order = (IPTABLES_NFT, IPTABLES_LEGACY, NFTABLES, IPTABLES_LEGACY, IPTABLES_NFT, NFTABLES)
-    return [Target(POLICIES[turn // 2 % len(POLICIES)], order[turn % len(order)]) for turn in range(times)]
+    return [Target(policies[turn // 2 % len(policies)], order[turn % len(order)]) for turn in range(times)]
 
 
 def timed_install(made: Scene, target: Target) -> float:

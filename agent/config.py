@@ -24,6 +24,8 @@ class Config:
 
     proxy_user: str
     ip_family_mode: str
+    dataplane_file: str
+    dataplane_variables: Mapping[str, str]
     inbound_enabled: bool
     inbound_port: int
     inbound_exclude_ports: Ports
@@ -87,9 +89,18 @@ def load(
     as it was typed. A list replaces the list of a weaker source. Raises InputError with every problem of every source.
     """
     sources = (from_files(files), from_environment(environ or {}), from_flags(flags or {}))
-    problems = [problem for source in sources for problem in source.problems]
     config, more = _read(sources)
-    problems += more
+    problems = [problem for source in sources for problem in source.problems] + more
+    if config.dataplane_file:
+        from agent import config_dataplane  # lazily: few hosts name one here
+
+        dataplane = config_dataplane.read(config.dataplane_file, config.dataplane_variables)
+        problems += dataplane.problems
+        problems += config_dataplane.contradictions(config, dataplane)
+        config, more = _read((dataplane, *sources))
+        problems += more
+    elif config.dataplane_variables:
+        problems.append(f"{config.origin('dataplane_variables')} has no effect without --dataplane-file")
     problems += check(config)
     if problems:
         raise InputError(list(dict.fromkeys(problems)))

@@ -95,8 +95,8 @@ def from_files(paths: Iterable[str]) -> Findings:
     for path in paths:
         name = "stdin" if path == STDIN else path
         try:
-            tree = _parse(_read(path))
-        except _UnusableFileError as error:
+            tree = parse_yaml(read_file(path))
+        except UnusableFileError as error:
             found.problems.append(f"file {name}: {error}")
             continue
         if tree is None:
@@ -117,23 +117,24 @@ def _is_used(row: Unsupported, raw: object) -> bool:
     return raw not in (None, "", [])
 
 
-class _UnusableFileError(Exception):
+class UnusableFileError(Exception):
     """A file that cannot be read or parsed; says why."""
 
 
-def _read(path: str) -> str:
+def read_file(path: str) -> str:
+    """The text of a file; `-` is stdin. Raises UnusableFileError."""
     try:
         content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     except OSError as error:
-        raise _UnusableFileError(f"cannot be read: {error.strerror or error}") from None
+        raise UnusableFileError(f"cannot be read: {error.strerror or error}") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _UnusableFileError(f"is not UTF-8 text (byte {error.start})") from None
+        raise UnusableFileError(f"is not UTF-8 text (byte {error.start})") from None
 
 
-def _parse(text: str) -> object:
-    """The tree a YAML or JSON text stands for."""
+def parse_yaml(text: str) -> object:
+    """The tree a YAML or JSON text stands for. Raises UnusableFileError."""
     import yaml  # lazily: 15 ms that an install without a file need not spend
 
     class Loader(yaml.SafeLoader):
@@ -144,7 +145,7 @@ def _parse(text: str) -> object:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in seen:
-                        raise _UnusableFileError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+                        raise UnusableFileError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
                     seen.add(key.value)
             return dict(super().construct_mapping(node, deep=deep))
 
@@ -160,9 +161,9 @@ def _parse(text: str) -> object:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise _UnusableFileError(f"is not YAML: {where}{getattr(error, 'problem', None) or error}") from None
+        raise UnusableFileError(f"is not YAML: {where}{getattr(error, 'problem', None) or error}") from None
     except (RecursionError, ValueError, TypeError) as error:
-        raise _UnusableFileError(f"is not YAML: {error}") from None
+        raise UnusableFileError(f"is not YAML: {error}") from None
 
 
 def _walk(tree: Mapping[object, object], file: str, found: Findings) -> None:

@@ -276,6 +276,19 @@ def read_executables(value: object, note: Note) -> dict[str, str]:
     return {str(name): str(path) for name, path in pairs if path}
 
 
+def read_variables(value: object, note: Note) -> dict[str, str]:
+    """Names and values: a mapping, or texts `name=value`."""
+    if isinstance(value, Mapping):
+        return {str(name): str(one) for name, one in value.items()}
+    found: dict[str, str] = {}
+    for item in _items(value):
+        name, equals, text = str(item).partition("=")
+        if not name.strip() or not equals:
+            raise BadValueError(f"{quoted(item)} is not NAME=VALUE")
+        found[name.strip()] = text
+    return found
+
+
 def _items(value: object) -> list[object]:
     """The items of a list value; texts are split at commas. An empty text is an empty list, an empty item an error."""
     items: list[object] = []

@@ -22,6 +22,7 @@ from agent.config_values import (
     read_ports,
     read_text,
     read_uid_exclusions,
+    read_variables,
     read_virtual_networks,
 )
 from agent.policy import DEFAULT_DNS_PORT, DEFAULT_INBOUND_PORT, DEFAULT_OUTBOUND_PORT
@@ -85,6 +86,18 @@ OPTIONS: tuple[Option, ...] = (
         "ip_family_mode", Section.DATA_PLANE, "ipFamilyMode", "--ip-family-mode", "IP_FAMILY_MODE",
         choice("dualstack", "ipv4"), "dualstack", "MODE",
         "dualstack redirects IPv4 and IPv6, ipv4 leaves IPv6 alone.",
+    ),
+    Option(
+        "dataplane_file", Section.DATA_PLANE, "dataplaneFile", "--dataplane-file", "DATAPLANE_FILE", read_text, "",
+        "FILE",
+        "Kuma's Dataplane resource, as kuma-dp gets it: redirect its ports, and of those that arrive only the ports of "
+        "networking.inbound.",
+        new=True,
+    ),
+    Option(
+        "dataplane_variables", Section.DATA_PLANE, "dataplaneVar", "--dataplane-var", "DATAPLANE_VAR", read_variables,
+        {}, "NAME=VALUE,...",
+        "Values of the variables in that file, {{ NAME }}. Repeatable.", accumulates=True, new=True,
     ),
     Option(
         "inbound_enabled", Section.INBOUND, "redirect.inbound.enabled", "--redirect-inbound",

@@ -69,9 +69,10 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
   }
   count(rule, flow->ipv6);
   if (!port) {
-    /* A socket may be connected again, and one that is not connected may ask several servers: an answer of the data
-     * plane to an earlier query still has to look like the server's. */
-    if (!udp || flow->port == set->dns_port)
+    /* A socket may be connected again. One that is not connected may ask several servers, and an answer of the data plane
+     * to an earlier query still has to look like the server's. What a connected socket of IPv6 sends to an IPv4 address
+     * comes by here with the address that connect() was given in its place. */
+    if (!datagram || (flow->port == set->dns_port && sk->state != TCP_ESTABLISHED))
       asked.sk_storage_delete(sk);
     return 0;
   }

@@ -21,7 +21,7 @@ from agent.engines.ebpf.counters import read_counters
 from agent.engines.ebpf.installed import Installed, Switch, clear_dead, is_dead, opened, targets, unpin
 from agent.engines.ebpf.place import Place
 from agent.engines.ebpf.programs import KEPT_MAPS, MAPS, POLICY_MAPS, PROGRAMS, SOCKET_MAPS, Program
-from agent.errors import ApplyError, HostError
+from agent.errors import ApplyError, HostError, InputError
 from agent.policy import Policy
 
 IN_FLIGHT = 65536
@@ -68,6 +68,12 @@ class EbpfEngine:
 
     def plan(self, policy: Policy) -> EbpfPlan:
         """The maps for a policy. Raises InputError for what eBPF cannot do."""
+        if policy.inbound.enabled and self.where.applications != self.where.data_plane:
+            raise InputError(
+                f"the cgroup {self.where.applications}: connections that arrive cannot be kept to one cgroup by the "
+                "eBPF engine, only those that its processes open; switch inbound redirection off "
+                "(--redirect-inbound=false)"
+            )
         return EbpfPlan(contents_for(policy, bypass=self.bypass))
 
     def preview(self, policy: Policy) -> str:

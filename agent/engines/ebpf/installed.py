@@ -49,7 +49,7 @@ def opened(folder: Path) -> Iterator[Installed]:
         for program in PROGRAMS:
             try:
                 link = syscall.pinned(folder / program.name)
-            except OSError:
+            except FileNotFoundError:
                 continue
             stack.callback(os.close, link)
             info = syscall.link_info(link)

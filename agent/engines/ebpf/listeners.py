@@ -78,15 +78,25 @@ def _descriptors(wanted: dict[int, Listener]) -> Iterator[tuple[Listener, int]]:
     for directory in Path("/proc").glob("[0-9]*"):
         if not left:
             return
-        try:
-            entries = [(entry, str(entry.readlink())) for entry in (directory / "fd").iterdir()]
-        except OSError:
-            continue
-        for entry, target in entries:
-            if target in left:
-                with suppress(OSError):
-                    copy = _copied(int(directory.name), int(entry.name))
-                    yield left.pop(target), copy
+        for number, target in _open_files(directory):
+            if target not in left:
+                continue
+            try:
+                copy = _copied(int(directory.name), number)
+            except OSError:
+                continue  # it was closed meanwhile; another process may hold it too
+            yield left.pop(target), copy
+
+
+def _open_files(directory: Path) -> Iterator[tuple[int, str]]:
+    """The descriptors of a process and what they stand for; those that are closed meanwhile are left out."""
+    try:
+        entries = list((directory / "fd").iterdir())
+    except OSError:
+        return
+    for entry in entries:
+        with suppress(OSError):
+            yield int(entry.name), str(entry.readlink())
 
 
 def _copied(process: int, descriptor: int) -> int:

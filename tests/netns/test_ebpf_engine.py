@@ -1,0 +1,465 @@
+"""The eBPF engine on real sockets: what equivalence with `decide()` does not show."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from agent import loopback
+from agent.decide import Connection
+from agent.engines.ebpf import place as ebpf_place
+from agent.engines.ebpf import syscall
+from agent.engines.ebpf.engine import EbpfEngine, EbpfPlan
+from agent.engines.ebpf.installed import opened
+from agent.engines.ebpf.programs import PROGRAMS
+from agent.errors import ApplyError, HostError, InputError
+from agent.policy import (
+    Dns,
+    DnsCapture,
+    Family,
+    Inbound,
+    Outbound,
+    Policy,
+    PortRange,
+    Protocol,
+    VirtualNetwork,
+)
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, stage
+from tests.netns.ebpf_place import OwnPlace, enter, own_place
+
+pytestmark = pytest.mark.root
+
+PROXY, APP = 5678, 1000
+PLAIN = Policy(PROXY, inbound=Inbound(exclude_ports=(PortRange(22),)), dns=Dns(DnsCapture.ALL))
+REMOTE = {Family.IPV4: ip_address("203.0.113.10"), Family.IPV6: ip_address("2001:db8:10::10")}
+SERVER = "198.51.100.53"
+_ABORT = struct.pack("ii", 1, 0)
+_SO_ORIGINAL_DST = 80
+FAMILIES = list(Family)
+
+
+@dataclass
+class Scene:
+    """A laboratory with the engine ready in its host."""
+
+    place: OwnPlace
+    lab: Lab
+    engine: EbpfEngine
+
+    def apply(self, policy: Policy) -> EbpfPlan:
+        with self.lab.inside(HOST):
+            plan = self.engine.plan(policy)
+            self.engine.apply(plan)
+            return plan
+
+    def remove(self) -> tuple[str, ...]:
+        with self.lab.inside(HOST):
+            return self.engine.remove().removed
+
+    def who(self, connection: Connection) -> str:
+        self.lab.serve(connection)
+        return str(self.lab.dial(connection))
+
+    def outgoing(self, family: Family, port: int = 8080, uid: int = APP) -> str:
+        return self.who(self.lab.layout.outgoing(Protocol.TCP, REMOTE[family], port, uid))
+
+    def arriving(self, family: Family, port: int = 8080) -> str:
+        return self.who(self.lab.layout.arriving(REMOTE[family], HOST_ADDRESS[family], Protocol.TCP, port))
+
+    def entries(self, name: str) -> int:
+        with self.lab.inside(HOST), opened(self.engine.where.folder) as found:
+            descriptor = found.maps[name]
+            return len(list(syscall.keys(descriptor, syscall.map_info(descriptor).shape.key_size)))
+
+
+@contextlib.contextmanager
+def laboratory(place: OwnPlace, *, bypass: bool = False) -> Iterator[Scene]:
+    with Lab(stage(PLAIN).layout) as lab:
+        with lab.inside(HOST):
+            loopback.add("lo")
+            engine = place.engine(bypass=bypass)
+        yield Scene(place, lab, engine)
+
+
+@pytest.fixture
+def place() -> Iterator[OwnPlace]:
+    with own_place() as made:
+        yield made
+
+
+@pytest.fixture
+def scene(place: OwnPlace) -> Iterator[Scene]:
+    with laboratory(place) as made:
+        yield made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_listeners_that_were_there_before_are_found(scene: Scene, family: Family) -> None:
+    scene.lab.serve_data_plane(PLAIN)
+    scene.apply(PLAIN)
+    assert scene.arriving(family) == "host:15006"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_listeners_that_come_later_register_themselves(scene: Scene, family: Family) -> None:
+    scene.apply(PLAIN)
+    scene.lab.serve_data_plane(PLAIN)
+    assert scene.arriving(family) == "host:15006"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_data_plane_connections_are_refused(scene: Scene, family: Family) -> None:
+    scene.apply(PLAIN)
+    assert scene.arriving(family) == "refused"
+    assert scene.outgoing(family) == "refused"
+    assert scene.arriving(family, 22) == "host:22"
+
+
+def test_with_bypass_connections_go_straight_while_the_data_plane_is_away(place: OwnPlace) -> None:
+    with laboratory(place, bypass=True) as scene:
+        scene.apply(PLAIN)
+        for _ in range(2):
+            for family in Family:
+                assert scene.arriving(family) == "host:8080"
+                assert scene.outgoing(family) == "peer:8080"
+            query = scene.lab.layout.outgoing(Protocol.UDP, REMOTE[Family.IPV4], 53, APP)
+            assert scene.who(query) == "peer:53"
+            scene.lab.serve_data_plane(PLAIN)
+            for family in Family:
+                assert scene.arriving(family) == "host:15006"
+                assert scene.outgoing(family) == "host:15001"
+            assert scene.who(query) == "host:15053"
+            scene.lab.forget(HOST)
+
+
+def test_calls_to_this_host_itself_do_not_wait_for_the_data_plane(scene: Scene) -> None:
+    scene.apply(PLAIN)
+    for family in Family:
+        own = scene.lab.layout.outgoing(Protocol.TCP, HOST_ADDRESS[family], 8080, APP)
+        assert scene.who(own) == "host:8080"
+    # From another address of this host than it is for.
+    crossed = replace(
+        scene.lab.layout.outgoing(Protocol.TCP, HOST_ADDRESS[Family.IPV4], 8080, APP), source=ip_address("127.0.0.9")
+    )
+    assert scene.who(crossed) == "host:8080"
+
+
+def listening(address: str, port: int, *, shared: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    made.bind((address, port))
+    made.listen(64)
+    made.settimeout(1)
+    return made
+
+
+def connected(scene: Scene, node: str, address: str, port: int = 8080, *, v6_socket: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address or v6_socket else socket.AF_INET
+    with scene.lab.inside(node, APP if node == HOST else 0):
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.settimeout(1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        made.connect((f"::ffff:{address}" if v6_socket else address, port))
+        return made
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_workers_that_share_a_port_share_the_connections(scene: Scene, before: bool) -> None:
+    if not before:
+        scene.apply(PLAIN)
+    with scene.lab.inside(HOST, PROXY):
+        workers = [listening("0.0.0.0", 15006, shared=True) for _ in range(3)]
+    if before:
+        scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        assert scene.engine.listening() == 3
+    while workers:
+        served: Counter[int] = Counter()
+        clients = [connected(scene, "peer", str(HOST_ADDRESS[Family.IPV4])) for _ in range(40)]
+        for number, worker in enumerate(workers):
+            worker.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    worker.accept()[0].close()
+                    served[number] += 1
+        assert sum(served.values()) == 40
+        assert len(served) == len(workers)
+        for client in clients:
+            client.close()
+        workers.pop(0).close()
+
+
+def test_only_a_listener_on_every_address_can_stand_for_the_data_plane(scene: Scene) -> None:
+    """Anyone may listen on the data plane's port of an address of his own."""
+    with scene.lab.inside(HOST, APP):
+        before = listening("127.0.0.9", 15006)
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST, APP):
+        after = listening("127.0.0.10", 15006)
+    assert scene.arriving(Family.IPV4) == "refused"
+    before.close()
+    after.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "v6_socket"), [("203.0.113.10", False), ("203.0.113.10", True), ("2001:db8:10::10", False)]
+)
+def test_both_ends_see_what_was_asked_for(scene: Scene, address: str, v6_socket: bool) -> None:
+    """The data plane by SO_ORIGINAL_DST, also on a dual-stack socket; the application by getpeername."""
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST, PROXY):
+        listener = listening("::", 15001)
+    with listener, connected(scene, HOST, address, v6_socket=v6_socket) as client:
+        accepted, _ = listener.accept()
+        with accepted:
+            if ":" in address:
+                raw = accepted.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
+                assert ip_address(raw[8:24]) == ip_address(address)
+            else:
+                raw = accepted.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+                assert ip_address(raw[4:8]) == ip_address(address)
+            assert struct.unpack_from("!H", raw, 2) == (8080,)
+        shown = client.getpeername()
+        assert (shown[0].removeprefix("::ffff:"), shown[1]) == (address, 8080)
+
+
+def test_a_socket_that_is_used_again_forgets(scene: Scene) -> None:
+    """Refused, then connected to this host itself: the address it asked for first is not shown again."""
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST, APP), socket.socket() as client:
+        with pytest.raises(ConnectionRefusedError):
+            client.connect(("203.0.113.10", 8080))
+        with listening("127.0.0.1", 15001) as application:
+            client.connect(("127.0.0.1", 15001))
+            accepted, _ = application.accept()
+        assert client.getpeername() == ("127.0.0.1", 15001)
+        with accepted, pytest.raises(OSError, match=r"No such file|not available"):
+            accepted.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+
+
+@pytest.mark.parametrize("server", [SERVER, "::ffff:" + SERVER, "2001:db8::53"])
+@pytest.mark.parametrize("connect", [True, False])
+def test_dns_answers_come_from_the_server_that_was_asked(scene: Scene, server: str, connect: bool) -> None:
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST, PROXY):
+        local = ("::1" if server.startswith("2001") else "127.0.0.1", 15053)
+        proxy = socket.socket(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        proxy.settimeout(1)
+        proxy.bind(local)
+    with scene.lab.inside(HOST, APP):
+        client = socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, socket.SOCK_DGRAM)
+        client.settimeout(1)
+    with proxy, client:
+        if connect:
+            client.connect((server, 53))
+            client.send(b"query")
+            assert client.getpeername()[:2] == (server, 53)
+        else:
+            client.sendto(b"query", (server, 53))
+        asked, asker = proxy.recvfrom(64)
+        proxy.sendto(asked, asker)
+        answer, sender = client.recvfrom(64)
+        assert (answer, sender[:2]) == (b"query", (server, 53))
+
+
+def test_two_namespaces_do_not_affect_each_other(place: OwnPlace) -> None:
+    other = replace(PLAIN, outbound=Outbound(port=10001), inbound=Inbound(port=16006))
+    with laboratory(place) as one, laboratory(place) as two, laboratory(place) as neither:
+        for scene, policy in ((one, PLAIN), (two, other)):
+            scene.apply(policy)
+            scene.lab.serve_data_plane(policy)
+        for family in Family:
+            assert (one.outgoing(family), one.arriving(family)) == ("host:15001", "host:15006")
+            assert (two.outgoing(family), two.arriving(family)) == ("host:10001", "host:16006")
+            assert (neither.outgoing(family), neither.arriving(family)) == ("peer:8080", "host:8080")
+        one.remove()
+        assert (one.outgoing(Family.IPV4), one.arriving(Family.IPV4)) == ("peer:8080", "host:8080")
+        assert (two.outgoing(Family.IPV4), two.arriving(Family.IPV4)) == ("host:10001", "host:16006")
+
+
+def test_processes_outside_the_chosen_cgroup_are_left_alone(place: OwnPlace) -> None:
+    chosen = place.cgroup / "service"
+    chosen.mkdir()
+    policy = replace(PLAIN, inbound=Inbound(enabled=False))
+    try:
+        with laboratory(place) as scene:
+            scene.engine = place.engine(applications=chosen)
+            scene.apply(policy)
+            scene.lab.serve_data_plane(policy)
+            assert scene.outgoing(Family.IPV4) == "peer:8080"
+            enter(chosen)
+            assert scene.outgoing(Family.IPV4) == "host:15001"
+            assert scene.outgoing(Family.IPV6) == "host:15001"
+            enter(place.cgroup)
+            assert scene.outgoing(Family.IPV6) == "peer:8080"
+            with pytest.raises(InputError, match="inbound"):
+                scene.engine.plan(PLAIN)
+            scene.remove()
+    finally:
+        chosen.rmdir()
+
+
+def test_replacing_changes_everything_or_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = scene.apply(PLAIN)
+    scene.lab.serve_data_plane(PLAIN)
+    replaced = 0
+    real = syscall.replace
+
+    def failing(link: int, program: int) -> None:
+        nonlocal replaced
+        replaced += 1
+        if replaced == 9:
+            raise OSError(12, "Cannot allocate memory")
+        real(link, program)
+
+    monkeypatch.setattr(syscall, "replace", failing)
+    with pytest.raises(ApplyError, match=r"connect6.*as it was before|connect6"):
+        scene.apply(replace(PLAIN, outbound=Outbound(port=10001)))
+    monkeypatch.undo()
+    with scene.lab.inside(HOST):
+        assert scene.engine.inspect(plan).drift == ()
+    for family in Family:
+        assert (scene.outgoing(family), scene.arriving(family)) == ("host:15001", "host:15006")
+
+
+def test_a_first_install_that_fails_leaves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    attached = 0
+    real = syscall.attach
+
+    def failing(program: int, target: int, kind: int) -> int:
+        nonlocal attached
+        attached += 1
+        if attached == len(PROGRAMS):
+            raise OSError(22, "Invalid argument")
+        return real(program, target, kind)
+
+    monkeypatch.setattr(syscall, "attach", failing)
+    with pytest.raises(ApplyError, match="sendmsg6"):
+        scene.apply(PLAIN)
+    monkeypatch.undo()
+    with scene.lab.inside(HOST):
+        assert not scene.engine.inspect(None).installed
+        assert not scene.engine.where.folder.exists()
+    assert scene.outgoing(Family.IPV4) == "peer:8080"
+
+
+def test_a_missing_program_and_a_changed_map_are_drift(scene: Scene) -> None:
+    plan = scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        (scene.engine.where.folder / "connect6").unlink()
+        assert scene.engine.inspect(plan).drift == ("-program connect6 on the applications' cgroup",)
+        other = scene.engine.plan(replace(PLAIN, inbound=Inbound(exclude_ports=(PortRange(23),))))
+        assert any("list 0: 23" in line for line in scene.engine.inspect(other).drift)
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        assert scene.engine.inspect(plan).drift == ()
+
+
+def test_uninstalling_needs_no_state_and_can_be_repeated(scene: Scene) -> None:
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        fresh = scene.place.engine()
+        announced = fresh.remove(dry_run=True).removed
+        assert len(announced) == len(PROGRAMS)
+        assert fresh.inspect(None).installed
+        assert fresh.remove().removed == announced
+        assert fresh.remove().removed == ()
+        assert not fresh.inspect(None).installed
+    assert not (scene.place.pins / "tpctl").exists()
+    for family in Family:
+        assert (scene.outgoing(family), scene.arriving(family)) == ("peer:8080", "host:8080")
+
+
+def test_what_a_dead_namespace_left_is_cleared(place: OwnPlace) -> None:
+    with laboratory(place) as gone:
+        gone.apply(PLAIN)
+        with gone.lab.inside(HOST):
+            folder = gone.engine.where.folder
+    assert folder.exists()
+    with laboratory(place) as scene:
+        end = time.monotonic() + 10
+        while not scene.engine.remove(dry_run=True).removed and time.monotonic() < end:
+            time.sleep(0.05)  # the kernel takes namespaces apart in its own time
+        scene.apply(PLAIN)
+    assert not folder.exists()
+
+
+def test_connections_leave_nothing_behind(scene: Scene) -> None:
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST, PROXY):
+        listener = listening("0.0.0.0", 15001)
+    with listener:
+        for _ in range(2000):
+            client = connected(scene, HOST, "203.0.113.10")
+            accepted, _ = listener.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            accepted.close()
+            client.close()
+    assert scene.entries("in_flight") == 0
+
+
+def test_full_maps_misdirect_nothing(scene: Scene) -> None:
+    scene.apply(PLAIN)
+    scene.lab.serve_data_plane(PLAIN)
+    with scene.lab.inside(HOST), opened(scene.engine.where.folder) as found:
+        shape = syscall.map_info(found.maps["in_flight"]).shape
+        for number in range(shape.max_entries + 1000):
+            syscall.update(found.maps["in_flight"], struct.pack("=Q24x", number), bytes(shape.value_size))
+    for family in Family:
+        connection = scene.lab.layout.outgoing(Protocol.TCP, REMOTE[family], 8080, APP)
+        for _ in range(20):
+            answer = scene.lab.dial(connection)
+            assert (str(answer), answer.original) == ("host:15001", (REMOTE[family], 8080))
+
+
+def test_pins_are_for_root_only(scene: Scene) -> None:
+    scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        folder = scene.engine.where.folder
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert folder.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_ebpf_cannot_do_is_refused_with_the_way_out(scene: Scene) -> None:
+    impossible = replace(
+        PLAIN,
+        virtual_networks=(VirtualNetwork("br0", ip_network("172.30.0.0/16")),),
+        drop_invalid=True,
+        log_level=7,
+    )
+    with pytest.raises(InputError) as refused:
+        scene.engine.plan(impossible)
+    assert len(refused.value.problems) == 3
+    assert all("--engine nftables" in problem for problem in refused.value.problems)
+
+
+def test_an_old_kernel_is_named(place: OwnPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        release = "4.19.0-27-amd64"
+        machine = "x86_64"
+
+    monkeypatch.setattr(os, "uname", Old)
+    with pytest.raises(HostError, match=r"4\.19\.0.*needs 5\.10.*--engine nftables"):
+        place.engine()
+
+
+def test_a_host_without_cgroup2_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ebpf_place, "_mounts", lambda _process, _kind: [])
+    with pytest.raises(HostError, match="cgroup2"):
+        ebpf_place.find(pins=Path("/nowhere"))

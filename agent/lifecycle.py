@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import agent
 from agent import confirm, loopback, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
@@ -85,7 +86,8 @@ def apply(*, confirm_within: float | None = None) -> InstallReport:
         if record.phase == state.INSTALLED and not _differs(selection.engine, record.policy):
             return _unchanged(report, "apply", confirm_within)
         with confirm.guarded("apply", confirm_within, record) as pending:
-            return dataclasses.replace(carry_out(selection.engine, record, record, report), pending=pending)
+            renewed = dataclasses.replace(record, version=agent.__version__)
+            return dataclasses.replace(carry_out(selection.engine, renewed, record, report), pending=pending)
 
 
 def _unchanged(report: InstallReport, command: str, confirm_within: float | None) -> InstallReport:
@@ -112,7 +114,9 @@ def report_of(engine: Engine[Any], reason: str, policy: Policy, notices: list[st
 
 
 def _same(previous: state.State, record: state.State) -> bool:
-    return (previous.phase, previous.policy, previous.options) == (state.INSTALLED, record.policy, record.options)
+    """Whether exactly this is on record, installed by this version of tpctl: another one's rules may differ."""
+    held = (previous.phase, previous.policy, previous.options, previous.version)
+    return held == (state.INSTALLED, record.policy, record.options, record.version)
 
 
 def _differs(engine: Engine[Any], policy: Policy) -> bool:
@@ -152,9 +156,10 @@ def carry_out(
     if in_file:
         in_file.carry_out()
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
-    return dataclasses.replace(
-        report, replaced=(*applied.replaced, *replaced), notices=(*report.notices, *applied.notices)
-    )
+    older = previous is not None and previous.version != record.version
+    upgraded = (f"what tpctl {previous.version} installed",) if previous and older else ()
+    gone = (*upgraded, *applied.replaced, *replaced)
+    return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices))
 
 
 def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:

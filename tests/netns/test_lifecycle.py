@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import agent
 from agent import state
 from agent.policy import Policy
 from agent.rehearsal.lab import Lab
@@ -238,3 +239,16 @@ def test_without_root_a_dry_run_and_explain_work(lab: Lab) -> None:
         explained = tpctl_unprivileged("explain", "outbound", "--to", "10.1.2.3:443", "--kuma-dp-user", PROXY_USER)
     assert "-j REDIRECT --to-ports 15006" in planned.stdout
     assert "redirect" in explained.stdout
+
+
+def test_what_an_older_version_installed_is_reported_and_replaced(lab: Lab, engine: tuple[str, ...]) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *engine)
+        record = state.path()
+        record.write_text(record.read_text().replace(f'"version": "{agent.__version__}"', '"version": "0.0.1"'))
+        assert status()["version"] == "0.0.1"
+        assert "what tpctl 0.0.1 installed" in tpctl(*INSTALL, *engine).stdout
+        assert status()["version"] == agent.__version__
+        assert status()["problems"] == []
+        assert "unchanged" in tpctl(*INSTALL, *engine).stdout
+        tpctl("uninstall")

@@ -119,7 +119,7 @@ def impossible(policy: Policy) -> Iterator[str]:
     if policy.drop_invalid:
         yield f"--drop-invalid-packets: the eBPF engine uses no conntrack, so no packet is invalid to it; {instead}"
     if policy.log_level is not None:
-        yield f"--redirect-... log level {policy.log_level}: eBPF programs cannot write to the kernel's log; {instead}"
+        yield f"--iptables-logs: eBPF programs cannot write to the kernel's log; {instead}"
 
 
 def _flags(policy: Policy) -> set[str]:

@@ -1,6 +1,6 @@
 """The specification: what a policy does with a connection, and why.
 
-`decide()` is pure. Every engine must agree with it on every connection (tests/netns compare them on real sockets), and
+`decide()` is pure. Every engine must agree with it on every connection (tests/equivalence compares them on real sockets), and
 `tpctl explain` prints its trail. The rule names (i3, o5, z1, ...) are those of docs/ruleset.md.
 """
 

@@ -220,9 +220,9 @@ def _outbound(cast: _Cast) -> Iterator[Probe]:
     yield Probe(f"IPv{cast.family} outbound UDP", udp)
     if cast.family is Family.IPV6:
         yield cast.out("outbound to a link-local address", cast.port_out, to=PEER_LINK_LOCAL)
-        for protocol, port in ((Protocol.TCP, cast.port_out), (Protocol.UDP, DNS_PORT)):
+        for protocol, port in ((Protocol.TCP, cast.port_out), (Protocol.TCP, DNS_PORT), (Protocol.UDP, DNS_PORT)):
             beside = cast.layout.outgoing(protocol, _BESIDE_LINK_LOCAL, port, cast.app)
-            yield Probe(f"IPv6 outbound {protocol.upper()} to {_BESIDE_LINK_LOCAL}, next to link-local ones", beside)
+            yield Probe(f"IPv6 {protocol.upper()} port {port} of {_BESIDE_LINK_LOCAL}, next to link-local ones", beside)
 
 
 def _excluded_users(cast: _Cast, rule: UidExclusion) -> Iterator[Probe]:
@@ -272,6 +272,8 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
             # Otherwise the answer does not find its way back: the other host has an address like that itself.
             if decide(cast.policy, away).action is Action.REDIRECT:
                 yield Probe(f"IPv6 application from {passthrough} to another host", away)
+        query = cast.query(f"application's DNS over TCP from {passthrough} to its own host", cast.own, Protocol.TCP)
+        yield Probe(query.label, dataclasses.replace(query.connection, source=passthrough))
         delivered = cast.out(f"data plane from {passthrough} to the application", port, uid=proxy, to=cast.own)
         yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=passthrough))
     for excluded in cast.policy.inbound.exclude_ports[:1]:
@@ -300,6 +302,8 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
     if cast.family is Family.IPV6:
         for protocol in Protocol:
             yield cast.query(f"DNS over {protocol.upper()} to a link-local server", PEER_LINK_LOCAL, protocol)
+        label = "DNS to a link-local server by the data plane"
+        yield cast.query(label, PEER_LINK_LOCAL, uid=policy.proxy_uid)
     yield cast.query("DNS over TCP to another server", cast.remote, Protocol.TCP)
     yield cast.query("DNS to another server by the data plane", cast.remote, uid=policy.proxy_uid)
     if policy.splits_zones(cast.family) and cast.family in policy.families:
@@ -345,7 +349,10 @@ def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]
             f"{name}: container to the address after its network", cast.port_out, source=source, to=beyond
         )
     query = f"{name}: container's DNS"
-    yield cast.arrive(query, DNS_PORT, source=source, to=cast.remote, protocol=Protocol.UDP)
+    servers = [s.address for s in cast.policy.servers(cast.family) if cast.layout.locate(s.address) == PEER]
+    for server in (cast.remote, *servers[:1]):
+        label = f"{query} to {server}"
+        yield cast.arrive(label, DNS_PORT, source=source, to=server, protocol=Protocol.UDP)
     yield cast.arrive(f"{query} to the bridge's address", DNS_PORT, source=source, to=network[1], protocol=Protocol.UDP)
     yield cast.arrive(f"{query} over TCP", DNS_PORT, source=source, to=cast.remote)
     yield cast.arrive(f"another host to {name}'s container", cast.port_in, to=source)

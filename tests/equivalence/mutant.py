@@ -6,12 +6,13 @@ safety, or the rig has nobody who could send the packet that would show it. Thos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
-from agent.policy import Address, DnsCapture, Family, Policy, contains
+from agent.policy import Address, DnsCapture, Family, Network, Policy, contains
 from agent.rehearsal.layout import member
 
 
@@ -91,6 +92,8 @@ def _held_twice(policy: Policy, kind: str, spot: Spot) -> str | None:
     everything = policy.dns.capture is DnsCapture.ALL and policy.dns.tcp
     if spot.rule == "x4" and everything and spot.part == "rule" and spot.other != "o1":
         return "d4 has taken every query over TCP but the data plane's"
+    if {spot.rule, spot.other} in ({"x4", "o1"}, {"DNS over TCP", "o1"}) and not policy.dns.tcp:
+        return "both let the connection pass"
     if spot.rule == "d4" and spot.part == "family":
         return "s1 has let link-local destinations pass, and of the others d4 takes both families"
     if spot.rule == "DNS queries" and spot.part == "family" and policy.dns.capture is DnsCapture.LISTED:
@@ -115,6 +118,20 @@ def _out_of_reach(policy: Policy, kind: str, spot: Spot) -> str | None:
     return None
 
 
+def _no_server_between(policy: Policy, kind: str, spot: Spot) -> str | None:
+    """Excluded destinations where only queries to listed servers come."""
+    network = re.search(r"-d (\S+)", spot.text)
+    if kind != "off by one" or spot.rule not in ("x2", "z5") or network is None or spot.chain == "TPCTL_OUTBOUND":
+        return None
+    right = ip_network(network[1])
+    wrong: Network = next(iter(right.subnets())) if spot.other == "narrower" else right.supernet()
+    servers = [server.address for server in policy.dns.servers]
+    told = [server for server in servers if (server in right) != (server in wrong)]
+    if policy.dns.capture is DnsCapture.LISTED and not told:
+        return "only queries to listed servers come here, and none of those lies in between"
+    return None
+
+
 def _no_server(policy: Policy, kind: str, spot: Spot) -> str | None:
     """z7 and z4 of servers from which nothing can arrive, or to which nobody forwards."""
     if spot.rule.startswith("set name_servers") and contains(policy.outbound.exclude_destinations, _address(spot.text)):
@@ -129,7 +146,7 @@ def _no_server(policy: Policy, kind: str, spot: Spot) -> str | None:
     return None
 
 
-_JUDGES: tuple[Judge, ...] = (_logging, _switched_off, _held_twice, _out_of_reach, _no_server)
+_JUDGES: tuple[Judge, ...] = (_logging, _switched_off, _held_twice, _out_of_reach, _no_server_between, _no_server)
 
 
 def _address(text: str) -> Address:

@@ -44,7 +44,11 @@ _EXCLUSIONS = Policy(
         ),
     ),
     dns=Dns(
-        DnsCapture.LISTED, servers=_servers("10.0.0.53", "10.44.0.2", "127.0.0.53", "198.51.100.70", "2001:db8::53")
+        DnsCapture.LISTED,
+        servers=(
+            *_servers("10.0.0.53", "10.44.0.2", "127.0.0.53", "198.51.100.70"),
+            *_servers("2001:db8::53", "2001:db8:8::53", "::1"),
+        ),
     ),
     virtual_networks=_DOCKER,
     drop_invalid=True,

@@ -9,6 +9,8 @@ import os
 
 import pytest
 
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, stage
 from tests.equivalence.engines import DOORS
 from tests.equivalence.run import drawn, run
 
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.root
 
 POLICIES = int(os.environ.get("TPCTL_POLICIES", "40"))
 _SEED = 1
+_INSPECTED = 6
 
 
 @pytest.mark.parametrize("name", sorted(DOORS))
@@ -25,3 +28,17 @@ def test_engine_agrees_with_the_specification(name: str) -> None:
     assert not outcome.wrong, (
         f"{len(outcome.wrong)} of {outcome.score.connections} connections; the first, to be pinned:\n{outcome.smallest}"
     )
+
+
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_the_kernel_holds_what_was_planned(name: str) -> None:
+    for policy in drawn(_INSPECTED, _SEED):
+        staging = stage(policy)
+        with Lab(staging.layout) as lab, lab.inside(HOST):
+            engine = DOORS[name].load()
+            plan = engine.plan(staging.policy)
+            engine.apply(plan)
+            engine.apply(plan)  # a replacement comes out like a first install
+            found = engine.inspect(plan)
+            assert not found.drift, "\n".join(found.drift)
+            assert found.families == tuple(sorted(map(int, staging.policy.families)))

@@ -1,7 +1,7 @@
 """The specification: what a policy does with a connection, and why.
 
-`decide()` is pure. Every engine must agree with it on every connection (tests/equivalence compares them on real sockets), and
-`tpctl explain` prints its trail. The rule names (i3, o5, z1, ...) are those of docs/ruleset.md.
+`decide()` is pure. Every engine must agree with it on every connection (tests/equivalence compares them on real
+sockets), and `tpctl explain` prints its trail. The rule names (i3, o5, z1, ...) are those of docs/ruleset.md.
 """
 
 from __future__ import annotations

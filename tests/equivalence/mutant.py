@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from agent.policy import Address, DnsCapture, Family, Network, Policy, contains
+from agent.policy import Address, DnsCapture, Family, Policy, contains
 from agent.rehearsal.layout import member
 
 
@@ -124,7 +124,9 @@ def _no_server_between(policy: Policy, kind: str, spot: Spot) -> str | None:
     if kind != "off by one" or spot.rule not in ("x2", "z5") or network is None or spot.chain == "TPCTL_OUTBOUND":
         return None
     right = ip_network(network[1])
-    wrong: Network = next(iter(right.subnets())) if spot.other == "narrower" else right.supernet()
+    wrong = right.supernet()
+    if spot.other == "narrower":
+        wrong = ip_network((right.network_address, right.prefixlen + 1))
     servers = [server.address for server in policy.dns.servers]
     told = [server for server in servers if (server in right) != (server in wrong)]
     if policy.dns.capture is DnsCapture.LISTED and not told:

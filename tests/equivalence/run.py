@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def smallest(bench: Bench, wrong: Disagreement) -> Disagreement:
 
     bench.start_afresh()
     if not is_wrong(wrong.policy):
-        return wrong  # Only after another policy: the replacement is at fault.
+        return dataclasses.replace(wrong, label=f"{wrong.label} (only after another policy: see how it is replaced)")
     shrunk(wrong.policy, is_wrong)
     return latest
 

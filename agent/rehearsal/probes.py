@@ -295,6 +295,9 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
             (f"DNS over TCP to {server} by the data plane", Protocol.TCP, policy.proxy_uid),
         ):
             yield _on(cast.query(label, server.address, protocol, uid=uid), server.interface)
+        if server.interface is None:
+            other = cast.layout.outgoing(Protocol.UDP, server.address, cast.port_out, cast.app)
+            yield Probe(f"IPv{cast.family} UDP port {cast.port_out} of the name server {server}", other)
         if server.interface is None and cast.layout.locate(server.address) == PEER:
             label = f"DNS from the name server {server} to this host"
             yield cast.arrive(label, DNS_PORT, source=server.address, protocol=Protocol.UDP)

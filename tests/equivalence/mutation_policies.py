@@ -71,7 +71,7 @@ _INBOUND_OFF = Policy(
     inbound=Inbound(enabled=False),
     outbound=Outbound(exclude_uids=(UidExclusion(Protocol.TCP, (ALL_PORTS,), UidRange(2000, 2010)),)),
     dns=Dns(DnsCapture.LISTED, servers=_servers("10.0.0.53", "127.0.0.1"), tcp=True),
-    virtual_networks=_DOCKER[:1],
+    virtual_networks=_DOCKER,
 )
 _OUTBOUND_OFF = Policy(
     proxy_uid=5678,

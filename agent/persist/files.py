@@ -30,7 +30,8 @@ def replace(path: Path, content: bytes, *, mode: int) -> None:
     target = path.resolve()
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        _clear_leftovers(target)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             _dress(stream.fileno(), target, mode)
@@ -49,6 +50,7 @@ def replace(path: Path, content: bytes, *, mode: int) -> None:
 def remove(path: Path) -> bool:
     """Delete a file; whether it was there. Raises ApplyError."""
     try:
+        _clear_leftovers(path)
         path.unlink()
         sync_folder(path.parent)
     except FileNotFoundError:
@@ -65,6 +67,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _prefix(target: Path) -> str:
+    return f".tpctl-{target.name}-"
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove the temporary files of a tpctl that was killed."""
+    for leftover in target.parent.glob(f"{_prefix(target)}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _dress(descriptor: int, like: Path, mode: int) -> None:

@@ -1,6 +1,6 @@
 """None of kumactl's known defects: one test a number of docs/kumactl.md, on real packets where it concerns packets.
 
-Number 7 (firewalld) is not built yet.
+Number 7 (firewalld) is in tests/netns/test_firewalld.py.
 """
 
 from __future__ import annotations

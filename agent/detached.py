@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 
 from agent.errors import ApplyError
@@ -35,6 +36,7 @@ def _child(argv: Sequence[str], environment: Mapping[str, str], report: int) -> 
         if os.fork():  # the leader goes, so that the program can never acquire a terminal
             os._exit(0)
         os.chdir("/")
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the caller may hold signals back, see agent.state.locked
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(_FIRST_FREE):
             os.dup2(nothing, descriptor)

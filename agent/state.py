@@ -12,6 +12,7 @@ import datetime
 import fcntl
 import json
 import os
+import signal
 import socket
 import struct
 import tempfile
@@ -164,13 +165,24 @@ def locked() -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        with _undisturbed():
+            yield
     finally:
         if not path().exists():
             place.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 DIRECTORY.rmdir()
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a lost terminal or Ctrl-C wait until the change is complete or rolled back; programs started inherit it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _acquire(place: Path) -> int:

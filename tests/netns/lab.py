@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from agent import state
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST
 from agent.rehearsal.namespaces import Namespace
@@ -18,6 +19,9 @@ PROXY_USER = "nobody"
 PROXY = 65534
 APP = 1000
 ROOT = 0
+
+TOUCHED: set[str] = set()
+"""The namespaces in which the command was run, by the names of their records."""
 
 Inside = AbstractContextManager[None]
 
@@ -34,6 +38,7 @@ def run(argv: Sequence[str], *, stdin: str = "", check: bool = True) -> subproce
 
 def tpctl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the real command in the current namespace."""
+    TOUCHED.add(state.namespace_key())
     return run([sys.executable, "-m", "agent.cli.main", *arguments], check=check)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -186,6 +188,28 @@ def test_flush_asks_shows_what_is_lost_and_empties_nat_and_raw(lab: Lab) -> None
             assert "FOREIGN" not in saved
             assert "-A OUTPUT -j ACCEPT" in saved
         assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
+
+
+@pytest.mark.parametrize("lost", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_lost_terminal_does_not_stop_an_install_half_way(lab: Lab, tmp_path: Path, lost: signal.Signals) -> None:
+    began = tmp_path / "began"
+    slow = tmp_path / "restore"
+    slow.write_text(f'#!/bin/sh\ntouch {began}\nsleep 0.3\nexec iptables-restore "$@"\n')
+    slow.chmod(0o755)
+    tools = f"iptables:/usr/sbin/iptables,iptables-save:/usr/sbin/iptables-save,iptables-restore:{slow}"
+    with lab.inside(HOST):
+        argv = [sys.executable, "-m", "agent.cli.main", *INSTALL, "--ip-family-mode", "ipv4"]
+        process = subprocess.Popen(
+            [*argv, "--iptables-executables", tools], cwd=ROOT_DIRECTORY, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 10
+        while not began.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(lost)
+        process.wait(timeout=20)
+        found = status()
+        assert (found["phase"], found["drift"]) == ("installed", [])
+        tpctl("uninstall")
 
 
 def test_a_kernel_without_the_nat_table_is_bad_input(lab: Lab, tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from agent import state
+from tests.netns.lab import TOUCHED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_records_left() -> Iterator[None]:
+    """Namespaces vanish with what is installed in them; the records of those that tests used go too."""
+    yield
+    for key in TOUCHED:
+        shutil.rmtree(state.DIRECTORY / key, ignore_errors=True)
+        (state.DIRECTORY / f"{key}.lock").unlink(missing_ok=True)

@@ -3,22 +3,27 @@
  * socket keeps the address the client asked for.
  */
 
-#define NOT_ASSIGNED 0
-#define ASSIGNED 1
-
-static __always_inline int assign_from(struct bpf_sk_lookup *ctx, u32 base) {
+/* The first of a family's listening sockets. The kernel balances over its SO_REUSEPORT group by itself. */
+static __always_inline struct bpf_sock *first_listener(u32 base) {
   for (u32 i = 0; i < SLOTS; i++) {
     u32 slot = base + i;
     struct bpf_sock *found = listeners.lookup(&slot);
-    if (!found)
-      continue;
-    /* The kernel balances over the socket's SO_REUSEPORT group by itself. */
-    int failed = bpf_sk_assign(ctx, found, 0);
-    bpf_sk_release(found);
-    if (!failed)
-      return ASSIGNED;
+    if (found)
+      return found;
   }
-  return NOT_ASSIGNED;
+  return 0;
+}
+
+/* One attempt outside the loop: a loop that may go on after it is too much for the verifier of Linux 6.1. */
+static __always_inline int assigned(struct bpf_sk_lookup *ctx, struct flow *flow) {
+  struct bpf_sock *found = first_listener(flow->ipv6 ? SLOTS : 0);
+  if (!found && !flow->ipv6)
+    found = first_listener(SLOTS); /* a listener on :: that takes IPv4 too */
+  if (!found)
+    return 0;
+  int failed = bpf_sk_assign(ctx, found, 0);
+  bpf_sk_release(found);
+  return !failed;
 }
 
 static __always_inline int is_from_here(struct flow *flow) {
@@ -59,8 +64,7 @@ int sk_lookup(struct bpf_sk_lookup *ctx) {
     count(rule, flow.ipv6);
     return SK_PASS;
   }
-  /* A listener on :: that takes IPv4 too stands in the second half. */
-  if (assign_from(ctx, flow.ipv6 ? SLOTS : 0) || (!flow.ipv6 && assign_from(ctx, SLOTS))) {
+  if (assigned(ctx, &flow)) {
     count(rule, flow.ipv6);
     return SK_PASS;
   }

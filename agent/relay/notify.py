@@ -17,3 +17,14 @@ def notify(state: str) -> bool:
         sender.sendto(state.encode(), address)
         return True
     return False
+
+
+def watchdog_interval() -> float | None:
+    """How often, in seconds, systemd wants to hear "WATCHDOG=1" of this process; None when it does not.
+
+    Half of the time after which it would be killed, as sd_watchdog_enabled(3) advises.
+    """
+    limit, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not limit.isdecimal() or int(limit) == 0 or process not in ("", str(os.getpid())):
+        return None
+    return int(limit) / 2_000_000

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from agent.errors import HostError, InputError
 from agent.host.users import uid_of
 from agent.relay.listeners import Listeners, open_listeners
-from agent.relay.notify import notify
+from agent.relay.notify import notify, watchdog_interval
 from agent.relay.settings import Settings
 from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, Worker, raise_descriptor_limit
 
@@ -64,7 +64,7 @@ def _announce(log: FilteringBoundLogger) -> None:
 
 
 def _supervise(settings: Settings, opened: list[Listeners], log: FilteringBoundLogger) -> int:
-    watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD)
+    watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD, signal.SIGALRM)
     # Blocked before the first fork, so that none is lost; sigwait takes them one by one.
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     alive_reader, alive_writer = os.pipe2(os.O_CLOEXEC)
@@ -107,8 +107,14 @@ def _watch(workers: set[int], watched: tuple[signal.Signals, ...], log: Filterin
     """Pass signals on until the last worker has ended. One that ends unasked takes the others with it."""
     code = 0
     ending = False
+    # Not sigtimedwait: after SIGSTOP and SIGCONT, CPython 3.11 hands back a signal that never came.
+    if interval := watchdog_interval():
+        signal.setitimer(signal.ITIMER_REAL, interval, interval)
     while workers:
         number = signal.sigwait(watched)
+        if number == signal.SIGALRM:
+            notify("WATCHDOG=1")
+            continue
         if number != signal.SIGCHLD:
             notify("STOPPING=1")
             _tell(workers, AT_ONCE if ending else number)

@@ -19,7 +19,7 @@ from agent.relay.dials import Role, SelfDialGuard
 from agent.relay.dns import DnsForwarder
 from agent.relay.listeners import Listeners
 from agent.relay.loop import Loop
-from agent.relay.notify import notify
+from agent.relay.notify import notify, watchdog_interval
 from agent.relay.original_destination import Destination
 from agent.relay.pump import BUFFER_SIZE, PipePool
 from agent.relay.resolvers import ResolvConf
@@ -84,6 +84,9 @@ class Worker:
             signal.signal(number, lambda _number, _frame: None)
         previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*DRAINING_SIGNALS, AT_ONCE))
+        interval = None if self._supervised else watchdog_interval()
+        if interval:
+            self._show_life(interval)
         try:
             self._loop.run()
         finally:
@@ -92,6 +95,11 @@ class Worker:
             self._pool.close()
             reader.close()
             writer.close()
+
+    def _show_life(self, interval: float) -> None:
+        """Tell the watchdog that the loop turns, again and again."""
+        notify("WATCHDOG=1")
+        self._loop.later(interval, partial(self._show_life, interval))
 
     def _name_servers(self) -> Sequence[Destination]:
         servers = []

@@ -268,6 +268,29 @@ def test_systemd_is_told_when_it_is_ready_and_when_it_stops(
         assert manager.recv(100) == b"STOPPING=1"
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_watchdog_hears_of_a_relay_that_lives_and_not_of_one_that_hangs(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        Path(directory).chmod(0o755)
+        manager.bind(f"{directory}/notify")
+        Path(f"{directory}/notify").chmod(0o666)
+        manager.settimeout(relay_net.TIMEOUT)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        with relay_net.relay(net, tmp_path, "--workers", workers) as running:
+            assert manager.recv(100) == b"READY=1"
+            begin = time.monotonic()
+            assert [manager.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
+            assert 0.4 < time.monotonic() - begin < 2
+            running.process.send_signal(signal.SIGSTOP)
+            manager.settimeout(0.6)
+            with pytest.raises(TimeoutError):
+                [manager.recv(100) for _ in range(3)]
+            running.process.send_signal(signal.SIGCONT)
+
+
 def test_a_client_that_gives_up_while_its_server_is_dialled_frees_the_connection(net: Net, tmp_path: Path) -> None:
     blackhole = ("INPUT", "-p", "tcp", "--dport", "7001", "-j", "DROP")
     on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")

@@ -17,6 +17,7 @@ import pytest
 
 from agent import loopback
 from agent.decide import Connection
+from agent.engines.ebpf import engine as engine_module
 from agent.engines.ebpf import place as ebpf_place
 from agent.engines.ebpf import syscall
 from agent.engines.ebpf.engine import EbpfEngine, EbpfPlan
@@ -315,6 +316,24 @@ def test_processes_outside_the_chosen_cgroup_are_left_alone(place: OwnPlace) -> 
         chosen.rmdir()
 
 
+def test_the_cgroup_of_an_installation_can_be_changed(place: OwnPlace) -> None:
+    chosen = place.cgroup / "service"
+    chosen.mkdir()
+    policy = replace(PLAIN, inbound=Inbound(enabled=False))
+    try:
+        with laboratory(place) as scene:
+            scene.lab.serve_data_plane(policy)
+            for applications, expected in ((None, "host:15001"), (chosen, "peer:8080"), (None, "host:15001")):
+                scene.engine = place.engine(applications=applications)
+                plan = scene.apply(policy)
+                assert [scene.outgoing(family) for family in Family] == [expected, expected]
+                with scene.lab.inside(HOST):
+                    assert scene.engine.inspect(plan).drift == ()
+            scene.remove()
+    finally:
+        chosen.rmdir()
+
+
 def test_replacing_changes_everything_or_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = scene.apply(PLAIN)
     scene.lab.serve_data_plane(PLAIN)
@@ -356,6 +375,15 @@ def test_a_first_install_that_fails_leaves_nothing(scene: Scene, monkeypatch: py
     with scene.lab.inside(HOST):
         assert not scene.engine.inspect(None).installed
         assert not scene.engine.where.folder.exists()
+    assert scene.outgoing(Family.IPV4) == "peer:8080"
+
+
+def test_programs_that_the_kernel_does_not_run_are_taken_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_announce_namespace", lambda: None)
+    with pytest.raises(ApplyError, match="does not run them"):
+        scene.apply(PLAIN)
+    with scene.lab.inside(HOST):
+        assert not scene.engine.inspect(None).installed
     assert scene.outgoing(Family.IPV4) == "peer:8080"
 
 

@@ -95,6 +95,8 @@ class EbpfEngine:
             with opened(folder) as before, _maps(built, plan.contents, before) as maps:
                 _fill(maps, plan.contents, here.number)
                 self._switch(built, plan, before, maps)
+                if not before.links:
+                    self._prove(folder, maps["anchor"])
                 return Applied(("tpctl's programs (eBPF)",) if before.links else ())
         except OSError as error:
             raise ApplyError(f"the eBPF programs cannot be put in place: {error}") from error
@@ -114,6 +116,18 @@ class EbpfEngine:
             # Again, for those that began to listen before the new sockops program could see it.
             listeners.register(maps["listeners"], port)
             _announce_namespace()
+
+    def _prove(self, folder: Path, anchor: int) -> None:
+        """Raise ApplyError, with everything detached again, when the kernel does not run what it let us attach.
+
+        Before Linux 5.15 a socket has one cgroup, and once a host has used net_cls or net_prio it is theirs.
+        """
+        if place.is_inside(self.where.data_plane) and syscall.lookup(anchor, bytes(4), 8) == bytes(8):
+            unpin(folder, tuple(program.name for program in PROGRAMS))
+            raise ApplyError(
+                "the eBPF programs were attached, but the kernel does not run them: on this host sockets belong to "
+                f"another hierarchy of cgroups (net_cls or net_prio). They were taken away again; {_INSTEAD}"
+            )
 
     def inspect(self, plan: EbpfPlan | None) -> Inspection:
         """What runs now, compared with `plan`. Raises HostError when it cannot be read."""

@@ -82,6 +82,8 @@ class Switch:
         self.place = place
         self.folder = folder
         self.targets = targets(place, inode)
+        self.superseded: list[int] = []
+        """Links of another cgroup, to be detached when all the new ones are there."""
 
     def run(self, loaded: Mapping[str, int], before: Installed) -> None:
         """Attach the programs (descriptors by name). Raises ApplyError; everything is then as before."""
@@ -96,6 +98,9 @@ class Switch:
                         f"{error.strerror}. Everything is as it was before"
                     ) from error
             undo.pop_all()
+            for link in self.superseded:
+                with suppress(OSError):
+                    syscall.detach(link)
 
     def _put(self, program: Program, code: int, old: Attached | None, undo: ExitStack) -> None:
         if old and old.info.target == self.targets[program.scope]:
@@ -117,8 +122,9 @@ class Switch:
             # Its descriptor keeps it attached until the whole switch is done.
             final.unlink()
             undo.callback(syscall.pin, old.link, final)
+            self.superseded.append(old.link)
         temporary.rename(final)
-        undo.callback(final.unlink)
+        undo.callback(unpin, self.folder, (program.name,))
 
     def _attach(self, program: Program, code: int) -> int:
         place = {
@@ -142,9 +148,17 @@ def _put_back(old: Attached) -> None:
 
 
 def unpin(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove pins; a link without another reference detaches its program. Raises OSError."""
+    """Detach pinned programs and remove the pins; those that are not there are passed over. Raises OSError."""
     for name in names:
         for path in (folder / name, folder / f"{name}{_NEXT}"):
+            try:
+                link = syscall.pinned(path)
+            except FileNotFoundError:
+                continue
+            try:
+                syscall.detach(link)
+            finally:
+                os.close(link)
             path.unlink(missing_ok=True)
 
 

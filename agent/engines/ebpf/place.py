@@ -94,6 +94,16 @@ def cgroup2() -> Path:
     return found[0]
 
 
+def is_inside(cgroup: Path) -> bool:
+    """Whether this process is in a cgroup, or in one below it."""
+    try:
+        lines = Path("/proc/thread-self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+        return (cgroup2() / own.lstrip("/")).is_relative_to(cgroup)
+    except (OSError, StopIteration):
+        return False
+
+
 def bpffs() -> Path:
     """The BPF file system of the whole host. Raises HostError when there is none.
 

@@ -22,6 +22,7 @@ NO_EXIST = 1
 _INFO_BYTES = 256
 _MOST_MAPS = 64
 _LOG_BYTES = 1 << 20
+_LINK_DETACH = 34
 _LINK_CGROUP, _LINK_NETNS = 3, 5
 
 SUPPORTED = platform.machine() in _NUMBERS
@@ -226,3 +227,8 @@ def attach(program_fd: int, target_fd: int, attach_type: int) -> int:
 def replace(link_fd: int, program_fd: int) -> None:
     """Let a link run another program, from one packet to the next. Raises OSError."""
     _bpf(_LINK_UPDATE, struct.pack("=IIII", link_fd, program_fd, 0, 0))
+
+
+def detach(link_fd: int) -> None:
+    """Detach a link's program at once; left to the last reference's end, the kernel does so some time later."""
+    _bpf(_LINK_DETACH, struct.pack("=I", link_fd))

@@ -8,8 +8,8 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.engine_options import EngineOptions
@@ -19,13 +19,12 @@ from agent.engines.ebpf.build import Build, build
 from agent.engines.ebpf.contents import Contents, Settings, contents_for, describe
 from agent.engines.ebpf.counters import read_counters
 from agent.engines.ebpf.installed import Installed, Switch, clear_dead, is_dead, opened, targets, unpin
+from agent.engines.ebpf.maps import fill, maps_for
 from agent.engines.ebpf.place import Place
-from agent.engines.ebpf.programs import KEPT_MAPS, MAPS, POLICY_MAPS, PROGRAMS, SOCKET_MAPS, Program
+from agent.engines.ebpf.programs import POLICY_MAPS, PROGRAMS, Program
 from agent.errors import ApplyError, HostError, InputError
 from agent.policy import Policy
 
-IN_FLIGHT = 65536
-"""Redirected connections that may be between their SYN and the data plane's accept at once."""
 _MINIMUM = (5, 10)
 _SETTLE_SECONDS = 0.02
 _VERIFIER_LINES = 15
@@ -92,8 +91,8 @@ class EbpfEngine:
         clear_dead(self.where)
         folder = self.where.make_folder()
         try:
-            with opened(folder) as before, _maps(built, plan.contents, before) as maps:
-                _fill(maps, plan.contents, here.number)
+            with opened(folder) as before, maps_for(built, plan.contents, before) as maps:
+                fill(maps, plan.contents, here.number)
                 self._switch(built, plan, before, maps)
                 if not before.links:
                     self._prove(folder, maps["anchor"])
@@ -192,46 +191,6 @@ class EbpfEngine:
 
 def _of_dead(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"eBPF: programs of {name}, a network namespace that is gone" for name in names)
-
-
-@contextmanager
-def _maps(built: Build, contents: Contents, before: Installed) -> Iterator[Mapping[str, int]]:
-    """Descriptors of the maps to run with: new ones, or the running programs' where these are to be gone on with."""
-    sizes = contents.sizes() | {"in_flight": IN_FLIGHT}
-    kept = _kept(before, contents.settings)
-    with ExitStack() as stack:
-        made: dict[str, int] = {}
-        for name in MAPS:
-            shape = replace(built.shapes[name], max_entries=sizes.get(name, built.shapes[name].max_entries))
-            if name in kept and syscall.map_info(kept[name]).shape == shape:
-                made[name] = kept[name]
-                continue
-            made[name] = syscall.create_map(name, shape, typed=name in SOCKET_MAPS)
-            stack.callback(os.close, made[name])
-        yield made
-
-
-def _kept(before: Installed, wanted: Settings) -> Mapping[str, int]:
-    """The running programs' maps of what traffic fills."""
-    kept = {name: before.maps[name] for name in KEPT_MAPS if name in before.maps}
-    running = before.maps.get("settings")
-    if "listeners" in kept and running is not None:
-        raw = syscall.lookup(running, bytes(4), syscall.map_info(running).shape.value_size)
-        if raw is None or Settings.unpack(raw)[0].inbound_port != wanted.inbound_port:
-            del kept["listeners"]  # they listen on another port
-    return kept
-
-
-def _fill(maps: Mapping[str, int], contents: Contents, netns: int) -> None:
-    for name in POLICY_MAPS:
-        for key, value in contents.entries(name, netns).items():
-            try:
-                syscall.update(maps[name], key, value)
-            except OSError as error:
-                raise ApplyError(
-                    f"the kernel refused an entry of the eBPF map {name} ({describe(name, key, value)}): "
-                    f"{error.strerror}. Nothing was changed"
-                ) from error
 
 
 def _load(program: Program, code: bytes) -> int:

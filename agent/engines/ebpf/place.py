@@ -115,14 +115,20 @@ def bpffs() -> Path:
     try:
         if BPFFS in _mounts("1", "bpf"):
             return _INIT / "root" / BPFFS.relative_to("/")
-        same = (_INIT / "ns/mnt").stat().st_ino == Path("/proc/thread-self/ns/mnt").stat().st_ino
-    except OSError as error:
-        raise HostError(f"the BPF file system cannot be looked for: {error}") from error
-    if not same:
+        private = not _mount_numbers("thread-self") & _mount_numbers("1")
+    except OSError:
+        private = False  # process 1 is none of our business here: this is a container, with mounts of its own
+    if private:
         raise HostError(
             f"no BPF file system is mounted at {BPFFS} of this host; mount it (mount -t bpf bpf {BPFFS}), or {_INSTEAD}"
         )
     return BPFFS
+
+
+def _mount_numbers(process: str) -> set[str]:
+    """The ids of what a process sees mounted. No two mount namespaces have one in common."""
+    lines = Path("/proc", process, "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return {line.split(" ", 1)[0] for line in lines}
 
 
 def mount_bpffs(place: Path) -> None:

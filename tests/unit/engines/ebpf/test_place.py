@@ -1,0 +1,69 @@
+"""Where the BPF file system and cgroup2 are looked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.engines.ebpf import place
+from agent.errors import HostError
+
+BPFFS = place.BPFFS
+Mounts = dict[tuple[str, str], list[Path]]
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, mounts: Mounts, numbers: dict[str, set[str]] | None = None) -> None:
+    """Let processes see these file systems, by process and kind, and mounts of these ids."""
+    shared = {"thread-self": {"1", "2"}, "1": {"1", "2"}}
+    monkeypatch.setattr(place, "_mounts", lambda process, kind: mounts.get((process, kind), []))
+    monkeypatch.setattr(place, "_mount_numbers", (numbers or shared).__getitem__)
+
+
+def test_the_usual_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, {("thread-self", "bpf"): [BPFFS]})
+    assert place.bpffs() == BPFFS
+
+
+def test_behind_the_private_sys_of_ip_netns_exec(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, {("1", "bpf"): [BPFFS]}, {"thread-self": {"7"}, "1": {"1"}})
+    assert place.bpffs() == Path("/proc/1/root/sys/fs/bpf")
+
+
+def test_one_that_is_not_mounted_yet_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, {})
+    assert place.bpffs() == BPFFS
+
+
+def test_none_is_mounted_where_it_would_end_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, {}, {"thread-self": {"7"}, "1": {"1"}})
+    with pytest.raises(HostError, match=r"mount -t bpf bpf /sys/fs/bpf"):
+        place.bpffs()
+
+
+def test_a_container_that_may_not_look_at_process_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mounts(process: str, _kind: str) -> list[Path]:
+        if process == "1":
+            raise PermissionError(13, "Permission denied")
+        return []
+
+    monkeypatch.setattr(place, "_mounts", mounts)
+    assert place.bpffs() == BPFFS
+
+
+def test_a_cgroup_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=f"no cgroup {tmp_path}/gone"):
+        place.find(tmp_path / "gone", tmp_path, tmp_path)
+
+
+def test_the_applications_cgroup_is_the_whole_host_unless_chosen(tmp_path: Path) -> None:
+    (tmp_path / "service").mkdir()
+    whole = place.find(None, tmp_path, tmp_path)
+    assert (whole.applications, whole.data_plane) == (tmp_path, tmp_path)
+    assert place.find(tmp_path / "service", tmp_path, tmp_path).applications == tmp_path / "service"
+
+
+def test_names_of_namespaces() -> None:
+    assert place.Netns(7, True, 4026531840).key == "netns-7"
+    assert place.Netns(4026531840, False, 4026531840).key == "netns-inode-4026531840"
+    assert place.netns() == place.netns()

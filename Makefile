@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
 	dnsutils curl util-linux strace procps
+# Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
+TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd
 
 .DEFAULT_GOAL := help
 .PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install bench-swap bench-scale clean
@@ -28,6 +30,7 @@ demo: venv ## the main job in throwaway network namespaces, as a table
 	@$(BIN)/python -m tests.demo
 
 test: venv ## every test (root: namespaces are made and removed)
+	@.ci/packages $(TEST_PACKAGES)
 	@$(BIN)/python -m pytest
 
 test-equivalence: venv ## every engine against the specification on N random policies (N=2000, root)

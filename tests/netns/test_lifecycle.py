@@ -230,6 +230,14 @@ def test_a_kernel_without_the_nat_table_is_bad_input(lab: Lab, tmp_path: Path) -
     assert "nat" in failed.stderr
 
 
+def test_executables_that_are_no_iptables_are_bad_input(lab: Lab) -> None:
+    tools = ",".join(f"{tool}:/bin/false" for tool in ("iptables", "iptables-save", "iptables-restore"))
+    with lab.inside(HOST):
+        failed = tpctl(*INSTALL, "--ip-family-mode", "ipv4", "--iptables-executables", tools, check=False)
+    assert failed.returncode == 2
+    assert "/bin/false is no iptables" in failed.stderr
+
+
 HIDDEN = "for tool in xtables-nft-multi xtables-legacy-multi; do mount --bind /dev/null /usr/sbin/$tool; done; exec "
 
 

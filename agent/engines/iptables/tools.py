@@ -123,6 +123,8 @@ def _given(options: EngineOptions) -> Choice:
         problems += [
             f"--iptables-executables: {path} is no executable file" for path in paths if not shutil.which(path)
         ]
+        if not problems and "tables v" not in run([paths[0], "--version"]).stdout:
+            problems.append(f"--iptables-executables: {paths[0]} is no iptables; give the iptables command itself")
         if not problems:
             tools[family] = Tools(variant_of(paths[0]), family, paths[1], paths[2])
     variants = sorted({found.variant for found in tools.values()})

@@ -52,6 +52,7 @@ class Config:
     log_level: int
     engine: str
     iptables_mode: str
+    when_proxy_down: str
     executables: Mapping[str, str]
     comments_disabled: bool
     wait: int

@@ -18,6 +18,7 @@ from agent.policy import (
     Family,
     Policy,
     Protocol,
+    WhenProxyDown,
     contains,
     includes,
     is_scoped,
@@ -69,6 +70,8 @@ class Connection:
     local_destination: bool = True
     """Inbound only: whether the destination is an address of this host."""
     state: State = State.NEW
+    data_plane_listens: bool = True
+    """Whether anything listens on the port the connection would be redirected to."""
 
     @property
     def family(self) -> Family:
@@ -96,7 +99,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What happens to a connection, and the rules that were asked, in order; the last one decided."""
+    """What happens to a connection, and the rules that were asked, in order; the last that applied decided."""
 
     action: Action
     port: int | None
@@ -108,12 +111,16 @@ class Verdict:
     @property
     def reason(self) -> str:
         """The rule that decided, in words."""
-        return self.steps[-1].text
+        return self._decisive.text
 
     @property
     def rule(self) -> str:
         """The name of the rule that decided."""
-        return self.steps[-1].rule
+        return self._decisive.rule
+
+    @property
+    def _decisive(self) -> Step:
+        return next(step for step in reversed(self.steps) if step.applied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,10 @@ def decide(policy: Policy, connection: Connection) -> Verdict:
         return applied
 
     outcome = _decide(policy, connection, ask)
+    if outcome.action is Action.REDIRECT and policy.when_proxy_down is WhenProxyDown.BYPASS:
+        text = "the data plane does not listen, and connections go straight on meanwhile"
+        if ask("b1", text, not connection.data_plane_listens):
+            outcome = _PASS
     return Verdict(outcome.action, outcome.port, zone(policy, connection), tuple(steps))
 
 

@@ -11,7 +11,7 @@ class EngineOptions:
     """The user's choices about engines; each has the meaning of kumactl's flag of the same name."""
 
     engine: str = "auto"
-    """"auto", "nftables" or "iptables"."""
+    """"auto", "nftables", "iptables" or "ebpf"."""
     iptables_because: str | None = None
     """Why "auto" has to mean iptables, when it has to."""
     iptables_mode: str = "auto"

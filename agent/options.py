@@ -224,8 +224,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "engine", Section.ENGINE, "engine", "--engine", "ENGINE",
-        choice("auto", "nftables", "iptables"), "auto", "ENGINE",
-        "auto, nftables or iptables. auto takes nftables where it works and no --iptables-... flag is given.",
+        choice("auto", "nftables", "iptables", "ebpf"), "auto", "ENGINE",
+        "auto, nftables, iptables or ebpf. auto takes nftables where it works and no --iptables-... flag is given.",
+        new=True,
+    ),
+    Option(
+        "when_proxy_down", Section.ENGINE, "whenProxyDown", "--when-proxy-down", "WHEN_PROXY_DOWN",
+        choice("block", "bypass"), "block", "block|bypass",
+        "While the data plane does not listen, refuse what would be redirected, or let it pass; bypass needs "
+        "--engine ebpf.",
         new=True,
     ),
     Option(

@@ -224,6 +224,15 @@ class Dns:
     """Keep the data plane's own queries in another conntrack zone than the applications' (docs/architecture.md)."""
 
 
+class WhenProxyDown(enum.StrEnum):
+    """What happens to a connection that would be redirected while nothing listens on the data plane's port."""
+
+    BLOCK = "block"
+    """It is refused: nothing gets past the data plane."""
+    BYPASS = "bypass"
+    """It goes straight to where it was going."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Everything that decides where a connection goes."""
@@ -240,6 +249,7 @@ class Policy:
     """Drop packets that conntrack cannot place, so that the application does not answer them with a reset."""
     log_level: int | None = None
     """Kernel log level (syslog(2), 0-7) for a line a connection; None logs nothing."""
+    when_proxy_down: WhenProxyDown = WhenProxyDown.BLOCK
 
     def servers(self, family: Family) -> tuple[NameServer, ...]:
         """The name servers of a family whose queries can be captured, in the order of resolv.conf."""

@@ -20,6 +20,7 @@ from agent.policy import (
     UidExclusion,
     UidRange,
     VirtualNetwork,
+    WhenProxyDown,
 )
 
 Document = dict[str, Any]
@@ -64,6 +65,7 @@ def to_document(policy: Policy) -> Document:
         ],
         "dropInvalid": policy.drop_invalid,
         "logLevel": policy.log_level,
+        "whenProxyDown": str(policy.when_proxy_down),
     }
 
 
@@ -106,6 +108,7 @@ def from_document(document: Mapping[str, Any]) -> Policy:
         ),
         drop_invalid=bool(document["dropInvalid"]),
         log_level=None if document["logLevel"] is None else int(document["logLevel"]),
+        when_proxy_down=WhenProxyDown(document.get("whenProxyDown", WhenProxyDown.BLOCK)),
     )
 
 

@@ -27,6 +27,7 @@ from agent.policy import (
     Outbound,
     Policy,
     Protocol,
+    WhenProxyDown,
     includes,
     is_scoped,
 )
@@ -78,6 +79,7 @@ def resolve(config: Config, host: Host) -> Resolved:
         virtual_networks=config.virtual_networks,
         drop_invalid=config.drop_invalid,
         log_level=config.log_level if config.log_enabled else None,
+        when_proxy_down=WhenProxyDown(config.when_proxy_down),
     )
     if policy.dns.capture is DnsCapture.ALL:
         _refuse_resolver_loop(config, policy, host, found)
@@ -85,8 +87,13 @@ def resolve(config: Config, host: Host) -> Resolved:
     if config.firewalld_reload and not config.store_firewalld:
         found.warn(f"{config.origin('firewalld_reload')} has no effect without --store-firewalld")
     options = engine_options(config)
-    if options.engine == "nftables" and options.iptables_because:
-        found.problems.append(f"{config.origin('engine')}: nftables, but {options.iptables_because}; drop one")
+    if options.engine in ("nftables", "ebpf") and options.iptables_because:
+        found.problems.append(f"{config.origin('engine')}: {options.engine}, but {options.iptables_because}; drop one")
+    if policy.when_proxy_down is WhenProxyDown.BYPASS and options.engine != "ebpf":
+        found.problems.append(
+            f"{config.origin('when_proxy_down')}: bypass, but rules of nftables and iptables cannot see whether "
+            "anything listens; add --engine ebpf"
+        )
     if found.problems:
         raise InputError(found.problems)
     return Resolved(policy, options, tuple(dict.fromkeys(found.notices)))

@@ -12,7 +12,7 @@ from agent.engines.base import Inspection
 from agent.errors import HostError
 from agent.host.proc import in_first_namespace
 from agent.host.sockets import Listener, listeners
-from agent.policy import DnsCapture, Policy, Protocol
+from agent.policy import DnsCapture, Policy, Protocol, WhenProxyDown
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,8 @@ def _next_boot() -> tuple[str, ...] | None:
 
 def port_problems(policy: Policy) -> tuple[str, ...]:
     """What is wrong with the data plane's listeners, for a policy that has just been installed."""
+    if policy.when_proxy_down is WhenProxyDown.BYPASS:
+        return ()
     return tuple(port.problem for port in _ports(policy) if port.problem)
 
 
@@ -112,7 +114,9 @@ def port_status(expected: Expected, policy: Policy, found: Iterable[Listener]) -
     problem = None
     where = f"{expected.protocol} port {expected.port} ({expected.role})"
     if not mine:
-        problem = f"nothing listens on {where}: redirected connections are refused"
+        bypass = policy.when_proxy_down is WhenProxyDown.BYPASS
+        meanwhile = "connections go past the data plane" if bypass else "redirected connections are refused"
+        problem = f"nothing listens on {where}: {meanwhile}"
     elif any(uid != policy.proxy_uid for uid in uids):
         wrong = ", ".join(str(uid) for uid in uids if uid != policy.proxy_uid)
         problem = (

@@ -23,8 +23,15 @@ def _iptables(options: EngineOptions) -> Engine[Any]:
     return select_variant(options)
 
 
-ENGINES: dict[str, Callable[[EngineOptions], Engine[Any]]] = {"nftables": _nftables, "iptables": _iptables}
-"""In the order in which `auto` prefers them."""
+def _ebpf(options: EngineOptions) -> Engine[Any]:
+    from agent.engines.ebpf.engine import load
+
+    return load(options)
+
+
+Maker = Callable[[EngineOptions], Engine[Any]]
+
+ENGINES: dict[str, Maker] = {"nftables": _nftables, "iptables": _iptables, "ebpf": _ebpf}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

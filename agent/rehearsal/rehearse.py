@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from agent.decide import Action, Connection, Verdict, decide
 from agent.engine_options import EngineOptions
+from agent.errors import HostError
 from agent.policy import Family, Policy, Protocol
 from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, Layout, seat, stage
@@ -65,6 +66,8 @@ def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
     with Lab(staging.layout) as lab:
         with lab.inside(HOST):
             engine = select(options).engine
+            if engine.name == "ebpf":  # its programs would be attached to the host's own cgroups
+                raise HostError("the eBPF engine cannot be rehearsed: its programs are not confined to a namespace")
             if Family.IPV6 in staging.policy.families:
                 loopback.add(staging.policy.loopback)
             notices = engine.apply(engine.plan(staging.policy)).notices

@@ -129,7 +129,7 @@ def test_kumactls_word_and_a_flag_that_never_takes_it(tpctl: Run, kernel: Record
         (("--redirect-dns", "--resolv-conf", os.devnull), "lists no name server"),
         (("--exclude-outbound-ports-for-uids", "udp:53:app"), "is not a uid"),
         (("--no-such-flag",), "No such option"),
-        (("--engine", "ebpf-maybe"), "is none of auto, nftables, iptables"),
+        (("--engine", "ebpf-maybe"), "is none of auto, nftables, iptables, ebpf"),
     ],
 )
 def test_bad_input_changes_nothing(tpctl: Run, kernel: Recorder, argv: tuple[str, ...], problem: str) -> None:

@@ -24,6 +24,7 @@ from agent.policy import (
     UidExclusion,
     UidRange,
     VirtualNetwork,
+    WhenProxyDown,
 )
 
 PROXY, APP, ROOT = 5678, 1000, 0
@@ -355,6 +356,14 @@ def test_defect_11_scoped_servers_capture_nothing() -> None:
     assert verdict(asked, query("fe80::1")) == passes("s1")
     assert verdict(asked, query(SERVER[6])) == passes("d0")
     assert not asked.captures_dns(Family.IPV6)
+
+
+def test_b1_while_the_data_plane_does_not_listen() -> None:
+    bypassing = Policy(PROXY, when_proxy_down=WhenProxyDown.BYPASS)
+    deaf = dataclasses.replace(out(REMOTE[4], 443), data_plane_listens=False)
+    assert verdict(bypassing, deaf) == passes("b1")
+    assert verdict(bypassing, dataclasses.replace(deaf, data_plane_listens=True)) == goes_to(15001, "o7")
+    assert verdict(Policy(PROXY), deaf) == goes_to(15001, "o7")
 
 
 def test_s1_link_local_destinations_pass() -> None:

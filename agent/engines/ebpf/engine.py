@@ -23,7 +23,7 @@ from agent.engines.ebpf.maps import fill, maps_for
 from agent.engines.ebpf.place import Place
 from agent.engines.ebpf.programs import POLICY_MAPS, PROGRAMS, Program
 from agent.errors import ApplyError, HostError, InputError
-from agent.policy import Policy
+from agent.policy import Policy, WhenProxyDown
 
 _MINIMUM = (5, 10)
 _SETTLE_SECONDS = 0.02
@@ -73,7 +73,7 @@ class EbpfEngine:
                 "eBPF engine, only those that its processes open; switch inbound redirection off "
                 "(--redirect-inbound=false)"
             )
-        return EbpfPlan(contents_for(policy, bypass=self.bypass))
+        return EbpfPlan(contents_for(policy, bypass=self.bypass or policy.when_proxy_down is WhenProxyDown.BYPASS))
 
     def preview(self, policy: Policy) -> str:
         """What `apply` would put into the kernel. Changes nothing."""

@@ -1,0 +1,126 @@
+"""`--engine ebpf` by the real command line, on a host whose whole cgroup hierarchy is one cgroup of the test's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agent.policy import Policy
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
+from tests.netns.ebpf_place import own_place
+from tests.netns.lab import APP, PROXY, PROXY_USER, run
+from tests.netns.test_kumactl_defects import REMOTE
+
+pytestmark = pytest.mark.root
+
+# In a cgroup namespace, what is mounted as the root of cgroup2 is the cgroup the process was in.
+OWN_ROOT = """
+set -e
+mount --make-rprivate /
+for mounted in $(awk '$3 == "cgroup2" { print $2 }' /proc/self/mounts); do umount -l "$mounted"; done
+mkdir -p "$1/cgroup"
+mount -t cgroup2 none "$1/cgroup"
+mount --bind "$1/pins" /sys/fs/bpf
+shift
+exec "$@"
+"""
+
+
+class Host:
+    """Runs the command where eBPF programs can only reach the test's own cgroup."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def tpctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        words = ["unshare", "--cgroup", "--mount", "sh", "-c", OWN_ROOT, "sh", self.folder]
+        return run([*words, sys.executable, "-m", "agent.cli.main", *arguments], check=False)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.tpctl("status", "--json").stdout)
+        return found
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab(Layout()) as made:
+        yield made
+
+
+@pytest.fixture
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with own_place() as place:
+        folder = tmp_path_factory.mktemp("host")
+        (folder / "pins").mkdir()
+        run(["mount", "--bind", str(place.pins), str(folder / "pins")])
+        try:
+            yield Host(str(folder))
+        finally:
+            run(["umount", str(folder / "pins")])
+
+
+def test_install_status_swap_and_uninstall(lab: Lab, host: Host) -> None:
+    inbound = lab.layout.arriving(REMOTE, next(iter(HOST_ADDRESS.values())), "tcp", 8080)
+    outbound = lab.layout.outgoing("tcp", REMOTE, 8080, APP)
+    lab.serve(inbound)
+    lab.serve(outbound)
+    lab.serve_data_plane(Policy(PROXY))
+    flags = ["--kuma-dp-user", PROXY_USER, "--exclude-inbound-ports", "22"]
+    with lab.inside(HOST):
+        done = host.tpctl("install", *flags, "--engine", "ebpf")
+        assert done.returncode == 0, done.stderr
+        assert "by ebpf" in done.stdout
+    assert (str(lab.dial(inbound)), str(lab.dial(outbound))) == (f"{HOST}:15006", f"{HOST}:15001")
+    with lab.inside(HOST):
+        assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
+        found = host.status()
+        assert (found["engine"], found["drift"], found["problems"]) == ("ebpf", [], [])
+        assert "unchanged" in host.tpctl("install", *flags, "--engine", "ebpf").stdout
+        assert "ebpf" in host.tpctl("install", *flags, "--engine", "nftables").stdout
+        assert host.status()["engine"] == "nftables"
+    assert (str(lab.dial(inbound)), str(lab.dial(outbound))) == (f"{HOST}:15006", f"{HOST}:15001")
+    with lab.inside(HOST):
+        host.tpctl("install", *flags, "--engine", "ebpf")
+        assert host.status()["engine"] == "ebpf"
+        assert host.tpctl("uninstall").returncode == 0
+        assert host.status()["installed"] is False
+    assert (str(lab.dial(inbound)), str(lab.dial(outbound))) == (f"{HOST}:8080", f"{PEER}:8080")
+
+
+def test_bypass_lets_connections_pass_while_nothing_listens(lab: Lab, host: Host) -> None:
+    outbound = lab.layout.outgoing("tcp", REMOTE, 8080, APP)
+    lab.serve(outbound)
+    flags = ["--kuma-dp-user", PROXY_USER, "--engine", "ebpf"]
+    with lab.inside(HOST):
+        assert host.tpctl("install", *flags).returncode == 0
+    assert str(lab.dial(outbound)) == "refused"
+    with lab.inside(HOST):
+        assert host.tpctl("install", *flags, "--when-proxy-down", "bypass").returncode == 0
+    assert str(lab.dial(outbound)) == f"{PEER}:8080"
+    lab.serve_data_plane(Policy(PROXY))
+    assert str(lab.dial(outbound)) == f"{HOST}:15001"
+    with lab.inside(HOST):
+        host.tpctl("uninstall")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--engine", "nftables", "--when-proxy-down", "bypass"), "--engine ebpf"),
+        (("--when-proxy-down", "bypass"), "--engine ebpf"),
+        (("--engine", "ebpf", "--drop-invalid-packets"), "drop"),
+        (("--engine", "ebpf", "--vnet", "docker0:172.17.0.0/16"), "forwarded for a container"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(lab: Lab, host: Host, flags: tuple[str, ...], problem: str) -> None:
+    with lab.inside(HOST):
+        failed = host.tpctl("install", "--kuma-dp-user", PROXY_USER, *flags)
+        assert host.status()["installed"] is False
+    assert failed.returncode == 2, failed.stderr
+    assert problem in failed.stderr

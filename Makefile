@@ -9,7 +9,7 @@ PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftable
 TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations bench-install bench-swap bench-scale clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations test-vm-ebpf bench-install bench-swap bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test-equivalence: venv ## every engine against the specification on N random pol
 
 test-mutations: venv ## deliberately broken engines: how many of them the suite finds out (root)
 	@$(BIN)/python -m tests.equivalence.mutate
+
+test-vm-ebpf: venv ## the eBPF engine under Linux 5.10, 6.1 and 6.12, in virtual machines without KVM
+	@.ci/packages qemu-system-x86
+	@$(BIN)/python -m tests.vm.ebpf
 
 check: venv ## lint and strict types
 	$(BIN)/ruff check agent tests

@@ -1,6 +1,7 @@
 """The eBPF engine under the kernels of Debian 11, 12 and 13, in virtual machines: `python -m tests.vm.ebpf [suite...]`.
 
-Needs qemu-system-x86 and a mirror of Debian in apt's sources. Kernels are kept under /var/tmp/tpctl-vm. A kernel takes two minutes.
+Needs qemu-system-x86 and a mirror of Debian in apt's sources. Kernels are kept under /var/tmp/tpctl-vm. A kernel takes
+two minutes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from agent.engines.base import Engine, Removal
 from agent.errors import ApplyError, HostError, InputError, TpctlError
 from agent.host.privilege import require_root
 from agent.persist import in_step
-from agent.policy import DnsCapture, Family, Policy, WhenProxyDown
+from agent.policy import DnsCapture, Family, Policy
 
 FLUSHED_TABLES = ("nat", "raw")
 DOCKER_ZONES = (
@@ -223,7 +223,7 @@ def dry_run(policy: Policy, options: EngineOptions) -> str:
         from agent.engines.ebpf.contents import contents_for
         from agent.engines.ebpf.engine import EbpfPlan
 
-        return EbpfPlan(contents_for(policy, bypass=policy.when_proxy_down is WhenProxyDown.BYPASS)).render()
+        return EbpfPlan(contents_for(policy)).render()
     if options.engine == "iptables" or options.iptables_because or not _has_nftables():
         from agent.engines.iptables.engine import IptablesPlan
 

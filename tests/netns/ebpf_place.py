@@ -26,9 +26,9 @@ class OwnPlace:
     cgroup: Path
     pins: Path
 
-    def engine(self, *, applications: Path | None = None, bypass: bool = False) -> EbpfEngine:
+    def engine(self, *, applications: Path | None = None) -> EbpfEngine:
         """The engine for the current namespace, kept to this test's cgroup."""
-        return load(cgroup=applications or self.cgroup, root=self.cgroup, pins=self.pins, bypass=bypass)
+        return load(cgroup=applications or self.cgroup, root=self.cgroup, pins=self.pins)
 
 
 def enter(cgroup: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent.engines.ebpf.engine import EbpfEngine
-from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange
+from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange, WhenProxyDown
 from tests.netns import relay_net
 from tests.netns.ebpf_place import own_place
 from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
@@ -29,15 +30,15 @@ AWAY_SECONDS = 0.05
 
 
 @contextlib.contextmanager
-def network(*, bypass: bool = False) -> Iterator[Net]:
+def network(policy: Policy = POLICY) -> Iterator[Net]:
     """Two hosts, ours behind the engine; this process and what it starts are in the engine's cgroup."""
     made = Net()
     with own_place() as place:
         try:
             made.create(redirect=False)
             with made.inside(made.host):
-                engine: EbpfEngine = place.engine(bypass=bypass)
-                engine.apply(engine.plan(POLICY))
+                engine: EbpfEngine = place.engine()
+                engine.apply(engine.plan(policy))
             yield made
             with made.inside(made.host):
                 engine.remove()
@@ -121,7 +122,7 @@ def _directly(net: Net) -> list[bool]:
 
 
 def test_a_killed_envoy_is_passed_by_at_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
-    with network(bypass=True) as net:
+    with network(dataclasses.replace(POLICY, when_proxy_down=WhenProxyDown.BYPASS)) as net:
         for attempt in range(2):
             with contextlib.suppress(ProcessLookupError), running_envoy(net, tmp_path / f"{attempt}.log"):
                 assert _directly(net) == [False, False]

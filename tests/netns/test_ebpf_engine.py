@@ -34,6 +34,7 @@ from agent.policy import (
     PortRange,
     Protocol,
     VirtualNetwork,
+    WhenProxyDown,
 )
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, stage
@@ -85,11 +86,11 @@ class Scene:
 
 
 @contextlib.contextmanager
-def laboratory(place: OwnPlace, *, bypass: bool = False) -> Iterator[Scene]:
+def laboratory(place: OwnPlace) -> Iterator[Scene]:
     with Lab(stage(PLAIN).layout) as lab:
         with lab.inside(HOST):
             loopback.add("lo")
-            engine = place.engine(bypass=bypass)
+            engine = place.engine()
         yield Scene(place, lab, engine)
 
 
@@ -128,8 +129,8 @@ def test_without_a_data_plane_connections_are_refused(scene: Scene, family: Fami
 
 
 def test_with_bypass_connections_go_straight_while_the_data_plane_is_away(place: OwnPlace) -> None:
-    with laboratory(place, bypass=True) as scene:
-        scene.apply(PLAIN)
+    with laboratory(place) as scene:
+        scene.apply(replace(PLAIN, when_proxy_down=WhenProxyDown.BYPASS))
         for _ in range(2):
             for family in Family:
                 assert scene.arriving(family) == "host:8080"

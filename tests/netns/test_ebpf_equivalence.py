@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.engines.ebpf.engine import EbpfEngine
-from agent.policy import Policy
+from agent.policy import Policy, WhenProxyDown
 from tests.equivalence.engines import Door
 from tests.equivalence.run import drawn, run
 from tests.netns.ebpf_place import OwnPlace, own_place
@@ -21,7 +21,7 @@ POLICIES = int(os.environ.get("TPCTL_POLICIES", "40"))
 _SEED = 1
 
 
-def door(*, bypass: bool = False) -> Door:
+def door() -> Door:
     """The engine, attached to a cgroup that only this process is in."""
     places: list[OwnPlace] = []
 
@@ -32,7 +32,7 @@ def door(*, bypass: bool = False) -> Door:
             yield
 
     def load() -> EbpfEngine:
-        return places[-1].engine(bypass=bypass)
+        return places[-1].engine()
 
     return Door("ebpf", load, surroundings)
 
@@ -45,7 +45,9 @@ def possible(policy: Policy) -> Policy:
 @pytest.mark.parametrize("bypass", [False, True])
 def test_engine_agrees_with_the_specification(bypass: bool) -> None:
     count = POLICIES // 4 if bypass else POLICIES
-    outcome = run(door(bypass=bypass), [possible(policy) for policy in drawn(count, _SEED)])
+    when = WhenProxyDown.BYPASS if bypass else WhenProxyDown.BLOCK
+    policies = [dataclasses.replace(possible(policy), when_proxy_down=when) for policy in drawn(count, _SEED)]
+    outcome = run(door(), policies)
     assert outcome.score.policies >= count
     assert not outcome.wrong, (
         f"{len(outcome.wrong)} of {outcome.score.connections} connections; the first, to be pinned:\n{outcome.smallest}"

@@ -19,6 +19,7 @@ from agent.policy import (
     Ports,
     Protocol,
     UidExclusion,
+    WhenProxyDown,
     includes,
 )
 
@@ -83,11 +84,8 @@ class Contents:
         return {name: max(1, len(getattr(self, name))) for name in ("ports", "networks", "users", "servers")}
 
 
-def contents_for(policy: Policy, *, bypass: bool) -> Contents:
-    """The maps for a policy. `bypass` lets connections go straight on while the data plane does not listen.
-
-    Raises InputError when eBPF cannot carry the policy out.
-    """
+def contents_for(policy: Policy) -> Contents:
+    """The maps for a policy. Raises InputError when eBPF cannot carry it out."""
     problems = tuple(impossible(policy))
     if problems:
         raise InputError(problems)
@@ -98,7 +96,7 @@ def contents_for(policy: Policy, *, bypass: bool) -> Contents:
         _bits(outbound.include_ports or outbound.exclude_ports),
         *port_lists,
     )
-    flags = _flags(policy) | ({"bypass"} if bypass else set())
+    flags = _flags(policy) | ({"bypass"} if policy.when_proxy_down is WhenProxyDown.BYPASS else set())
     return Contents(
         Settings(policy.proxy_uid, frozenset(flags), inbound.port, outbound.port, policy.dns.port),
         {_INDEX.pack(number): bits.to_bytes(_PORTS_BYTES, "little") for number, bits in enumerate(lists)},

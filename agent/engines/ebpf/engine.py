@@ -23,7 +23,7 @@ from agent.engines.ebpf.maps import fill, maps_for
 from agent.engines.ebpf.place import Place
 from agent.engines.ebpf.programs import POLICY_MAPS, PROGRAMS, Program
 from agent.errors import ApplyError, HostError, InputError
-from agent.policy import Policy, WhenProxyDown
+from agent.policy import Policy
 
 _MINIMUM = (5, 10)
 _SETTLE_SECONDS = 0.02
@@ -59,10 +59,9 @@ class EbpfEngine:
     name = "ebpf"
     variant: str | None = None
 
-    def __init__(self, where: Place, options: EngineOptions, *, bypass: bool = False) -> None:
+    def __init__(self, where: Place, options: EngineOptions) -> None:
         self.where = where
         self.options = options
-        self.bypass = bypass
         self.reason = "this kernel has cgroup2, BTF and every type of eBPF program that is needed"
 
     def plan(self, policy: Policy) -> EbpfPlan:
@@ -73,7 +72,7 @@ class EbpfEngine:
                 "eBPF engine, only those that its processes open; switch inbound redirection off "
                 "(--redirect-inbound=false)"
             )
-        return EbpfPlan(contents_for(policy, bypass=self.bypass or policy.when_proxy_down is WhenProxyDown.BYPASS))
+        return EbpfPlan(contents_for(policy))
 
     def preview(self, policy: Policy) -> str:
         """What `apply` would put into the kernel. Changes nothing."""
@@ -242,12 +241,11 @@ def load(
     cgroup: Path | None = None,
     root: Path | None = None,
     pins: Path | None = None,
-    bypass: bool = False,
 ) -> EbpfEngine:
     """The engine for this host. `cgroup` limits whose connections are redirected; `root` must hold the data plane too.
 
-    `pins` is a BPF file system. `bypass` lets connections go straight on while the data plane does not listen.
-    Raises HostError, naming what was found and what is needed, when the host cannot do it; nothing was touched.
+    `pins` is a BPF file system. Raises HostError, naming what was found and what is needed, when the host cannot do it;
+    nothing was touched.
     """
     if not syscall.SUPPORTED or struct.pack("=H", 1) != b"\1\0":
         raise HostError(f"the eBPF engine does not know this machine ({os.uname().machine}); {_INSTEAD}")
@@ -256,4 +254,4 @@ def load(
         raise HostError(f"this is Linux {os.uname().release}, and the eBPF engine needs {needed} or later; {_INSTEAD}")
     where = place.find(cgroup, root, pins)
     btf.definitions(btf.kernel(), cookie=place.netns().is_cookie)
-    return EbpfEngine(where, options or EngineOptions(), bypass=bypass)
+    return EbpfEngine(where, options or EngineOptions())

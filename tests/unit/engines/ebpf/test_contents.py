@@ -29,6 +29,7 @@ from agent.policy import (
     UidExclusion,
     UidRange,
     VirtualNetwork,
+    WhenProxyDown,
     includes,
 )
 
@@ -38,7 +39,7 @@ PORTS = (1, 2, 53, 54, 63, 64, 127, 128, 65534, 65535)
 
 
 def contents(policy: Policy) -> Contents:
-    return contents_for(policy, bypass=False)
+    return contents_for(policy)
 
 
 def in_list(found: Contents, number: int, port: int) -> bool:
@@ -117,11 +118,11 @@ def test_scoped_servers_and_those_of_other_modes_are_no_servers() -> None:
     assert "dns_ipv6" not in found.settings.flags
 
 
-@pytest.mark.parametrize("bypass", [True, False])
-def test_settings_come_back(bypass: bool) -> None:
-    settings = contents_for(replace(PLAIN, proxy_uid=MAX_UID), bypass=bypass).settings
+@pytest.mark.parametrize("when", WhenProxyDown)
+def test_settings_come_back(when: WhenProxyDown) -> None:
+    settings = contents_for(replace(PLAIN, proxy_uid=MAX_UID, when_proxy_down=when)).settings
     assert Settings.unpack(settings.pack(2**63)) == (settings, 2**63)
-    assert ("bypass" in settings.flags) is bypass
+    assert ("bypass" in settings.flags) is (when is WhenProxyDown.BYPASS)
 
 
 def test_a_policy_of_one_family_says_so() -> None:

@@ -40,6 +40,7 @@ class Config:
     outbound_exclude_destinations: tuple[Network, ...]
     outbound_exclude_uids: tuple[UidExclusion, ...]
     outbound_insert: bool
+    cgroup: str
     dns_enabled: bool
     dns_capture_all: bool
     dns_port: int

@@ -82,6 +82,21 @@ def read_path(value: object, note: Note) -> str:
     raise BadValueError(f"{quoted(value)} is not the path of a file")
 
 
+def read_cgroup(value: object, note: Note) -> str:
+    """A control group's path from the root of the hierarchy, or "" for none.
+
+    That of its directory under /sys/fs/cgroup will do too.
+    """
+    if value == "":
+        return ""
+    text = value.strip() if isinstance(value, str) else ""
+    path = text.removeprefix("/sys/fs/cgroup").strip("/")
+    parts = path.split("/")
+    if not path or any(part in ("", ".", "..") for part in parts) or not path.isprintable() or '"' in path:
+        raise BadValueError(f"{quoted(value)} is not the path of a control group, such as system.slice/app.service")
+    return path
+
+
 def whole_number(value: object) -> int | None:
     """The number `value` is or spells in plain decimal digits, or None."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -67,6 +67,8 @@ class Connection:
     source_port: int | None = None
     uid: int | None = None
     """The fsuid of the process that created the socket; None when there is none (forwarded, sent by the kernel)."""
+    cgroup: str | None = None
+    """The control group in which the socket was created, from the root of the hierarchy and without a leading slash."""
     local_destination: bool = True
     """Inbound only: whether the destination is an address of this host."""
     state: State = State.NEW
@@ -164,6 +166,10 @@ def _decide(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
         return _PASS
     if not inbound and ask("s1", "a link-local destination cannot be redirected", is_scoped(connection.destination)):
         return _PASS
+    if not inbound and policy.cgroup:
+        outside = not policy.cgroup.holds(connection.cgroup)
+        if ask("c1", f"only connections of the cgroup {policy.cgroup} are redirected", outside):
+            return _PASS
     if connection.protocol == Protocol.TCP:
         return _inbound_tcp(policy, connection, ask) if inbound else _outbound_tcp(policy, connection, ask)
     if connection.protocol == Protocol.UDP:
@@ -318,8 +324,11 @@ def zone(policy: Policy, connection: Connection) -> int:
 
 def _outbound_zone(policy: Policy, connection: Connection) -> int:
     if _captured_query(policy, connection):
-        excluded = _excluded_uid(policy, connection) or contains(
-            policy.outbound.exclude_destinations, connection.destination
+        outside = policy.cgroup is not None and not policy.cgroup.holds(connection.cgroup)
+        excluded = (
+            outside
+            or _excluded_uid(policy, connection)
+            or contains(policy.outbound.exclude_destinations, connection.destination)
         )
         upstream = connection.uid == policy.proxy_uid or excluded
         return UPSTREAM_ZONE if upstream else CAPTURED_ZONE  # z1, z5; z3

@@ -14,6 +14,7 @@ from agent.config_values import (
     choice,
     number,
     read_bool,
+    read_cgroup,
     read_duration,
     read_executables,
     read_networks,
@@ -172,6 +173,12 @@ OPTIONS: tuple[Option, ...] = (
         "--redirect-outbound-insert-instead-of-append", "REDIRECT_OUTBOUND_INSERT_REDIRECT_INSTEAD_OF_APPEND",
         read_bool, False, "",
         "Stand before the rules of other software.",
+    ),
+    Option(
+        "cgroup", Section.OUTBOUND, "redirect.outbound.cgroup", "--cgroup", "REDIRECT_OUTBOUND_CGROUP", read_cgroup, "",
+        "CGROUP",
+        "Redirect only what the processes of one control group open, DNS queries too: system.slice/app.service. "
+        "Connections that arrive are then redirected only for --include-inbound-ports.", new=True,
     ),
     Option(
         "dns_enabled", Section.DNS, "redirect.dns.enabled", "--redirect-dns", "REDIRECT_DNS_ENABLED",

@@ -224,6 +224,28 @@ class Dns:
     """Keep the data plane's own queries in another conntrack zone than the applications' (docs/architecture.md)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """A control group of the unified hierarchy (cgroups(7)), with all groups below it: a service, or several."""
+
+    path: str
+    """From the root of the hierarchy, without a leading slash: system.slice/app.service."""
+    number: int
+    """The kernel's number for it, which is its directory's inode: a service that is started anew has a new group."""
+
+    @property
+    def level(self) -> int:
+        """How deep it lies; the root's children are at level 1."""
+        return self.path.count("/") + 1
+
+    def holds(self, path: str | None) -> bool:
+        """Whether the group of that path is this one, or one below it."""
+        return path is not None and f"{path}/".startswith(f"{self.path}/")
+
+    def __str__(self) -> str:
+        return self.path
+
+
 class WhenProxyDown(enum.StrEnum):
     """What happens to a connection that would be redirected while nothing listens on the data plane's port."""
 
@@ -250,6 +272,8 @@ class Policy:
     log_level: int | None = None
     """Kernel log level (syslog(2), 0-7) for a line a connection; None logs nothing."""
     when_proxy_down: WhenProxyDown = WhenProxyDown.BLOCK
+    cgroup: Cgroup | None = None
+    """Only connections that processes in this group open are redirected; None means those of every process."""
 
     def servers(self, family: Family) -> tuple[NameServer, ...]:
         """The name servers of a family whose queries can be captured, in the order of resolv.conf."""

@@ -7,6 +7,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from agent.policy import (
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -66,6 +67,7 @@ def to_document(policy: Policy) -> Document:
         "dropInvalid": policy.drop_invalid,
         "logLevel": policy.log_level,
         "whenProxyDown": str(policy.when_proxy_down),
+        "cgroup": {"path": policy.cgroup.path, "number": policy.cgroup.number} if policy.cgroup else None,
     }
 
 
@@ -109,7 +111,12 @@ def from_document(document: Mapping[str, Any]) -> Policy:
         drop_invalid=bool(document["dropInvalid"]),
         log_level=None if document["logLevel"] is None else int(document["logLevel"]),
         when_proxy_down=WhenProxyDown(document.get("whenProxyDown", WhenProxyDown.BLOCK)),
+        cgroup=_cgroup(document.get("cgroup")),
     )
+
+
+def _cgroup(document: Mapping[str, Any] | None) -> Cgroup | None:
+    return Cgroup(str(document["path"]), int(document["number"])) if document else None
 
 
 def _texts(items: tuple[object, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from agent.host.sockets import Listener
 from agent.host.users import DEFAULT_PROXY_NAME, DEFAULT_PROXY_UID
 from agent.policy import (
     DNS_PORT,
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -73,13 +74,14 @@ def resolve(config: Config, host: Host) -> Resolved:
         proxy_uid=proxy_uid,
         families=families,
         loopback=loopback or "lo",
-        inbound=_inbound(config),
+        inbound=_inbound(config, found),
         outbound=_outbound(config),
         dns=_dns(config, host, found, families),
         virtual_networks=config.virtual_networks,
         drop_invalid=config.drop_invalid,
         log_level=config.log_level if config.log_enabled else None,
         when_proxy_down=WhenProxyDown(config.when_proxy_down),
+        cgroup=_cgroup(config, host, found),
     )
     if policy.dns.capture is DnsCapture.ALL:
         _refuse_resolver_loop(config, policy, host, found)
@@ -134,15 +136,40 @@ def _iptables_because(config: Config) -> str | None:
     return f"{config.origin(given[0])} asks for iptables" if given else None
 
 
-def _inbound(config: Config) -> Inbound:
+def _cgroup(config: Config, host: Host, found: _Findings) -> Cgroup | None:
+    if not config.cgroup:
+        return None
+    try:
+        return host.cgroup(config.cgroup)
+    except HostError as error:
+        found.problems.append(f"{config.origin('cgroup')}: {error}")
+        return None
+
+
+def _inbound(config: Config, found: _Findings) -> Inbound:
     return Inbound(
-        enabled=config.inbound_enabled,
+        enabled=config.inbound_enabled and _is_inbound_meant(config, found),
         port=config.inbound_port,
         include_ports=config.inbound_include_ports,
         exclude_ports=config.inbound_exclude_ports,
         exclude_sources=config.inbound_exclude_sources,
         insert=config.inbound_insert,
     )
+
+
+def _is_inbound_meant(config: Config, found: _Findings) -> bool:
+    """Packets that arrive are not yet anybody's: beside --cgroup the service's ports have to be named."""
+    if not config.cgroup or config.inbound_include_ports:
+        return True
+    name_them = "name the ports on which its processes serve with --include-inbound-ports"
+    for name in ("inbound_enabled", "inbound_exclude_ports"):
+        if config.is_given(name) and getattr(config, name):
+            found.problems.append(
+                f"{config.origin(name)} would redirect what arrives for other services than those of "
+                f"{config.origin('cgroup')}; {name_them} instead"
+            )
+    found.notices.append(f"nothing that arrives is redirected beside {config.origin('cgroup')}; {name_them}")
+    return False
 
 
 def _outbound(config: Config) -> Outbound:
@@ -251,6 +278,8 @@ def _refuse_resolver_loop(config: Config, policy: Policy, host: Host, found: _Fi
         if server.address == DOCKER_RESOLVER or not host.is_local(server.address):
             continue
         owner = next((one for one in sockets if one.takes(server.address)), None)
+        if owner and policy.cgroup and not policy.cgroup.holds(host.process_cgroup(owner)):
+            continue
         uid = None if owner is None else _owner_uid(owner, host)
         if uid is not None and (uid == policy.proxy_uid or _excludes_dns_of(policy, uid)):
             continue

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Protocol
 
-from agent.host import interfaces, resolvers, sockets, ssh, users
+from agent.host import cgroups, interfaces, resolvers, sockets, ssh, users
 from agent.host.sockets import Listener
-from agent.policy import Address, Network, contains
+from agent.policy import Address, Cgroup, Network, contains
 from agent.policy import Protocol as Transport
 
 
@@ -40,6 +40,14 @@ class Host(Protocol):
 
     def process_uid(self, listener: Listener) -> int | None:
         """The uid the process behind a socket runs as now, where that can be found out."""
+        ...
+
+    def cgroup(self, path: str) -> Cgroup:
+        """The control group of a path. Raises HostError when there is none."""
+        ...
+
+    def process_cgroup(self, listener: Listener) -> str | None:
+        """The path of the control group of the process behind a socket, where that can be found out."""
         ...
 
     def ssh_session_port(self) -> int | None:
@@ -81,6 +89,15 @@ class LiveHost:
     def process_uid(self, listener: Listener) -> int | None:
         """See `Host`."""
         return sockets.process_uid(listener.inode)
+
+    def cgroup(self, path: str) -> Cgroup:
+        """See `Host`."""
+        return cgroups.find(path)
+
+    def process_cgroup(self, listener: Listener) -> str | None:
+        """See `Host`."""
+        process = sockets.process_of(listener.inode)
+        return None if process is None else cgroups.of_process(process)
 
     def ssh_session_port(self) -> int | None:
         """See `Host`."""

@@ -69,11 +69,21 @@ def process_uid(inode: int) -> int | None:
     A daemon that binds port 53 as root and then drops its privileges opens its later sockets as another user than the
     one /proc/net/udp shows.
     """
+    process = process_of(inode)
+    try:
+        status = Path("/proc", str(process), "status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return _fsuid(status)
+
+
+def process_of(inode: int) -> int | None:
+    """A process that has the socket open, or None when none is found."""
     wanted = f"socket:[{inode}]"
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             if any(str(descriptor.readlink()) == wanted for descriptor in (directory / "fd").iterdir()):
-                return _fsuid((directory / "status").read_text(encoding="utf-8", errors="replace"))
+                return int(directory.name)
         except OSError:
             continue
     return None

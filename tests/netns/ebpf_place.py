@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.engines.ebpf.engine import EbpfEngine, load
-from agent.engines.ebpf.place import cgroup2, mount_bpffs
+from agent.engines.ebpf.place import mount_bpffs
+from agent.host import cgroups
+from agent.policy import Cgroup
 
 _numbers = itertools.count()
 _MNT_DETACH = 2
@@ -26,9 +28,9 @@ class OwnPlace:
     cgroup: Path
     pins: Path
 
-    def engine(self, *, applications: Path | None = None) -> EbpfEngine:
+    def engine(self) -> EbpfEngine:
         """The engine for the current namespace, kept to this test's cgroup."""
-        return load(cgroup=applications or self.cgroup, root=self.cgroup, pins=self.pins)
+        return load(top=self.cgroup, pins=self.pins)
 
 
 def enter(cgroup: Path) -> None:
@@ -36,11 +38,16 @@ def enter(cgroup: Path) -> None:
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
 
+def group(directory: Path) -> Cgroup:
+    """The control group of a directory."""
+    return cgroups.find(str(directory.relative_to(cgroups.root())))
+
+
 @contextlib.contextmanager
 def own_place() -> Iterator[OwnPlace]:
     """A cgroup with this process in it, and a BPF file system; both are gone at the end, with all that was attached."""
-    top = cgroup2()
-    before = top / _own_cgroup().lstrip("/")
+    top = cgroups.root()
+    before = top / (cgroups.of_process("self") or "")
     cgroup = top / f"tpctl-test-{os.getpid()}-{next(_numbers)}"
     pins = Path(tempfile.mkdtemp(prefix="tpctl-bpffs-"))
     cgroup.mkdir()
@@ -53,11 +60,6 @@ def own_place() -> Iterator[OwnPlace]:
         ctypes.CDLL(None).umount2(os.fsencode(pins), _MNT_DETACH)
         pins.rmdir()
         _remove(cgroup)
-
-
-def _own_cgroup() -> str:
-    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
 
 
 def _remove(cgroup: Path) -> None:

@@ -24,6 +24,7 @@ from agent.engines.ebpf.engine import EbpfEngine, EbpfPlan
 from agent.engines.ebpf.installed import opened
 from agent.engines.ebpf.programs import PROGRAMS
 from agent.errors import ApplyError, HostError, InputError
+from agent.host import cgroups
 from agent.policy import (
     Dns,
     DnsCapture,
@@ -38,7 +39,7 @@ from agent.policy import (
 )
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, stage
-from tests.netns.ebpf_place import OwnPlace, enter, own_place
+from tests.netns.ebpf_place import OwnPlace, enter, group, own_place
 
 pytestmark = pytest.mark.root
 
@@ -298,10 +299,9 @@ def test_two_namespaces_do_not_affect_each_other(place: OwnPlace) -> None:
 def test_processes_outside_the_chosen_cgroup_are_left_alone(place: OwnPlace) -> None:
     chosen = place.cgroup / "service"
     chosen.mkdir()
-    policy = replace(PLAIN, inbound=Inbound(enabled=False))
+    policy = replace(PLAIN, inbound=Inbound(include_ports=(PortRange(8080),)), cgroup=group(chosen))
     try:
         with laboratory(place) as scene:
-            scene.engine = place.engine(applications=chosen)
             scene.apply(policy)
             scene.lab.serve_data_plane(policy)
             assert scene.outgoing(Family.IPV4) == "peer:8080"
@@ -310,8 +310,8 @@ def test_processes_outside_the_chosen_cgroup_are_left_alone(place: OwnPlace) -> 
             assert scene.outgoing(Family.IPV6) == "host:15001"
             enter(place.cgroup)
             assert scene.outgoing(Family.IPV6) == "peer:8080"
-            with pytest.raises(InputError, match="inbound"):
-                scene.engine.plan(PLAIN)
+            assert scene.arriving(Family.IPV4) == "host:15006"
+            assert scene.arriving(Family.IPV4, 8081) == "host:8081"
             scene.remove()
     finally:
         chosen.rmdir()
@@ -320,16 +320,35 @@ def test_processes_outside_the_chosen_cgroup_are_left_alone(place: OwnPlace) -> 
 def test_the_cgroup_of_an_installation_can_be_changed(place: OwnPlace) -> None:
     chosen = place.cgroup / "service"
     chosen.mkdir()
-    policy = replace(PLAIN, inbound=Inbound(enabled=False))
     try:
         with laboratory(place) as scene:
-            scene.lab.serve_data_plane(policy)
-            for applications, expected in ((None, "host:15001"), (chosen, "peer:8080"), (None, "host:15001")):
-                scene.engine = place.engine(applications=applications)
-                plan = scene.apply(policy)
+            scene.lab.serve_data_plane(PLAIN)
+            for cgroup, expected in ((None, "host:15001"), (group(chosen), "peer:8080"), (None, "host:15001")):
+                plan = scene.apply(replace(PLAIN, cgroup=cgroup))
                 assert [scene.outgoing(family) for family in Family] == [expected, expected]
                 with scene.lab.inside(HOST):
                     assert scene.engine.inspect(plan).drift == ()
+            scene.remove()
+    finally:
+        chosen.rmdir()
+
+
+def test_a_service_that_was_started_anew_shows_as_drift(place: OwnPlace) -> None:
+    chosen = place.cgroup / "service"
+    chosen.mkdir()
+    try:
+        with laboratory(place) as scene:
+            plan = scene.apply(replace(PLAIN, cgroup=group(chosen)))
+            chosen.rmdir()
+            with scene.lab.inside(HOST):
+                assert any("gone" in line for line in scene.engine.inspect(plan).drift)
+                chosen.mkdir()
+                assert any("gone" in line for line in scene.engine.inspect(plan).drift)
+                scene.apply(replace(PLAIN, cgroup=group(chosen)))
+            scene.lab.serve_data_plane(PLAIN)
+            enter(chosen)
+            assert scene.outgoing(Family.IPV4) == "host:15001"
+            enter(place.cgroup)
             scene.remove()
     finally:
         chosen.rmdir()
@@ -489,6 +508,6 @@ def test_an_old_kernel_is_named(place: OwnPlace, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_host_without_cgroup2_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ebpf_place, "_mounts", lambda _process, _kind: [])
+    monkeypatch.setattr(cgroups, "mounts", lambda _process, _kind: [])
     with pytest.raises(HostError, match="cgroup2"):
         ebpf_place.find(pins=Path("/nowhere"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from agent.decide import Action, Connection, Direction, State, Verdict, decide
 from agent.policy import (
     ALL_PORTS,
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -156,6 +157,29 @@ def test_p1_other_protocols(protocol: str) -> None:
 
 
 VNETS = (VirtualNetwork("docker0", ip_network("172.17.0.0/16")), VirtualNetwork("br+", ip_network("fd17::/64")))
+
+
+SERVICE = Cgroup("system.slice/app.service", 7)
+
+
+@pytest.mark.parametrize("where", [None, "", "system.slice", "system.slice/app.service2", "user.slice/app.service"])
+@both_families
+def test_c1_outside_the_cgroup_nothing_that_is_opened_is_redirected(v: int, where: str | None) -> None:
+    asked = dataclasses.replace(capture_all(), cgroup=SERVICE)
+    for connection in (out(REMOTE[v]), query(SERVER[v]), out(OWN[v], uid=PROXY)):
+        outside = dataclasses.replace(connection, cgroup=where)
+        assert verdict(asked, outside) == ("c1", Action.PASS, None)
+    assert zone(asked, dataclasses.replace(query(SERVER[v]), cgroup=where)) == UPSTREAM
+    assert verdict(asked, arrives(OWN[v]))[0] == "i7"
+
+
+@pytest.mark.parametrize("where", ["system.slice/app.service", "system.slice/app.service/worker"])
+@both_families
+def test_c1_inside_the_cgroup_and_below_it_the_other_rules_are_asked(v: int, where: str) -> None:
+    asked = dataclasses.replace(capture_all(), cgroup=SERVICE)
+    assert verdict(asked, out(REMOTE[v], cgroup=where))[0] == "o7"
+    assert verdict(asked, query(SERVER[v], cgroup=where))[0] == "d3"
+    assert zone(asked, query(SERVER[v], cgroup=where)) == CAPTURED
 
 
 @pytest.mark.parametrize(("interface", "inside", "v"), [("docker0", "172.17.0.9", 4), ("br-7", "fd17::9", 6)])

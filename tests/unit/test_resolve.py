@@ -11,7 +11,7 @@ from agent.config import load
 from agent.errors import HostError, InputError
 from agent.host.facts import Host
 from agent.host.sockets import Listener
-from agent.policy import Address, DnsCapture, Family, NameServer, Policy, Protocol, contains
+from agent.policy import Address, Cgroup, DnsCapture, Family, NameServer, Policy, Protocol, contains
 from agent.resolve import Resolved, resolve
 
 
@@ -27,6 +27,8 @@ class FakeHost:
     sockets: tuple[Listener, ...] = ()
     processes: dict[int, int] = field(default_factory=dict)
     ssh_session: int | None = None
+    cgroups: dict[str, int] = field(default_factory=lambda: {"system.slice/app.service": 7})
+    process_groups: dict[int, str] = field(default_factory=dict)
 
     def uid_of(self, user: str) -> int | None:
         return self.users.get(user)
@@ -50,6 +52,14 @@ class FakeHost:
 
     def process_uid(self, listener: Listener) -> int | None:
         return self.processes.get(listener.inode)
+
+    def cgroup(self, path: str) -> Cgroup:
+        if path not in self.cgroups:
+            raise HostError(f"there is no control group {path}")
+        return Cgroup(path, self.cgroups[path])
+
+    def process_cgroup(self, listener: Listener) -> str | None:
+        return self.process_groups.get(listener.inode)
 
     def ssh_session_port(self) -> int | None:
         return self.ssh_session
@@ -97,6 +107,40 @@ def test_everything_arrives_in_the_policy_and_the_options() -> None:
     assert (policy.drop_invalid, policy.log_level, len(policy.virtual_networks)) == (True, 1, 1)
     unchanged = [name for name in options.__slots__ if getattr(options, name) == getattr(default.options, name)]
     assert unchanged == ["executables"]
+
+
+APP = "system.slice/app.service"
+
+
+@pytest.mark.parametrize("spelling", [APP, f"/{APP}/", f"/sys/fs/cgroup/{APP}"])
+def test_beside_a_cgroup_only_named_ports_that_arrive_are_redirected(spelling: str) -> None:
+    alone = resolved(cgroup=spelling)
+    assert alone.policy.cgroup == Cgroup(APP, 7)
+    assert not alone.policy.inbound.enabled
+    assert any("--include-inbound-ports" in notice for notice in alone.notices)
+    named = resolved(cgroup=spelling, inbound_include_ports="8080")
+    assert (named.policy.inbound.enabled, named.notices) == (True, ())
+
+
+def test_a_cgroup_that_is_not_there_and_ports_of_other_services_are_problems() -> None:
+    assert "no control group a.slice" in problems(cgroup="a.slice")[0]
+    for flags in ({"inbound_enabled": "true"}, {"inbound_exclude_ports": "22"}):
+        assert "--include-inbound-ports" in problems(cgroup=APP, **flags)[0]
+    assert resolved(cgroup=APP, inbound_enabled="false").policy.inbound.enabled is False
+
+
+@pytest.mark.parametrize("bad", ["/", "a/../b", "a//b", 'a"b', "a/."])
+def test_what_is_no_cgroup_is_refused(bad: str) -> None:
+    with pytest.raises(InputError, match="--cgroup"):
+        load(flags={"cgroup": [bad]})
+
+
+def test_a_local_resolver_outside_the_cgroup_cannot_loop() -> None:
+    host = FakeHost(resolv="nameserver 127.0.0.53\n", sockets=(dns_socket("127.0.0.53", 101),), processes={1: 101})
+    assert "loop" in problems(host, dns_capture_all="true")[0]
+    assert resolved(host, dns_capture_all="true", cgroup=APP).policy.dns.capture is DnsCapture.ALL
+    host.process_groups[1] = f"{APP}/below"
+    assert "loop" in problems(host, dns_capture_all="true", cgroup=APP)[0]
 
 
 def test_log_level_without_logs_logs_nothing() -> None:

@@ -22,8 +22,8 @@ from agent.engines.ebpf.installed import Installed, Switch, clear_dead, is_dead,
 from agent.engines.ebpf.maps import fill, maps_for
 from agent.engines.ebpf.place import Place
 from agent.engines.ebpf.programs import POLICY_MAPS, PROGRAMS, Program
-from agent.errors import ApplyError, HostError, InputError
-from agent.policy import Policy
+from agent.errors import ApplyError, HostError
+from agent.policy import Cgroup, Policy
 
 _MINIMUM = (5, 10)
 _SETTLE_SECONDS = 0.02
@@ -38,6 +38,8 @@ class EbpfPlan:
     """What the programs' maps hold for a policy."""
 
     contents: Contents
+    cgroup: Cgroup | None = None
+    """Whose connections are redirected; None means those of every process."""
 
     def render(self) -> str:
         """The programs and what their maps would hold, a line an entry."""
@@ -66,13 +68,7 @@ class EbpfEngine:
 
     def plan(self, policy: Policy) -> EbpfPlan:
         """The maps for a policy. Raises InputError for what eBPF cannot do."""
-        if policy.inbound.enabled and self.where.applications != self.where.data_plane:
-            raise InputError(
-                f"the cgroup {self.where.applications}: connections that arrive cannot be kept to one cgroup by the "
-                "eBPF engine, only those that its processes open; switch inbound redirection off "
-                "(--redirect-inbound=false)"
-            )
-        return EbpfPlan(contents_for(policy))
+        return EbpfPlan(contents_for(policy), policy.cgroup)
 
     def preview(self, policy: Policy) -> str:
         """What `apply` would put into the kernel. Changes nothing."""
@@ -110,7 +106,7 @@ class EbpfEngine:
                 stack.callback(os.close, loaded[program.name])
             port = plan.contents.settings.inbound_port
             listeners.register(maps["listeners"], port)
-            Switch(self.where, self.where.folder, place.netns().inode).run(loaded, before)
+            Switch(self.where, plan.cgroup, place.netns().inode).run(loaded, before)
             # Again, for those that began to listen before the new sockops program could see it.
             listeners.register(maps["listeners"], port)
             _announce_namespace()
@@ -120,7 +116,7 @@ class EbpfEngine:
 
         Before Linux 5.15 a socket has one cgroup, and once a host has used net_cls or net_prio it is theirs.
         """
-        if place.is_inside(self.where.data_plane) and syscall.lookup(anchor, bytes(4), 8) == bytes(8):
+        if place.is_inside(self.where.top) and syscall.lookup(anchor, bytes(4), 8) == bytes(8):
             unpin(folder, tuple(program.name for program in PROGRAMS))
             raise ApplyError(
                 "the eBPF programs were attached, but the kernel does not run them: on this host sockets belong to "
@@ -146,7 +142,11 @@ class EbpfEngine:
 
     def _drift(self, plan: EbpfPlan, found: Installed) -> Iterator[str]:
         here = place.netns()
-        expected = targets(self.where, here.inode)
+        try:
+            expected = targets(self.where, plan.cgroup, here.inode)
+        except FileNotFoundError:
+            yield f"-the cgroup {plan.cgroup}, which is gone"
+            return
         for program in PROGRAMS:
             attached = found.links.get(program.name)
             if attached is None:
@@ -238,11 +238,10 @@ def _kernel() -> tuple[int, ...]:
 def load(
     options: EngineOptions | None = None,
     *,
-    cgroup: Path | None = None,
-    root: Path | None = None,
+    top: Path | None = None,
     pins: Path | None = None,
 ) -> EbpfEngine:
-    """The engine for this host. `cgroup` limits whose connections are redirected; `root` must hold the data plane too.
+    """The engine for this host, or for what runs in the control group of a directory, `top`.
 
     `pins` is a BPF file system. Raises HostError, naming what was found and what is needed, when the host cannot do it;
     nothing was touched.
@@ -252,6 +251,6 @@ def load(
     if _kernel() < _MINIMUM:
         needed = ".".join(map(str, _MINIMUM))
         raise HostError(f"this is Linux {os.uname().release}, and the eBPF engine needs {needed} or later; {_INSTEAD}")
-    where = place.find(cgroup, root, pins)
+    where = place.find(top, pins)
     btf.definitions(btf.kernel(), cookie=place.netns().is_cookie)
     return EbpfEngine(where, options or EngineOptions())

@@ -15,6 +15,7 @@ from agent.engines.ebpf import syscall
 from agent.engines.ebpf.place import Place
 from agent.engines.ebpf.programs import MAPS, PROGRAMS, Program, Scope
 from agent.errors import ApplyError
+from agent.policy import Cgroup
 
 _NEXT = "_next"
 """The BPF file system allows no dots in names."""
@@ -66,11 +67,14 @@ def opened(folder: Path) -> Iterator[Installed]:
         yield found
 
 
-def targets(place: Place, inode: int) -> Mapping[Scope, int]:
-    """What each scope's links should report as attached to: a cgroup's id is its directory's inode number."""
+def targets(place: Place, cgroup: Cgroup | None, inode: int) -> Mapping[Scope, int]:
+    """What each scope's links should report as attached to: a cgroup's id is its directory's inode number.
+
+    Raises OSError when the cgroup is gone.
+    """
     return {
-        Scope.APPLICATIONS: place.applications.stat().st_ino,
-        Scope.DATA_PLANE: place.data_plane.stat().st_ino,
+        Scope.APPLICATIONS: place.applications(cgroup).stat().st_ino,
+        Scope.DATA_PLANE: place.top.stat().st_ino,
         Scope.NAMESPACE: inode,
     }
 
@@ -78,10 +82,11 @@ def targets(place: Place, inode: int) -> Mapping[Scope, int]:
 class Switch:
     """Puts loaded programs in the place of whatever is pinned, one atomic step a program; undoes on failure."""
 
-    def __init__(self, place: Place, folder: Path, inode: int) -> None:
+    def __init__(self, place: Place, cgroup: Cgroup | None, inode: int) -> None:
         self.place = place
-        self.folder = folder
-        self.targets = targets(place, inode)
+        self.cgroup = cgroup
+        self.folder = place.folder
+        self.targets = targets(place, cgroup, inode)
         self.superseded: list[int] = []
         """Links of another cgroup, to be detached when all the new ones are there."""
 
@@ -128,8 +133,8 @@ class Switch:
 
     def _attach(self, program: Program, code: int) -> int:
         place = {
-            Scope.APPLICATIONS: self.place.applications,
-            Scope.DATA_PLANE: self.place.data_plane,
+            Scope.APPLICATIONS: self.place.applications(self.cgroup),
+            Scope.DATA_PLANE: self.place.top,
             Scope.NAMESPACE: Path("/proc/thread-self/ns/net"),
         }[program.scope]
         target = os.open(place, os.O_RDONLY | os.O_CLOEXEC)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import ApplyError, HostError
+from agent.host import cgroups
+from agent.host.mounts import INIT, mount_numbers, mounts
+from agent.policy import Cgroup
 
 BPFFS = Path("/sys/fs/bpf")
-_INIT = Path("/proc/1")
 _OURS = "tpctl"
 _SO_NETNS_COOKIE = 71
 _INSTEAD = "use --engine nftables or --engine iptables"
@@ -49,12 +51,14 @@ def netns() -> Netns:
 class Place:
     """The directories the engine works in."""
 
-    applications: Path
-    """Connections of the processes in this cgroup are redirected."""
-    data_plane: Path
-    """A cgroup that holds the data plane's processes and the applications'."""
+    top: Path
+    """The cgroup that holds the data plane's processes and the applications': normally the root of the hierarchy."""
     bpffs: Path
     """Where links are pinned."""
+
+    def applications(self, cgroup: Cgroup | None) -> Path:
+        """The directory of the cgroup whose connections are redirected."""
+        return cgroups.root() / cgroup.path if cgroup else self.top
 
     @property
     def folder(self) -> Path:
@@ -76,32 +80,10 @@ class Place:
         return iter(sorted(ours.iterdir())) if ours.is_dir() else iter(())
 
 
-def _mounts(process: str, kind: str) -> list[Path]:
-    """Where a file system of a kind is mounted, in a process's view (proc_pid_mountinfo(5))."""
-    found = []
-    for line in Path("/proc", process, "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        if after.split(" ", 1)[0] == kind:
-            found.append(Path(before.split(" ")[4]))
-    return found
-
-
-def cgroup2() -> Path:
-    """The root of the unified hierarchy. Raises HostError when it is not mounted."""
-    found = _mounts("thread-self", "cgroup2")
-    if not found:
-        raise HostError(f"the eBPF engine needs cgroup2, and it is not mounted on this host; {_INSTEAD}")
-    return found[0]
-
-
 def is_inside(cgroup: Path) -> bool:
     """Whether this process is in a cgroup, or in one below it."""
-    try:
-        lines = Path("/proc/thread-self/cgroup").read_text(encoding="utf-8").splitlines()
-        own = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
-        return (cgroup2() / own.lstrip("/")).is_relative_to(cgroup)
-    except (OSError, StopIteration):
-        return False
+    own = cgroups.of_process("thread-self")
+    return own is not None and (cgroups.root() / own).is_relative_to(cgroup)
 
 
 def bpffs() -> Path:
@@ -110,12 +92,12 @@ def bpffs() -> Path:
     `ip netns exec` puts an empty /sys of its own in front of it, and whatever is pinned there ends with the command;
     the way around goes through the root directory of process 1.
     """
-    if BPFFS in _mounts("thread-self", "bpf"):
+    if BPFFS in mounts("thread-self", "bpf"):
         return BPFFS
     try:
-        if BPFFS in _mounts("1", "bpf"):
-            return _INIT / "root" / BPFFS.relative_to("/")
-        private = not _mount_numbers("thread-self") & _mount_numbers("1")
+        if BPFFS in mounts("1", "bpf"):
+            return INIT / "root" / BPFFS.relative_to("/")
+        private = not mount_numbers("thread-self") & mount_numbers("1")
     except OSError:
         private = False  # process 1 is none of our business here: this is a container, with mounts of its own
     if private:
@@ -125,16 +107,10 @@ def bpffs() -> Path:
     return BPFFS
 
 
-def _mount_numbers(process: str) -> set[str]:
-    """The ids of what a process sees mounted. No two mount namespaces have one in common."""
-    lines = Path("/proc", process, "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return {line.split(" ", 1)[0] for line in lines}
-
-
 def mount_bpffs(place: Path) -> None:
     """Mount the BPF file system unless it is there already. Raises HostError."""
-    mounted = _mounts("thread-self", "bpf")
-    if place in mounted or str(place).startswith(str(_INIT)):
+    mounted = mounts("thread-self", "bpf")
+    if place in mounted or str(place).startswith(str(INIT)):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"bpf", os.fsencode(place), b"bpf", 0, b"mode=0700") != 0:
@@ -142,11 +118,12 @@ def mount_bpffs(place: Path) -> None:
         raise HostError(f"the BPF file system cannot be mounted at {place}: {reason}; {_INSTEAD}")
 
 
-def find(cgroup: Path | None = None, root: Path | None = None, pins: Path | None = None) -> Place:
-    """The place to work in: the whole host unless told otherwise. Raises HostError."""
-    top = root or cgroup2()
-    applications = cgroup or top
-    for directory in (top, applications):
-        if not directory.is_dir():
-            raise HostError(f"there is no cgroup {directory}")
-    return Place(applications, top, pins or bpffs())
+def find(top: Path | None = None, pins: Path | None = None) -> Place:
+    """The place to work in: the whole host's unless told otherwise. Raises HostError."""
+    try:
+        chosen = top or cgroups.root()
+    except HostError as error:
+        raise HostError(f"the eBPF engine needs cgroup2: {error}; {_INSTEAD}") from error
+    if not (chosen / "cgroup.procs").exists():
+        raise HostError(f"{chosen} is no directory of control groups; {_INSTEAD}")
+    return Place(chosen, pins or bpffs())

@@ -8,6 +8,8 @@ import pytest
 
 from agent.engines.ebpf import place
 from agent.errors import HostError
+from agent.host import cgroups
+from agent.policy import Cgroup
 
 BPFFS = place.BPFFS
 Mounts = dict[tuple[str, str], list[Path]]
@@ -16,8 +18,8 @@ Mounts = dict[tuple[str, str], list[Path]]
 def seen(monkeypatch: pytest.MonkeyPatch, mounts: Mounts, numbers: dict[str, set[str]] | None = None) -> None:
     """Let processes see these file systems, by process and kind, and mounts of these ids."""
     shared = {"thread-self": {"1", "2"}, "1": {"1", "2"}}
-    monkeypatch.setattr(place, "_mounts", lambda process, kind: mounts.get((process, kind), []))
-    monkeypatch.setattr(place, "_mount_numbers", (numbers or shared).__getitem__)
+    monkeypatch.setattr(place, "mounts", lambda process, kind: mounts.get((process, kind), []))
+    monkeypatch.setattr(place, "mount_numbers", (numbers or shared).__getitem__)
 
 
 def test_the_usual_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,20 +49,19 @@ def test_a_container_that_may_not_look_at_process_1(monkeypatch: pytest.MonkeyPa
             raise PermissionError(13, "Permission denied")
         return []
 
-    monkeypatch.setattr(place, "_mounts", mounts)
+    monkeypatch.setattr(place, "mounts", mounts)
     assert place.bpffs() == BPFFS
 
 
-def test_a_cgroup_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match=f"no cgroup {tmp_path}/gone"):
-        place.find(tmp_path / "gone", tmp_path, tmp_path)
+def test_a_directory_that_holds_no_cgroups(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=f"{tmp_path}/gone is no directory of control groups"):
+        place.find(tmp_path / "gone", tmp_path)
 
 
 def test_the_applications_cgroup_is_the_whole_host_unless_chosen(tmp_path: Path) -> None:
-    (tmp_path / "service").mkdir()
-    whole = place.find(None, tmp_path, tmp_path)
-    assert (whole.applications, whole.data_plane) == (tmp_path, tmp_path)
-    assert place.find(tmp_path / "service", tmp_path, tmp_path).applications == tmp_path / "service"
+    whole = place.Place(tmp_path, tmp_path)
+    assert whole.applications(None) == tmp_path
+    assert whole.applications(Cgroup("system.slice/app.service", 7)) == cgroups.root() / "system.slice/app.service"
 
 
 def test_names_of_namespaces() -> None:

@@ -1,0 +1,54 @@
+"""Control groups of the unified hierarchy (cgroups(7)): where they are mounted, and which one a process is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.errors import HostError
+from agent.host.mounts import INIT, mounts
+from agent.policy import Cgroup
+
+
+def root() -> Path:
+    """The directory of the hierarchy's root. Raises HostError when it is not mounted.
+
+    `ip netns exec` mounts a /sys of its own without it; the way around goes through the root directory of process 1.
+    """
+    found = mounts("thread-self", "cgroup2")
+    if found:
+        return found[0]
+    try:
+        of_first = mounts("1", "cgroup2")
+    except OSError:
+        of_first = []
+    if of_first:
+        return INIT / "root" / of_first[0].relative_to("/")
+    raise HostError("cgroup2, the unified hierarchy of control groups, is not mounted on this host")
+
+
+def find(path: str) -> Cgroup:
+    """The control group of a path. Raises HostError when there is none."""
+    directory = root() / path
+    try:
+        if (directory / "cgroup.procs").exists():
+            return Cgroup(path, directory.stat().st_ino)
+    except OSError as error:
+        raise HostError(f"the control group {path} cannot be read: {error.strerror}") from error
+    raise HostError(f"there is no control group {path} ({directory}); a service's exists only while it runs")
+
+
+def is_current(cgroup: Cgroup) -> bool:
+    """Whether the group of that path is still the one that was meant."""
+    try:
+        return find(cgroup.path) == cgroup
+    except HostError:
+        return False
+
+
+def of_process(process: int | str) -> str | None:
+    """The path of the group a process is in (by pid, or "thread-self"), from the root; None when it cannot be told."""
+    try:
+        lines = Path("/proc", str(process), "cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), None)

@@ -16,6 +16,7 @@ from agent import confirm, state
 from agent.before import Before
 from agent.engine_options import EngineOptions
 from agent.policy import (
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -58,6 +59,7 @@ RECORD = state.State(
         virtual_networks=(VirtualNetwork("docker0", ip_network("172.17.0.0/16")),),
         drop_invalid=True,
         log_level=7,
+        cgroup=Cgroup("system.slice/app.service", 4711),
     ),
     phase=state.INSTALLED,
     installed_at="2026-11-21T00:00:00+00:00",

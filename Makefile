@@ -7,9 +7,10 @@ PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftable
 	dnsutils curl util-linux strace procps
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
 TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd
+BENCH_PACKAGES := nginx-common nginx-light wrk
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations test-vm-ebpf bench-install bench-swap bench-scale clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,10 @@ bench-swap: venv ## connections that leak or fail while policies and engines are
 
 bench-scale: venv ## thousands of exclusions beside none, on each engine: install and new connections a second
 	@$(BIN)/python -m tests.bench.scale
+
+bench-engines: venv ## each engine's redirection through the same Envoy and the same relay (five minutes)
+	@.ci/packages $(BENCH_PACKAGES)
+	@$(BIN)/python -m tests.bench.engines
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

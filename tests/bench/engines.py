@@ -1,0 +1,208 @@
+"""`make bench-engines`: what each engine's redirection costs, through the same Envoy and through the same relay.
+
+wrk asks nginx for two bytes over a veth pair, in both directions: by a new connection for each request ("Connection:
+close"), and over connections that are kept. Between the two stands one worker of the data plane, reached through each
+engine in turn, or nothing at all. Client, data plane and server share the machine's processors, which are busy all the
+time; so the rate follows from what a connection costs all of them together.
+
+The engines take turns, and each turn has fresh namespaces and a fresh data plane, so that a slower minute of the
+machine meets all of them, and no TIME_WAIT of another turn is in the way. A ratio compares an engine with iptables
+in the same round; the table has the median, the lowest and the highest of the rounds. CPU is what all processes of the
+measurement used, by their cgroup, and hardly depends on who else uses the machine. wrk's latency begins with the
+request, after the connection is made. Nothing here is a test of speed: the exit code is 0 unless something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import agent
+from agent.engine_options import EngineOptions
+from agent.engines import registry
+from agent.engines.base import Engine
+from agent.errors import TpctlError
+from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange
+from agent.rehearsal.namespaces import write_sysctls
+from tests.bench.wrk import CONNECTIONS, PORT, Figures, Workload, measure, server, workloads
+from tests.netns import relay_net
+from tests.netns.ebpf_place import OwnPlace, own_place
+from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
+from tests.netns.test_envoy import running_envoy
+
+ROUNDS = 5
+NEW_SECONDS, KEPT_SECONDS = 2, 1
+EXPECTED = 1.10
+POLICY = Policy(RELAY_UID, inbound=Inbound(exclude_ports=(PortRange(22),)), dns=Dns(DnsCapture.ALL))
+
+IPTABLES, NONE = "iptables nft", "no redirection"
+ENGINES = {
+    IPTABLES: EngineOptions(engine="iptables", iptables_mode="nft"),
+    "iptables legacy": EngineOptions(engine="iptables", iptables_mode="legacy"),
+    "nftables": EngineOptions(engine="nftables"),
+    "ebpf": EngineOptions(engine="ebpf"),
+}
+DATA_PLANES = ("envoy", "relay")
+SYSCTLS = {"ipv4/ip_local_port_range": "1024 65535", "ipv4/tcp_tw_reuse": "1", "ipv4/tcp_max_syn_backlog": "4096"}
+
+
+@contextlib.contextmanager
+def redirected(net: Net, options: EngineOptions | None, place: OwnPlace) -> Iterator[None]:
+    """Our host behind an engine; the eBPF engine is kept to our own cgroup."""
+    if options is None:
+        yield
+        return
+    with net.inside(net.host):
+        engine: Engine[Any] = place.engine() if options.engine == "ebpf" else registry.select(options).engine
+        engine.apply(engine.plan(POLICY))
+    try:
+        yield
+    finally:
+        with net.inside(net.host):
+            engine.remove()
+
+
+def data_plane(net: Net, name: str, folder: Path) -> contextlib.AbstractContextManager[object]:
+    """One worker of it, as its own user."""
+    if name == "envoy":
+        return running_envoy(net, folder / "envoy.log")
+    return relay_net.relay(net, folder)
+
+
+def require_redirection(net: Net, expected: bool) -> None:
+    """Raise AssertionError unless the server sees another client exactly when a data plane should stand between."""
+    for name, address in ((net.host, PEER), (net.peer, HOST)):
+        with net.connect(name, (address[socket.AF_INET], PORT)) as client:
+            own = f"{client.getsockname()[0]} {client.getsockname()[1]}"
+            client.sendall(b"GET /who HTTP/1.0\r\n\r\n")
+            seen = relay_net.read_all(client).decode().rpartition("\r\n")[2]
+        if (seen != own) != expected:
+            raise AssertionError(f"{own} was seen as {seen}")
+
+
+def turn(engine: str, plane: str | None, chosen: Sequence[Workload], place: OwnPlace) -> list[Figures]:
+    """Every workload through one engine and data plane, in namespaces of their own."""
+    net = Net()
+    with tempfile.TemporaryDirectory(prefix="tpctl-bench-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o755)
+        stack.callback(net.remove)
+        net.create(redirect=False)
+        for space in (net.host, net.peer):
+            with net.inside(space):
+                write_sysctls(SYSCTLS)
+        stack.enter_context(redirected(net, ENGINES.get(engine), place))
+        if plane:
+            stack.enter_context(data_plane(net, plane, folder))
+        stack.enter_context(server(net, net.host, HOST[socket.AF_INET], folder / "host"))
+        stack.enter_context(server(net, net.peer, PEER[socket.AF_INET], folder / "peer"))
+        require_redirection(net, plane is not None)
+        return [measure(net, workload, place, folder) for workload in chosen]
+
+
+@dataclass(slots=True)
+class Contender:
+    """An engine in front of a data plane, and its figures by workload and round."""
+
+    engine: str
+    rounds: dict[str, list[Figures]] = field(default_factory=dict)
+
+    def add(self, chosen: Sequence[Workload], figures: Sequence[Figures]) -> None:
+        """One more round."""
+        for workload, measured in zip(chosen, figures, strict=True):
+            self.rounds.setdefault(workload.name, []).append(measured)
+
+    def ratios(self, workload: Workload, base: Contender, of: str) -> list[float]:
+        """To another one, round by round."""
+        pairs = zip(self.rounds[workload.name], base.rounds[workload.name], strict=True)
+        return [float(getattr(mine, of) / getattr(other, of)) for mine, other in pairs]
+
+    def row(self, workload: Workload, base: Contender) -> str:
+        """One line of the table."""
+        mine = self.rounds[workload.name]
+        rate = spread([figures.rate for figures in mine], "{:.0f}")
+        rates, cpus = (spread(self.ratios(workload, base, of), "{:.2f}") for of in ("rate", "cpu"))
+        cpu = statistics.median(figures.cpu for figures in mine) * 1e6
+        half, most = (statistics.median(getattr(figures, of) for figures in mine) * 1e3 for of in ("median", "slow"))
+        return f"  {self.engine:<16}{rate:>24}{rates:>18}{cpu:>9.1f}{cpus:>18}{half:>9.2f}{most:>9.2f}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Median, lowest and highest."""
+    middle, *ends = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({'-'.join(ends)})"
+
+
+def progress(text: str) -> None:
+    """Tell somebody who watches how far it is."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<60}\r", end="", file=sys.stderr, flush=True)
+
+
+def measured(rounds: int, chosen: Sequence[Workload]) -> dict[str, list[Contender]]:
+    """Everything, by data plane; what nothing stands in the way of is measured once and compared with both."""
+    direct = Contender(NONE)
+    planes = {plane: [Contender(engine) for engine in ENGINES] for plane in DATA_PLANES}
+    turns = [(plane, contender) for plane, contenders in planes.items() for contender in contenders]
+    with own_place() as place:
+        for number in range(rounds):
+            # Each round begins one further on, so that nobody always follows the same one.
+            for plane, contender in [(None, direct), *turns[number:], *turns[:number]]:
+                progress(f"round {number + 1} of {rounds}: {plane or '-'}, {contender.engine}")
+                contender.add(chosen, turn(contender.engine, plane, chosen, place))
+    progress("")
+    return {plane: [*contenders, direct] for plane, contenders in planes.items()}
+
+
+def report(found: dict[str, list[Contender]], chosen: Sequence[Workload]) -> None:
+    """The tables, and how the expectation fared."""
+    for plane, workload in itertools.product(found, chosen):
+        base = found[plane][0]
+        print(f"\n{workload.name}, through one worker of {plane}")
+        print(f"  {'':<16}{workload.unit:>24}{'ratio':>18}{'CPU us':>9}{'ratio':>18}{'p50 ms':>9}{'p99 ms':>9}")
+        for contender in found[plane]:
+            print(contender.row(workload, base))
+    print(f"\nebpf beside {IPTABLES}, new connections/s; expected: at least {EXPECTED:.2f}")
+    for plane, workload in itertools.product(found, chosen):
+        if workload.headers:
+            ebpf = next(contender for contender in found[plane] if contender.engine == "ebpf")
+            ratio = statistics.median(ebpf.ratios(workload, found[plane][0], "rate"))
+            print(f"  {plane}, {workload.name}: {ratio:.2f} ({'ok' if ratio >= EXPECTED else 'BELOW'})")
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each engine (default: %(default)s)")
+    rounds = parser.parse_args().rounds
+    if os.geteuid() != 0:
+        print("error: network namespaces need root", file=sys.stderr)
+        return 2
+    chosen = workloads(NEW_SECONDS, KEPT_SECONDS)
+    print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}, ", end="")
+    print(f"{os.cpu_count()} processors; {rounds} rounds, {CONNECTIONS} connections at a time")
+    print("median (lowest-highest) of the rounds; ratios to iptables nft in the same round")
+    started = time.monotonic()
+    try:
+        report(measured(rounds, chosen), chosen)
+    except (AssertionError, OSError, TpctlError) as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    print(f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

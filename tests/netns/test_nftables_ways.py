@@ -79,7 +79,7 @@ def test_what_is_previewed_is_what_the_kernel_is_given(monkeypatch: pytest.Monke
             assert "".join(given) == without_comments(previewed)
             assert not any("chain" in text for text in given[:-1])  # whatever acts on packets is one transaction
             assert "elements" not in given[-1]  # and looks into sets that were filled before
-            assert not any("set " in text for text in engine.plan(policy).transactions(nft.ours(engine.nft))[:1])
+            assert not any("set " in text for text in engine.plan(policy).transactions(nft.held(engine.nft, engine.where))[:1])
             given.clear()
 
 
@@ -96,7 +96,7 @@ def test_both_ways_give_the_same_listing() -> None:
 
 
 def test_drift_is_seen_where_no_namespace_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(way: Nft, text: str) -> str:
+    def refuse(way: Nft, text: str, where: str) -> str:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(scratch, "_listed_elsewhere", refuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ class NftablesPlan:
     comments: bool = True
 
     @classmethod
-    def of_policy(cls, policy: Policy, options: EngineOptions) -> NftablesPlan:
-        """The plan for a policy."""
-        return cls(table_for(policy), options.comments)
+    def of_policy(cls, policy: Policy, options: EngineOptions, where: str = TABLE) -> NftablesPlan:
+        """The plan for a policy, in a table of that family and name."""
+        return cls(dataclasses.replace(table_for(policy), where=where), options.comments)
 
     def render(self) -> str:
         """The text that nft is given on a host on which nothing of ours is installed."""
@@ -45,7 +46,7 @@ class NftablesPlan:
     def transactions(self, current: Objects | None) -> tuple[str, str]:
         """The same as two texts: one that makes sets which no rule uses yet (may be empty), one that does the rest."""
         prepared = preparation(current, self.table)
-        first = Table(prepared).render() if prepared else ""
+        first = Table(prepared, where=self.table.where).render() if prepared else ""
         return first, replacement(current, self.table, comments=self.comments, prepared=prepared)
 
 
@@ -55,14 +56,15 @@ class NftablesEngine:
     name = "nftables"
     variant: str | None = None
 
-    def __init__(self, way: Nft, options: EngineOptions) -> None:
+    def __init__(self, way: Nft, options: EngineOptions, where: str = TABLE) -> None:
         self.nft = way
         self.options = options
+        self.where = where
         self.reason = f"nf_tables works here, through {way.description}"
 
     def plan(self, policy: Policy) -> NftablesPlan:
         """The table for a policy."""
-        return NftablesPlan.of_policy(policy, self.options)
+        return NftablesPlan.of_policy(policy, self.options, self.where)
 
     def preview(self, policy: Policy) -> str:
         """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
@@ -99,7 +101,9 @@ class NftablesEngine:
         """Take the sets away that were made for rules which the kernel then refused."""
         names = (item.name for item in preparation(current, plan.table))
         lines = (
-            [f"delete set {TABLE} {name}\n" for name in names] if current is not None else [f"delete table {TABLE}\n"]
+            [f"delete set {self.where} {name}\n" for name in names]
+            if current is not None
+            else [f"delete table {self.where}\n"]
         )
         with contextlib.suppress(NftError):  # the refusal of the rules is what the user has to know
             self.nft.execute("".join(lines))
@@ -111,7 +115,7 @@ class NftablesEngine:
             return Inspection(self.name, None, installed=False)
         families = _families(current)
         drift = tuple(self._drift(plan)) if plan else ()
-        return Inspection(self.name, None, True, families, drift, tuple(_counters(current, families)))
+        return Inspection(self.name, None, True, families, drift, tuple(_counters(current, families, self.where)))
 
     def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
         """Remove our table, in one transaction.
@@ -123,7 +127,7 @@ class NftablesEngine:
         current = self._current()
         if current is None:
             return Removal()
-        removed = tuple(_listing(current))
+        removed = tuple(_listing(current, self.where))
         if dry_run:
             return Removal(removed)
         running = drain.running(drain.redirected_ports(current)) if draining else 0
@@ -131,9 +135,11 @@ class NftablesEngine:
             if running:
                 self.nft.execute(drain.leftover(current))
             else:
-                self.nft.execute(f"delete table {TABLE}\n")
+                self.nft.execute(f"delete table {self.where}\n")
         except NftError as refused:
-            raise ApplyError(f"nf_tables refused to remove table {TABLE}: {refused}. Nothing was removed") from refused
+            raise ApplyError(
+                f"nf_tables refused to remove table {self.where}: {refused}. Nothing was removed"
+            ) from refused
         return Removal(removed, (still_running(running),) if running else ())
 
     def hold(self, ports: Iterable[int]) -> int:
@@ -146,7 +152,9 @@ class NftablesEngine:
             try:
                 self.nft.execute(drain.leftover(self._current(), ports))
             except NftError as refused:
-                raise ApplyError(f"nf_tables refused the table {TABLE}: {refused}. Nothing was changed") from refused
+                raise ApplyError(
+                    f"nf_tables refused the table {self.where}: {refused}. Nothing was changed"
+                ) from refused
         return running
 
     def leftovers(self) -> int | None:
@@ -164,26 +172,26 @@ class NftablesEngine:
         running = self.leftovers()
         if running == 0:
             try:
-                self.nft.execute(f"delete table {TABLE}\n")
+                self.nft.execute(f"delete table {self.where}\n")
             except NftError as refused:
-                raise ApplyError(f"nf_tables refused to remove table {TABLE}: {refused}") from refused
+                raise ApplyError(f"nf_tables refused to remove table {self.where}: {refused}") from refused
         return running
 
     def _current(self) -> Objects | None:
         try:
-            return nft.ours(self.nft)
+            return nft.held(self.nft, self.where)
         except NftError as refused:
             raise HostError(f"the tables of nf_tables cannot be read: {refused}") from refused
 
     def _drift(self, plan: NftablesPlan) -> Iterator[str]:
         try:
-            wanted = scratch.blocks(scratch.listing_of(self.nft, plan.render()))
-            actual = scratch.blocks(self.nft.listing(f"list table {TABLE}"))
+            wanted = scratch.blocks(scratch.listing_of(self.nft, plan.render(), self.where))
+            actual = scratch.blocks(self.nft.listing(f"list table {self.where}"))
         except NftError as refused:
             yield f"the kernel's rules cannot be compared with the plan: {refused}"
             return
         for name in dict.fromkeys([*wanted, *actual]):
-            where = f"{TABLE} {name}"
+            where = f"{self.where} {name}"
             yield from difflib.unified_diff(
                 [name, *wanted[name]] if name in wanted else [],
                 [name, *actual[name]] if name in actual else [],
@@ -213,11 +221,11 @@ def still_running(count: int) -> str:
     )
 
 
-def _listing(current: Objects) -> Iterator[str]:
+def _listing(current: Objects, where: str) -> Iterator[str]:
     if drain.is_leftover(current):
-        yield f"nftables: table {TABLE}, left over from an earlier uninstall"
+        yield f"nftables: table {where}, left over from an earlier uninstall"
         return
-    yield f"nftables: table {TABLE}"
+    yield f"nftables: table {where}"
     rules = [item["rule"]["chain"] for item in current if "rule" in item]
     for item in current:
         if "chain" in item:
@@ -253,11 +261,11 @@ def _family_of(rule: dict[str, Any]) -> int | None:
     return None
 
 
-def _counters(current: Objects, families: tuple[int, ...]) -> Iterator[RuleCounter]:
+def _counters(current: Objects, families: tuple[int, ...], where: str) -> Iterator[RuleCounter]:
     everything = families[0] if len(families) == 1 else BOTH_FAMILIES
     for rule in (item["rule"] for item in current if "rule" in item):
         counter = next((part["counter"] for part in rule["expr"] if isinstance(part.get("counter"), dict)), None)
         if counter is not None:
             text = rule.get("comment") or f"rule {rule['handle']}"
             family = _family_of(rule) or everything
-            yield RuleCounter(family, TABLE, rule["chain"], text, counter["packets"], counter["bytes"])
+            yield RuleCounter(family, where, rule["chain"], text, counter["packets"], counter["bytes"])

@@ -9,7 +9,6 @@ import importlib
 import json
 from typing import Any, Protocol
 
-from agent.engines.nftables.table import FAMILY, NAME
 from agent.errors import HostError
 from agent.runner import run
 
@@ -124,12 +123,12 @@ def find() -> Nft:
     return ProgramNft()
 
 
-def ours(nft: Nft) -> Objects | None:
-    """The objects of our table in this namespace; None when there is no such table. Raises NftError."""
+def held(nft: Nft, where: str) -> Objects | None:
+    """The objects of a table (family and name) in this namespace; None when there is none. Raises NftError."""
     tables = (item["table"] for item in nft.objects("list tables") if "table" in item)
-    if not any(table["family"] == FAMILY and table["name"] == NAME for table in tables):
+    if not any(f"{table['family']} {table['name']}" == where for table in tables):
         return None
-    return nft.objects(f"list table {FAMILY} {NAME}")
+    return nft.objects(f"list table {where}")
 
 
 def _parsed(output: str) -> Objects:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from ipaddress import ip_address, ip_network
 
 from agent.engines.nftables.nft import Nft, NftError
 from agent.engines.nftables.ruleset import table_for
-from agent.engines.nftables.table import NAME
+from agent.engines.nftables.table import FAMILY, NAME
 from agent.errors import HostError
 from agent.policy import (
     ALL_PORTS,
@@ -44,7 +45,7 @@ _NEEDS = "Linux 5.2 or later with nf_tables, NAT of the inet family, conntrack z
 
 def require(nft: Nft) -> None:
     """Let the kernel judge a table with every expression, without carrying it out. Raises HostError."""
-    text = table_for(EVERYTHING).render().replace(f"table inet {NAME} ", f"table inet {_PROBE_NAME} ", 1)
+    text = dataclasses.replace(table_for(EVERYTHING), where=f"{FAMILY} {_PROBE_NAME}").render()
     try:
         nft.check(text)
     except NftError as refused:

@@ -11,33 +11,33 @@ import os
 import threading
 
 from agent.engines.nftables.nft import Nft
-from agent.engines.nftables.table import FAMILY, NAME, TABLE
+from agent.engines.nftables.table import FAMILY, TABLE
 
 CLONE_NEWNET = 0x40000000
 
 
-_NAME = f"{NAME}_scratch"
+_SCRATCH = f"{TABLE}_scratch"
 
 
-def listing_of(nft: Nft, text: str) -> str:
-    """How a table would be listed. Raises NftError when the kernel refuses it.
+def listing_of(nft: Nft, text: str, where: str = TABLE) -> str:
+    """How a table (family and name) would be listed. Raises NftError when the kernel refuses it.
 
     A network namespace that is gone afterwards is the place; in a container that may not make one (CAP_SYS_ADMIN is
     needed), a dormant table, which the kernel attaches to no hook.
     """
     try:
-        return _listed_in_thread(nft, text)
+        return _listed_in_thread(nft, text, where)
     except OSError:
-        return _listed_dormant(nft, text)
+        return _listed_dormant(nft, text, where)
 
 
-def _listed_in_thread(nft: Nft, text: str) -> str:
+def _listed_in_thread(nft: Nft, text: str, where: str) -> str:
     """Namespaces belong to threads; in one that ends, nobody has to find the way back."""
     outcome: list[str | BaseException] = []
 
     def work() -> None:
         try:
-            outcome.append(_listed_elsewhere(nft, text))
+            outcome.append(_listed_elsewhere(nft, text, where))
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
             outcome.append(error)
 
@@ -50,24 +50,24 @@ def _listed_in_thread(nft: Nft, text: str) -> str:
     return result
 
 
-def _listed_elsewhere(nft: Nft, text: str) -> str:
+def _listed_elsewhere(nft: Nft, text: str, where: str) -> str:
     """Leaves the calling thread in a namespace of its own. Raises OSError when the kernel refuses one."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     nft.execute(text)
-    return nft.listing(f"list table {TABLE}")
+    return nft.listing(f"list table {where}")
 
 
-def _listed_dormant(nft: Nft, text: str) -> str:
-    body = text.removeprefix(f"table {TABLE} {{")
-    if any(item["table"]["name"] == _NAME for item in nft.objects("list tables") if "table" in item):
-        nft.execute(f"delete table {FAMILY} {_NAME}\n")  # of a run that was killed
-    nft.execute(f"table {FAMILY} {_NAME} {{\n\tflags dormant;{body}")
+def _listed_dormant(nft: Nft, text: str, where: str) -> str:
+    body = text.removeprefix(f"table {where} {{")
+    if any(f"{FAMILY} {item['table']['name']}" == _SCRATCH for item in nft.objects("list tables") if "table" in item):
+        nft.execute(f"delete table {_SCRATCH}\n")  # of a run that was killed
+    nft.execute(f"table {_SCRATCH} {{\n\tflags dormant;{body}")
     try:
-        return nft.listing(f"list table {FAMILY} {_NAME}").replace("\tflags dormant\n", "", 1)
+        return nft.listing(f"list table {_SCRATCH}").replace("\tflags dormant\n", "", 1)
     finally:
-        nft.execute(f"delete table {FAMILY} {_NAME}\n")
+        nft.execute(f"delete table {_SCRATCH}\n")
 
 
 def blocks(listing: str) -> dict[str, list[str]]:

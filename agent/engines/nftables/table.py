@@ -9,6 +9,7 @@ from dataclasses import dataclass
 FAMILY = "inet"
 NAME = "tpctl"
 TABLE = f"{FAMILY} {NAME}"
+"""The engine's own table; another one's can serve another engine for what that one cannot do."""
 COMMENT_PREFIX = "tpctl/"
 COMMENT_LIMIT = 127
 """Bytes; NFTNL_UDATA_COMMENT_MAXLEN (128) counts the terminating zero."""
@@ -73,14 +74,16 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Everything of ours in one network namespace."""
+    """A whole table in one network namespace."""
 
     sets: tuple[Set, ...] = ()
     chains: tuple[Chain, ...] = ()
+    where: str = TABLE
+    """Its family and name."""
 
     def render(self, *, comments: bool = True) -> str:
         """The table as nft(8) reads it; existing base chains of the same hook are added to, not replaced."""
-        return "\n".join([f"table {TABLE} {{", *self._body(comments), "}"]) + "\n"
+        return "\n".join([f"table {self.where} {{", *self._body(comments), "}"]) + "\n"
 
     def _body(self, comments: bool) -> Iterator[str]:
         for item in self.sets:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from agent.engines.nftables.nft import Objects
-from agent.engines.nftables.table import TABLE, Hook, Set, Table
+from agent.engines.nftables.table import Hook, Set, Table
 
 _REFILLS = (1, 0)
 """The first version of nft that may be given a text that makes again what it deletes; see `_usable`."""
@@ -38,7 +39,7 @@ def replacement(
     """
     held = current or []
     kept = frozenset(item.name for item in wanted.sets if item in prepared or (_usable(held) and _holds(held, item)))
-    missing = Table(tuple(item for item in wanted.sets if item.name not in kept), wanted.chains)
+    missing = replace(wanted, sets=tuple(item for item in wanted.sets if item.name not in kept))
     return "".join(f"{line}\n" for line in _clearing(held, wanted, kept)) + missing.render(comments=comments)
 
 
@@ -70,22 +71,22 @@ def _bare(element: str) -> str:
 
 def _clearing(current: Objects, wanted: Table, kept: frozenset[str]) -> Iterator[str]:
     if not _usable(current):
-        yield f"delete table {TABLE}"
+        yield f"delete table {wanted.where}"
         return
     hooks = {chain.name: chain.hook for chain in wanted.chains if chain.hook}
     chains = [item["chain"] for item in current if "chain" in item]
-    yield from (f"flush chain {TABLE} {chain['name']}" for chain in chains)
+    yield from (f"flush chain {wanted.where} {chain['name']}" for chain in chains)
     for kind in ("map", "set"):
         for item in (item[kind] for item in current if kind in item and item[kind]["name"] not in kept):
             # A packet that began in the old generation of a chain and looks into an emptied set after the commit finds
             # nothing there, and an included port would leak; in a set that is deleted whole it still finds everything.
             if kind == "map":
                 # Before Linux 6.4 deleting a map did not release the chains its elements jump to.
-                yield f"flush map {TABLE} {item['name']}"
-            yield f"delete {kind} {TABLE} {item['name']}"
+                yield f"flush map {wanted.where} {item['name']}"
+            yield f"delete {kind} {wanted.where} {item['name']}"
     for chain in chains:
         if hook_of(chain) is None or hooks.get(chain["name"]) != hook_of(chain):
-            yield f"delete chain {TABLE} {chain['name']}"
+            yield f"delete chain {wanted.where} {chain['name']}"
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -13,49 +13,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.vm.debian import KEPT, RELEASES, apt
 from tests.vm.initramfs import INTERPRETER, archive, files
 
-SUITES = {"bullseye": "5.10", "bookworm": "6.1", "trixie": "6.12"}
-KEPT = Path("/var/tmp/tpctl-vm")
 TIMEOUT_SECONDS = 900
 _REGULAR_EXECUTABLE = 0o100755
 _REGULAR = 0o100644
-
-
-def _mirror() -> str:
-    """The mirror of Debian that this machine uses: it has every suite."""
-    listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(SITE)"], capture_output=True, text=True, check=True
-    )
-    return next(site for site in listed.stdout.split() if "security" not in site)
-
-
-def _apt(suite: str, *arguments: str, program: str = "apt-get") -> str:
-    """apt with lists and a cache of its own: the machine's are not touched."""
-    place = KEPT / suite
-    for name in ("lists/partial", "cache/archives/partial"):
-        (place / name).mkdir(parents=True, exist_ok=True)
-    (place / "sources.list").write_text(f"deb {_mirror()} {suite} main\n")
-    options = {
-        "Dir::Etc::SourceList": place / "sources.list",
-        "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State::Lists": place / "lists",
-        "Dir::Cache": place / "cache",
-        "APT::Sandbox::User": "root",
-    }
-    settings = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-    done = subprocess.run([program, *settings, *arguments], capture_output=True, text=True, check=True, cwd=place)
-    return done.stdout
 
 
 def kernel(suite: str) -> tuple[Path, bytes]:
     """A suite's kernel image, and its veth module."""
     unpacked = KEPT / suite / "kernel"
     if not list(unpacked.glob("boot/vmlinuz-*")):
-        _apt(suite, "-q", "update")
-        depends = _apt(suite, "depends", "linux-image-cloud-amd64", program="apt-cache")
+        apt(suite, "-q", "update")
+        depends = apt(suite, "depends", "linux-image-cloud-amd64", program="apt-cache")
         package = re.findall(r"Depends: (linux-image-\S+)", depends)[0]
-        _apt(suite, "-q", "download", package)
+        apt(suite, "-q", "download", package)
         archive_file = max((KEPT / suite).glob(f"{package}_*.deb"))
         subprocess.run(["dpkg", "-x", str(archive_file), str(unpacked)], check=True)
     image = max(unpacked.glob("boot/vmlinuz-*"))
@@ -90,10 +63,10 @@ def main() -> int:
     passwd = b"root:x:0:0:root:/root:/bin/sh\n"
     root = archive(files().items(), {"init": (_REGULAR_EXECUTABLE, init), "etc/passwd": (_REGULAR, passwd)})
     failed = 0
-    for suite in sys.argv[1:] or SUITES:
+    for suite in sys.argv[1:] or RELEASES:
         said = boot(suite, root)
         verdict = re.search(r"VERDICT (\S+): (\d+) connections, (\d+) wrong", said)
-        if verdict and verdict[1].startswith(SUITES[suite]) and verdict[3] == "0":
+        if verdict and verdict[1].startswith(RELEASES[suite]) and verdict[3] == "0":
             print(f"{suite}: Linux {verdict[1]}: {verdict[2]} connections, none wrong", flush=True)
         else:
             failed = 1

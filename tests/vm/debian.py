@@ -1,0 +1,47 @@
+"""The mirror of Debian that this machine uses, and how it is reached."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+KEPT = Path("/var/tmp/tpctl-vm")
+"""What takes long to make and may be used again."""
+RELEASES = {"bullseye": "5.10", "bookworm": "6.1", "trixie": "6.12"}
+"""Debian 11, 12 and 13, and what their kernels' versions begin with."""
+
+
+def mirror() -> str:
+    """The mirror that apt uses: it has every release."""
+    listed = _said("apt-get", "indextargets", "--format", "$(SITE)")
+    return next(site for site in listed.split() if "security" not in site)
+
+
+def reached_by() -> list[str]:
+    """apt's settings about proxies and certificates, one `Name "value";` each."""
+    settings = _said("apt-config", "dump", "--format", '%f "%v";%n', "Acquire::http", "Acquire::https").splitlines()
+    return [one for one in settings if not one.endswith('"";')]
+
+
+def apt(release: str, *arguments: str, program: str = "apt-get", sources: str = "deb") -> str:
+    """apt with lists and a cache of its own: the machine's are not touched. `sources` is "deb" or "deb-src"."""
+    place = KEPT / (release if sources == "deb" else f"{release}-src")
+    for name in ("lists/partial", "cache/archives/partial"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    (place / "sources.list").write_text(f"{sources} {mirror()} {release} main\n")
+    options = {
+        "Dir::Etc::SourceList": place / "sources.list",
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": place / "lists",
+        "Dir::Cache": place / "cache",
+        "APT::Sandbox::User": "root",
+    }
+    settings = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    return _said(program, *settings, *arguments, cwd=place)
+
+
+def _said(*words: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} exited with {done.returncode}:\n{done.stderr}")
+    return done.stdout

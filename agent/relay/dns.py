@@ -1,126 +1,181 @@
-"""Forwards DNS queries over UDP to the name servers of resolv.conf, and their answers back."""
+"""Forwards DNS queries over UDP to the name servers of resolv.conf, and their answers back.
+
+Each query has a socket of its own, connected to one server: the kernel chooses an unpredictable port and drops what
+other addresses send to it. An answer counts only under the id that was drawn for this try and with the question that
+was asked (RFC 5452, 9.1). What arrives on the socket under another id is a guess, of which few are allowed.
+"""
 
 from __future__ import annotations
 
 import errno
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from select import EPOLLIN
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from agent.relay import dns_message, packet_info
 from agent.relay.complaints import Complaints
-from agent.relay.dials import SelfDialGuard
+from agent.relay.dns_counters import DnsCounters
+from agent.relay.dns_message import Question, Rcode
+from agent.relay.dns_upstreams import Plan, Upstreams
 from agent.relay.loop import Loop, Timer
 from agent.relay.original_destination import Destination, unmapped
 
-if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
 MAX_PENDING = 1024
-"""Queries that wait for an answer, in one worker. Each holds a socket for at most the product of the two below."""
-ATTEMPT_SECONDS = 2.0
-MAX_ATTEMPTS = 4
-_ROUNDS = 2
+"""Clients that wait for an answer, in one worker. A query holds a socket until it has one or is out of tries."""
+MAX_QUERY = 4096
+"""Longer queries are dropped; the largest EDNS size in use, and far beyond any query of a resolver."""
+MAX_GUESSES = 16
+"""Wrong answers on one socket, after which the query goes on under another port and id."""
 _BATCH = 64
 _MAX_MESSAGE = 65535
+
+LocalAnswer = Callable[[bytes, Question, bool], bytes | None]
+"""The answer to a query that must not be forwarded, else None; the last argument says that it goes over UDP."""
+
+
+class Waiting(NamedTuple):
+    """A client that waits for an answer."""
+
+    listener: socket.socket
+    client: tuple[str, int]
+    ancillary: tuple[packet_info.Ancillary, ...]
+    identifier: int
 
 
 class Query:
     """A query on its way: to one name server after the other, until one answers."""
 
-    __slots__ = ("ancillary", "attempt", "client", "identifier", "local", "message", "servers", "timer", "upstream")
+    __slots__ = (
+        "fallback", "guesses", "identifier", "local", "message", "plan", "question", "timer", "tries", "upstream",
+        "waiting",
+    )  # fmt: skip
 
-    def __init__(self, message: bytes, client: tuple[str, int], ancillary: list[packet_info.Ancillary]) -> None:
+    def __init__(self, message: bytes, question: Question, plan: Plan, first: Waiting) -> None:
         self.message = message
-        self.client = client
-        self.ancillary = ancillary
-        self.servers: Sequence[Destination] = ()
-        self.attempt = 0
+        self.question = question
+        self.plan = plan
+        self.waiting = {first: None}
+        self.tries = 0
+        self.guesses = 0
         self.identifier = 0
+        self.fallback: bytes | None = None
+        """An answer that another server may have a better one for."""
         self.local: tuple[str, int] | None = None
         self.upstream: socket.socket | None = None
         self.timer: Timer | None = None
 
 
 class DnsForwarder:
-    """The UDP side of one worker's DNS listener."""
+    """The UDP side of one worker's DNS listeners."""
 
     def __init__(
         self,
         loop: Loop,
-        guard: SelfDialGuard,
-        name_servers: Callable[[], Sequence[Destination]],
-        log: FilteringBoundLogger,
+        upstreams: Upstreams,
+        local_answer: LocalAnswer,
+        counters: DnsCounters,
+        complaints: Complaints,
     ) -> None:
         self._loop = loop
-        self._guard = guard
-        self._name_servers = name_servers
-        self._complaints = Complaints(log)
-        self._listener: socket.socket | None = None
-        self._pending: set[Query] = set()
+        self._upstreams = upstreams
+        self._local_answer = local_answer
+        self._counters = counters
+        self._complaints = complaints
+        self._listeners: list[tuple[socket.socket, Callable[[str], bool]]] = []
+        self._queries: dict[bytes, Query] = {}
+        """By what stands behind the id: equal queries share a socket, or each would be one more to guess right."""
         self._own: set[tuple[str, int]] = set()
+        self._waiting = 0
         self.idle: Callable[[], None] | None = None
         """Called whenever the last query has been answered."""
 
     @property
     def busy(self) -> int:
-        """How many queries wait for an answer."""
-        return len(self._pending)
+        """How many clients wait for an answer."""
+        return self._waiting
 
-    def listen(self, listener: socket.socket) -> None:
-        """Serve the queries of a socket for which `packet_info.enable` was called."""
-        self._listener = listener
-        self._loop.watch(listener.fileno(), EPOLLIN, self._on_queries)
+    def listen(self, listener: socket.socket, allows: Callable[[str], bool]) -> None:
+        """Serve the queries of a socket for which `packet_info.enable` was called, from addresses that are allowed."""
+        self._listeners.append((listener, allows))
+        self._loop.watch(listener.fileno(), EPOLLIN, partial(self._on_queries, listener, allows))
 
     def drain(self) -> None:
-        """Take no more queries; the socket stays open for the answers that are due."""
-        if self._listener is not None:
-            self._on_queries(EPOLLIN)
-            self._loop.forget(self._listener.fileno())
+        """Take no more queries; the sockets stay open for the answers that are due."""
+        for listener, allows in self._listeners:
+            self._on_queries(listener, allows, EPOLLIN)
+            self._loop.forget(listener.fileno())
 
     def reset(self) -> None:
         """Give up every query."""
-        for query in tuple(self._pending):
+        for query in tuple(self._queries.values()):
             self._finish(query)
 
-    def _on_queries(self, _mask: int) -> None:
-        assert self._listener is not None
+    def _on_queries(self, listener: socket.socket, allows: Callable[[str], bool], _mask: int) -> None:
         for _ in range(_BATCH):
             try:
-                message, ancillary, _flags, client = self._listener.recvmsg(_MAX_MESSAGE, packet_info.ANCILLARY_SIZE)
+                message, ancillary, flags, client = listener.recvmsg(MAX_QUERY, packet_info.ANCILLARY_SIZE)
             except BlockingIOError:
                 return
             except OSError:
                 continue  # an error of an earlier answer, which recvmsg reports once (udp(7))
-            if dns_message.is_query(message):
-                self._forward(Query(message, client, packet_info.answer_from(ancillary)))
+            if flags & socket.MSG_TRUNC or not dns_message.is_query(message):
+                continue
+            if allows(unmapped(client[0])):
+                source = tuple(packet_info.answer_from(ancillary))
+                self._take(message, Waiting(listener, client, source, dns_message.message_id(message)))
 
-    def _forward(self, query: Query) -> None:
-        if (unmapped(query.client[0]), query.client[1]) in self._own:
+    def _take(self, message: bytes, client: Waiting) -> None:
+        self._counters.udp += 1
+        if (unmapped(client.client[0]), client.client[1]) in self._own:
             self._complaints.warn(
                 "dropped: the relay's own DNS queries come back to it; does it run as the policy's data plane user?"
             )
             return
-        servers = self._guard.others(self._name_servers())
-        if not servers:
-            self._complaints.warn("a DNS query failed: there is no name server to ask")
-            self._answer(query, dns_message.server_failure(query.message))
-        elif len(self._pending) >= MAX_PENDING:
+        question = dns_message.question_of(message)
+        if question is None:
+            self._counters.malformed += 1
+            self._answer(client, dns_message.failure(message, Rcode.FORMERR, None))
+            return
+        local = self._local_answer(message, question, True)
+        if local is not None:
+            self._answer(client, local)
+            return
+        same = self._queries.get(message[2:])
+        if same is not None and client in same.waiting:
+            return  # sent again by a client that is waiting already
+        if self._waiting >= MAX_PENDING:
             self._complaints.warn("a DNS query failed: too many wait for an answer", pending=MAX_PENDING)
-            self._answer(query, dns_message.server_failure(query.message))
+            self._refuse(client, message, question)
+        elif same is not None:
+            self._waiting += 1
+            same.waiting[client] = None
         else:
-            query.servers = (servers * _ROUNDS)[:MAX_ATTEMPTS] if len(servers) < MAX_ATTEMPTS else servers
-            self._pending.add(query)
-            self._ask(query)
+            self._forward(message, question, client)
+
+    def _forward(self, message: bytes, question: Question, client: Waiting) -> None:
+        plan = self._upstreams.plan()
+        if not plan.servers:
+            self._complaints.warn("a DNS query failed: there is no name server to ask")
+            self._refuse(client, message, question)
+            return
+        self._counters.forwarded += 1
+        self._waiting += 1
+        query = self._queries[message[2:]] = Query(message, question, plan, client)
+        self._ask(query)
+
+    def _refuse(self, client: Waiting, message: bytes, question: Question) -> None:
+        self._counters.failed += 1
+        self._answer(client, dns_message.failure(message, Rcode.SERVFAIL, question))
 
     def _ask(self, query: Query) -> None:
         """Ask the next server; out of servers, the query has failed."""
         self._hang_up(query)
-        while query.attempt < len(query.servers):
-            server = query.servers[query.attempt]
-            query.attempt += 1
+        while query.tries < len(query.plan.servers):
+            server = query.plan.servers[query.tries]
+            query.tries += 1
             try:
                 self._send(query, server)
             except OSError as error:
@@ -128,42 +183,63 @@ class DnsForwarder:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     self._complaints.warn("a DNS query failed: out of descriptors")
                     break
+                self._upstreams.failed(server)
             else:
-                query.timer = self._loop.later(ATTEMPT_SECONDS, lambda: self._ask(query))
+                query.timer = self._loop.later(query.plan.timeout_seconds, partial(self._on_silence, query, server))
                 return
-        self._answer(query, dns_message.server_failure(query.message))
-        self._finish(query)
+        if query.fallback is None:
+            self._counters.failed += len(query.waiting)
+        self._finish(query, query.fallback or dns_message.failure(query.message, Rcode.SERVFAIL, query.question))
 
     def _send(self, query: Query, server: Destination) -> None:
-        """Send a query from a socket of its own: an unpredictable port and id, and answers of that server only."""
         upstream = socket.socket(server.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         query.upstream = upstream
-        # The kernel takes a random port of ip_local_port_range for a socket that is not bound.
+        # The kernel takes a random port of ip_local_port_range for a socket that is not bound. Nothing can arrive
+        # before the peer is set as well.
         upstream.connect(server.sockaddr)
         query.identifier = secrets.randbits(16)
+        query.guesses = 0
         host, port = upstream.getsockname()[:2]
         query.local = (host, port)
         self._own.add(query.local)
         upstream.send(dns_message.with_id(query.message, query.identifier))
-        self._loop.watch(upstream.fileno(), EPOLLIN, lambda _mask: self._on_answer(query))
+        self._loop.watch(upstream.fileno(), EPOLLIN, partial(self._on_answer, query, server))
 
-    def _on_answer(self, query: Query) -> None:
+    def _on_silence(self, query: Query, server: Destination) -> None:
+        self._counters.timeouts += 1
+        self._upstreams.failed(server)
+        self._ask(query)
+
+    def _on_answer(self, query: Query, server: Destination, _mask: int) -> None:
         assert query.upstream is not None
         try:
             message = query.upstream.recv(_MAX_MESSAGE)
         except BlockingIOError:
             return
         except OSError:  # the server does not listen, or cannot be reached
+            self._upstreams.failed(server)
             self._ask(query)
             return
-        if dns_message.is_answer(message, query.identifier):
-            self._answer(query, dns_message.with_id(message, dns_message.message_id(query.message)))
-            self._finish(query)
+        if not dns_message.is_answer_to(message, query.identifier, query.message, query.question):
+            self._on_guess(query, server)
+            return
+        self._upstreams.answered(server)
+        if dns_message.rcode_of(message) in dns_message.ELSEWHERE and query.tries < query.plan.distinct:
+            query.fallback = message
+            self._ask(query)
+        else:
+            self._finish(query, message)
 
-    def _answer(self, query: Query, message: bytes) -> None:
-        assert self._listener is not None
+    def _on_guess(self, query: Query, server: Destination) -> None:
+        self._counters.mismatched += 1
+        query.guesses += 1
+        if query.guesses >= MAX_GUESSES:
+            self._complaints.warn("somebody guesses DNS answers: asking again from another port", server=str(server))
+            self._ask(query)
+
+    def _answer(self, client: Waiting, message: bytes) -> None:
         try:
-            self._listener.sendmsg([message], query.ancillary, 0, query.client)
+            client.listener.sendmsg([message], client.ancillary, 0, client.client)
         except OSError as error:  # the client will ask again
             self._complaints.warn("a DNS answer could not be sent", reason=error.strerror)
 
@@ -178,8 +254,13 @@ class DnsForwarder:
             self._loop.close(query.upstream)
             query.upstream = None
 
-    def _finish(self, query: Query) -> None:
+    def _finish(self, query: Query, answer: bytes | None = None) -> None:
+        """Forget a query; with an answer, give it to all who wait for it."""
         self._hang_up(query)
-        self._pending.discard(query)
-        if not self._pending and self.idle is not None:
+        del self._queries[query.message[2:]]
+        self._waiting -= len(query.waiting)
+        if answer is not None:
+            for client in query.waiting:
+                self._answer(client, dns_message.with_id(answer, client.identifier))
+        if not self._queries and self.idle is not None:
             self.idle()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _BATCH = 64
 """Connections accepted an event, so that a burst does not starve the ones that exist."""
 _PAUSE_SECONDS = 0.1
-_DNS_ATTEMPT_SECONDS = 3.0
+_ATTEMPT_SECONDS = 3.0
+"""For one of several upstreams of a virtual address."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -36,14 +37,14 @@ class TcpRelay:
         self,
         context: Context,
         guard: SelfDialGuard,
-        name_servers: Callable[[], Sequence[Destination]],
+        virtual: Callable[[Destination], Sequence[Destination] | None],
         log: FilteringBoundLogger,
         *,
         access_log: bool = False,
     ) -> None:
         self._context = context
         self._guard = guard
-        self._name_servers = name_servers
+        self._virtual = virtual
         self._log = log
         self._complaints = Complaints(log)
         self._access_log = access_log
@@ -127,7 +128,7 @@ class TcpRelay:
         connection = Connection(self._context, client, route, done)
         self._connections.add(connection)
         try:
-            connection.start(_DNS_ATTEMPT_SECONDS if role is Role.DNS else None)
+            connection.start(_ATTEMPT_SECONDS)
         except OSError as error:
             connection.reset(error)
 
@@ -139,8 +140,6 @@ class TcpRelay:
                 destination=str(destination),
             )
             return ()
-        if role is Role.DNS:
-            return self._dns_route()
         if self._guard.refuses(destination):
             self._complaints.warn(
                 "refused: a connection to the relay's own port, which nobody redirected",
@@ -149,13 +148,19 @@ class TcpRelay:
                 destination=str(destination),
             )
             return ()
-        return dials.inbound(destination) if role is Role.INBOUND else dials.outbound(destination)
+        if role is Role.INBOUND:
+            return dials.inbound(destination)
+        upstreams = self._virtual(destination)
+        return dials.outbound(destination) if upstreams is None else self._virtual_route(destination, upstreams)
 
-    def _dns_route(self) -> Sequence[Dial]:
-        servers = self._guard.others(self._name_servers())
-        if not servers:
-            self._complaints.warn("refused: a DNS query over TCP, but there is no name server to ask")
-        return tuple(Dial(server) for server in servers)
+    def _virtual_route(self, destination: Destination, upstreams: Sequence[Destination]) -> Sequence[Dial]:
+        """The upstreams of a virtual address, which is never dialled itself: nobody has it."""
+        others = self._guard.others(upstreams)
+        if not others:
+            self._complaints.warn(
+                "refused: the virtual address has no upstream for this port", destination=str(destination)
+            )
+        return tuple(Dial(upstream) for upstream in others)
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

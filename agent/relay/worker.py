@@ -7,22 +7,20 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
 from functools import partial
 from select import EPOLLIN
 from typing import TYPE_CHECKING
 
-from agent.relay import dials, routes
+from agent.relay import routes
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
 from agent.relay.dials import Role, SelfDialGuard
-from agent.relay.dns import DnsForwarder
+from agent.relay.dns_server import DnsServer
+from agent.relay.dns_settings import DnsSettings
 from agent.relay.listeners import Listeners
 from agent.relay.loop import Loop
 from agent.relay.notify import notify, watchdog_interval
-from agent.relay.original_destination import Destination
 from agent.relay.pump import BUFFER_SIZE, PipePool
-from agent.relay.resolvers import ResolvConf
 from agent.relay.settings import Settings
 from agent.relay.tcp import TcpRelay
 
@@ -55,7 +53,6 @@ class Worker:
         self._settings = settings
         self._log = log
         self._complaints = Complaints(log)
-        self._resolv_conf = ResolvConf(settings.resolv_conf)
         self._loop = Loop()
         self._pool = PipePool()
         self._draining = False
@@ -63,11 +60,11 @@ class Worker:
         guard = SelfDialGuard(settings.ports, routes.is_local)
         buffer = memoryview(bytearray(BUFFER_SIZE))
         context = Context(self._loop, self._pool, buffer, set(), self._missing_source)
-        self._tcp = TcpRelay(context, guard, self._name_servers, log, access_log=settings.access_log)
-        self._dns = DnsForwarder(self._loop, guard, self._name_servers, log)
+        self._dns = DnsServer(self._loop, DnsSettings(resolv_conf=settings.resolv_conf), guard, log)
+        self._tcp = TcpRelay(context, guard, self._dns.upstreams, log, access_log=settings.access_log)
         self._tcp.listen(listeners.inbound, Role.INBOUND)
         self._tcp.listen(listeners.outbound, Role.OUTBOUND)
-        self._tcp.listen(listeners.dns_tcp, Role.DNS)
+        self._dns.listen(listeners.dns_tcp)
         self._dns.listen(listeners.dns_udp)
         if supervisor is not None:
             self._loop.watch(supervisor, EPOLLIN, lambda _mask: self._end("the supervisor has gone"))
@@ -101,15 +98,6 @@ class Worker:
         notify("WATCHDOG=1")
         self._loop.later(interval, partial(self._show_life, interval))
 
-    def _name_servers(self) -> Sequence[Destination]:
-        servers = []
-        for server in self._resolv_conf.servers():
-            try:
-                servers.append(dials.name_server(server))
-            except OSError:
-                self._complaints.warn("a name server's interface does not exist", server=str(server))
-        return servers
-
     def _missing_source(self, source: str) -> None:
         self._complaints.warn(
             "an address the relay dials applications from is missing, so it dials them on the loopback address; "
@@ -132,7 +120,7 @@ class Worker:
         self._draining = True
         notify("STOPPING=1")
         self._tcp.drain()
-        self._dns.drain()
+        self._dns.drain(idle=self._stop_when_idle)
         self._log.info(
             "draining",
             reason=why,
@@ -140,7 +128,7 @@ class Worker:
             queries=self._dns.busy,
             seconds=self._settings.drain_seconds,
         )
-        self._tcp.idle = self._dns.idle = self._stop_when_idle
+        self._tcp.idle = self._stop_when_idle
         self._loop.later(self._settings.drain_seconds, lambda: self._end("the drain timeout has passed"))
         self._stop_when_idle()
 

@@ -34,6 +34,15 @@ def answer_to(message: bytes, last: int) -> bytes:
     return message[:2] + b"\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00" + message[12:] + ANSWER + bytes((last,))
 
 
+def framed(message: bytes) -> bytes:
+    return len(message).to_bytes(2, "big") + message
+
+
+def answer_over_tcp(client: socket.socket, _peer: object) -> None:
+    """Answers one query."""
+    client.sendall(framed(answer_to(client.recv(4096)[2:], 3)))
+
+
 class NameServer:
     """A UDP name server; `serve` gives the answers to a message, none to stay silent."""
 
@@ -203,16 +212,10 @@ def test_changes_of_resolv_conf_are_followed(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [PEER4, PEER6])
 def test_queries_over_tcp_reach_a_server_that_listens(net: Net, tmp_path: Path, asked: str) -> None:
-    framed = len(query(5)).to_bytes(2, "big") + query(5)
-
-    def serve(client: socket.socket, _peer: object) -> None:
-        answer = answer_to(client.recv(4096)[2:], 3)
-        client.sendall(len(answer).to_bytes(2, "big") + answer)
-
-    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), serve)
+    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), answer_over_tcp)
     try:
         with relay_for(net, tmp_path, PEER4, PEER_SECOND), net.connect(net.host, (asked, 53)) as client:
-            client.sendall(framed)
+            client.sendall(framed(query(5)))
             client.shutdown(socket.SHUT_WR)
             assert relay_net.read_all(client)[2:] == answer_to(query(5), 3)
     finally:
@@ -280,12 +283,12 @@ def test_over_tcp_a_server_that_does_not_answer_is_given_up(net: Net, tmp_path: 
     drop = ("INPUT", "-p", "tcp", "-d", PEER4, "--dport", "53", "-j", "DROP")
     on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
     relay_net.run(*on_peer, "-A", *drop)
-    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), relay_net.echo)
+    server = Server(net.listen(net.peer, (PEER_SECOND, 53)), answer_over_tcp)
     try:
         with relay_for(net, tmp_path, PEER4, PEER_SECOND), net.connect(net.host, (PEER4, 53)) as client:
-            client.sendall(b"hello")
+            client.sendall(framed(query(5)))
             client.shutdown(socket.SHUT_WR)
-            assert relay_net.read_all(client) == b"hello"
+            assert relay_net.read_all(client)[2:] == answer_to(query(5), 3)
     finally:
         server.close()
         relay_net.run(*on_peer, "-D", *drop)

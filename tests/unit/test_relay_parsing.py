@@ -1,17 +1,16 @@
-"""What the relay parses: socket addresses, netlink answers, control messages, DNS headers, resolv.conf."""
+"""What the relay parses: socket addresses, netlink answers, control messages."""
 
 from __future__ import annotations
 
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.relay import dns_message, packet_info, routes
+from agent.relay import packet_info, routes
 from agent.relay.original_destination import (
     Destination,
     from_socket_name,
@@ -21,7 +20,6 @@ from agent.relay.original_destination import (
     recover,
     unmapped,
 )
-from agent.relay.resolvers import RECHECK_SECONDS, ResolvConf
 
 PORTS = st.integers(0, 65535)
 V4 = st.ip_addresses(v=4)
@@ -145,63 +143,3 @@ def test_an_ipv6_answer_leaves_from_the_address_asked(asked: IPv6Address, interf
 def test_without_packet_information_the_kernel_chooses() -> None:
     assert packet_info.answer_from([]) == []
     assert packet_info.answer_from([(socket.SOL_IP, packet_info.IP_PKTINFO, b"short")]) == []
-
-
-IDS = st.integers(0, 65535)
-QUERIES = st.builds(
-    lambda identifier, flags, rest: identifier.to_bytes(2, "big") + bytes((flags & 0x7F,)) + rest,
-    IDS,
-    st.integers(0, 255),
-    st.binary(min_size=9, max_size=300),
-)
-
-
-@given(QUERIES, IDS)
-def test_an_id_is_rewritten_and_nothing_else(message: bytes, identifier: int) -> None:
-    rewritten = dns_message.with_id(message, identifier)
-    assert dns_message.message_id(rewritten) == identifier
-    assert rewritten[2:] == message[2:]
-    assert dns_message.with_id(rewritten, dns_message.message_id(message)) == message
-
-
-@given(st.binary(max_size=100), IDS)
-def test_a_message_is_a_query_or_an_answer_or_too_short(message: bytes, identifier: int) -> None:
-    if len(message) < dns_message.HEADER_SIZE:
-        assert not dns_message.is_query(message)
-        assert not dns_message.is_answer(message, identifier)
-    else:
-        own = dns_message.message_id(message)
-        assert dns_message.is_query(message) is not dns_message.is_answer(message, own)
-        assert not dns_message.is_answer(message, own ^ 1)
-
-
-@given(QUERIES)
-def test_any_query_can_be_failed(query: bytes) -> None:
-    answer = dns_message.server_failure(query)
-    assert dns_message.is_answer(answer, dns_message.message_id(query))
-    assert answer[3] & 0x0F == 2
-    assert len(answer) <= len(query)
-    if len(answer) > dns_message.HEADER_SIZE:
-        assert answer[dns_message.HEADER_SIZE :] == query[dns_message.HEADER_SIZE : len(answer)]
-        assert answer[4:6] == b"\0\1"
-
-
-def test_a_failed_query_keeps_its_question_but_no_additional_records() -> None:
-    question = b"\x07example\x03com\x00\x00\x1c\x00\x01"
-    query = b"\xab\xcd\x01\x20\x00\x01\x00\x00\x00\x00\x00\x01" + question + b"\x00\x00\x29" + bytes(8)
-    assert dns_message.server_failure(query) == b"\xab\xcd\x81\x82\x00\x01" + bytes(6) + question
-
-
-def test_resolv_conf_is_followed_and_kept_while_it_is_missing(tmp_path: Path) -> None:
-    now = 0.0
-    path = tmp_path / "resolv.conf"
-    path.write_text("nameserver 192.0.2.1\n")
-    conf = ResolvConf(path, lambda: now)
-    assert [str(server) for server in conf.servers()] == ["192.0.2.1"]
-    path.write_text("nameserver 192.0.2.22\n")
-    assert [str(server) for server in conf.servers()] == ["192.0.2.1"], "not looked at on every query"
-    now += RECHECK_SECONDS
-    assert [str(server) for server in conf.servers()] == ["192.0.2.22"]
-    path.unlink()
-    now += RECHECK_SECONDS
-    assert [str(server) for server in conf.servers()] == ["192.0.2.22"]

@@ -1,0 +1,84 @@
+"""The DNS side of one worker: what `agent.relay.worker` uses of the modules `dns*`."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from agent.relay.complaints import Complaints
+from agent.relay.dials import SelfDialGuard
+from agent.relay.dns import DnsForwarder
+from agent.relay.dns_counters import DnsCounters
+from agent.relay.dns_local import LocalZone
+from agent.relay.dns_settings import DnsSettings
+from agent.relay.dns_tcp import DnsStreams
+from agent.relay.dns_tcp_upstream import Shared
+from agent.relay.dns_upstreams import Upstreams
+from agent.relay.loop import Loop
+from agent.relay.original_destination import Destination
+from agent.relay.resolvers import ResolvConf
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+
+def anybody(_host: str) -> bool:
+    """The access rule of a listener that has none."""
+    return True
+
+
+class DnsServer:
+    """Answers queries from the local zone, and forwards all others. Raises InputError when the zone file is unusable.
+
+    `agent.relay.dns_local.read_zone` says that before there is a worker.
+    """
+
+    def __init__(self, loop: Loop, settings: DnsSettings, guard: SelfDialGuard, log: FilteringBoundLogger) -> None:
+        complaints = Complaints(log)
+        self.counters = DnsCounters()
+        self._zone = LocalZone(settings, loop, self.counters, log)
+        resolv_conf = ResolvConf(settings.resolv_conf)
+        over_udp = Upstreams(resolv_conf, guard, complaints)
+        over_tcp = Shared(loop, Upstreams(resolv_conf, guard, complaints), self.counters, set())
+        self._udp = DnsForwarder(loop, over_udp, self._zone.answer, self.counters, complaints)
+        self._tcp = DnsStreams(over_tcp, self._zone.answer, complaints)
+        self._turn = itertools.count()
+
+    @property
+    def busy(self) -> int:
+        """How many queries wait for an answer."""
+        return self._udp.busy + self._tcp.busy
+
+    def listen(self, listener: socket.socket, allows: Callable[[str], bool] = anybody) -> None:
+        """Serve a listener, over UDP (for which `packet_info.enable` was called) or TCP.
+
+        `allows` says whether a client's address, as text and IPv4 in its own form, may ask.
+        """
+        if listener.type == socket.SOCK_DGRAM:
+            self._udp.listen(listener, allows)
+        else:
+            self._tcp.listen(listener, allows)
+
+    def upstreams(self, destination: Destination) -> tuple[Destination, ...] | None:
+        """What to dial, best first, for a connection to a virtual address of the zone; see `Vips.upstreams`.
+
+        Several upstreams take turns.
+        """
+        found = self._zone.vips.upstreams(destination)
+        if found is None or len(found) < 2:
+            return found
+        first = next(self._turn) % len(found)
+        return found[first:] + found[:first]
+
+    def drain(self, idle: Callable[[], None]) -> None:
+        """Take no more queries; `idle` is called whenever the last one has been answered."""
+        self._udp.drain()
+        self._tcp.drain()
+        self._udp.idle = self._tcp.idle = idle
+
+    def reset(self) -> None:
+        """Give up every query."""
+        self._udp.reset()
+        self._tcp.reset()

@@ -1,0 +1,235 @@
+"""Reads the local zone from a file: YAML, or as hosts(5)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+
+from agent.config_values import BadValueError, whole_number
+from agent.errors import InputError
+from agent.policy import MAX_PORT
+from agent.relay.dns_vips import ANY_PORT, Upstreams, Vips
+from agent.relay.dns_zone import DEFAULT_TTL, Addresses, Zone
+from agent.relay.original_destination import Destination
+
+MAX_FILE_SIZE = 16 * 1024 * 1024
+"""Octets; such a file has some 300 000 names. Read whole, so it must have an end."""
+MAX_TTL = 2**31 - 1
+"""RFC 2181, 8."""
+_YAML_SUFFIXES = (".yaml", ".yml")
+_KEYS = ("ttl", "names")
+_NAME_KEYS = ("addresses", "upstreams")
+
+
+def wire_name(text: str) -> bytes:
+    """A domain name in wire form, in lower case. Raises BadValueError."""
+    import dns.exception
+    import dns.name
+
+    try:
+        name = dns.name.from_text(text).to_wire()
+    except (dns.exception.DNSException, UnicodeError) as error:
+        raise BadValueError(f"{text!r} is no domain name: {error}") from None
+    assert name is not None
+    return name.lower()
+
+
+def read_zone_file(path: Path, zone: str) -> Zone:
+    """The zone called `zone` as the file has it. Raises InputError with every problem."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_SIZE + 1)
+    except OSError as error:
+        raise InputError(f"DNS zone file {path}: cannot be read: {error.strerror or error}") from None
+    if len(content) > MAX_FILE_SIZE:
+        raise InputError(f"DNS zone file {path}: is larger than {MAX_FILE_SIZE} bytes")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"DNS zone file {path}: is not UTF-8 text (byte {error.start})") from None
+    try:
+        return parse_yaml_zone(text, zone) if path.suffix in _YAML_SUFFIXES else parse_hosts(text, zone)
+    except BadValueError as bad:
+        raise InputError([f"DNS zone file {path}: {problem}" for problem in bad.problems]) from None
+
+
+def parse_hosts(text: str, zone: str) -> Zone:
+    """A zone from the lines of a hosts(5) file: an address and the names it belongs to. Raises BadValueError."""
+    reading = _Reading(zone)
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if len(words) == 1:
+            reading.problems.append(f"line {number}: {words[0]} has no name")
+        for word in words[1:]:
+            with reading.at(f"line {number}"):
+                reading.add(reading.name(word), [_host(words[0])])
+    return reading.zone(DEFAULT_TTL)
+
+
+def parse_yaml_zone(text: str, zone: str) -> Zone:
+    """A zone from YAML (docs/relay.md has the form). Raises BadValueError."""
+    from agent.config_sources import UnusableFileError, parse_yaml
+
+    try:
+        tree = parse_yaml(text)
+    except UnusableFileError as error:
+        raise BadValueError(str(error)) from None
+    reading = _Reading(zone)
+    ttl = DEFAULT_TTL
+    with reading.at("it"):
+        tree = _mapping(tree, _KEYS)
+        if "ttl" in tree:
+            with reading.at("ttl"):
+                ttl = _ttl(tree["ttl"])
+        with reading.at("names"):
+            for key, value in _mapping(tree.get("names") or {}).items():
+                with reading.at(f"names: {key}"):
+                    _read_name(reading, reading.name(str(key)), value)
+    return reading.zone(ttl)
+
+
+def _read_name(reading: _Reading, name: bytes, value: object) -> None:
+    """One name of a YAML file: its addresses, or a mapping that has them and their upstreams."""
+    upstreams: Upstreams | None = None
+    addresses = value
+    if isinstance(value, Mapping):
+        tree = _mapping(value, _NAME_KEYS)
+        addresses = tree.get("addresses")
+        if "upstreams" in tree:
+            upstreams = _upstreams(tree["upstreams"])
+    hosts = [_host(each) for each in _list(addresses)]
+    if not hosts:
+        raise BadValueError("has no addresses")
+    reading.add(name, hosts)
+    if upstreams is not None:
+        for host in hosts:
+            reading.add_vip(host, upstreams)
+
+
+class _Reading:
+    """What has been read of a file, and what is wrong with it."""
+
+    def __init__(self, zone: str) -> None:
+        self._zone = Zone(wire_name(zone), {})
+        self._text = zone
+        self._names: dict[bytes, Addresses] = {}
+        self._vips: dict[str, Upstreams] = {}
+        self.problems: list[str] = []
+
+    def at(self, where: str) -> _Collector:
+        """A block in which a BadValueError becomes a problem of that place."""
+        return _Collector(self.problems, where)
+
+    def name(self, text: str) -> bytes:
+        """A name of the zone. Raises BadValueError."""
+        name = wire_name(text)
+        if not self._zone.covers(name):
+            raise BadValueError(f"{text} is not a name in the zone {self._text}")
+        return name
+
+    def add(self, name: bytes, hosts: list[str]) -> None:
+        """More addresses of a name."""
+        known = self._names.get(name, Addresses())
+        v4 = dict.fromkeys((*known.v4, *(host for host in hosts if ":" not in host)))
+        v6 = dict.fromkeys((*known.v6, *(host for host in hosts if ":" in host)))
+        self._names[name] = Addresses(tuple(v4), tuple(v6))
+
+    def add_vip(self, host: str, upstreams: Upstreams) -> None:
+        """Where connections to an address go. Raises BadValueError."""
+        address = ip_address(host)
+        if address.is_loopback or address.is_multicast or address.is_unspecified or address.is_link_local:
+            raise BadValueError(f"connections to {host} never reach the relay; choose another virtual address")
+        known = self._vips.get(host, {})
+        for port in known.keys() & upstreams.keys():
+            if known[port] != upstreams[port]:
+                what = f"port {port} of {host}" if port else host
+                raise BadValueError(f"{what} has other upstreams under another name")
+        self._vips[host] = {**known, **upstreams}
+
+    def zone(self, ttl: int) -> Zone:
+        """The result. Raises BadValueError with every problem."""
+        if self.problems:
+            raise BadValueError(self.problems)
+        return Zone(self._zone.origin, self._names, ttl, Vips(self._vips))
+
+
+class _Collector:
+    """Turns a BadValueError into problems, so that the next part is read as well."""
+
+    def __init__(self, problems: list[str], where: str) -> None:
+        self._problems = problems
+        self._where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if not isinstance(error, BadValueError):
+            return False
+        self._problems += [f"{self._where}: {problem}" for problem in error.problems]
+        return True
+
+
+def _mapping(value: object, keys: tuple[str, ...] | None = None) -> Mapping[object, object]:
+    if not isinstance(value, Mapping):
+        raise BadValueError(f"{value!r} is no mapping")
+    if keys is not None:
+        unknown = [str(key) for key in value if key not in keys]
+        if unknown:
+            raise BadValueError(f"there is no key {', '.join(unknown)}; the keys are {', '.join(keys)}")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _ttl(value: object) -> int:
+    number = whole_number(value)
+    if number is None or not 0 <= number <= MAX_TTL:
+        raise BadValueError(f"{value!r} is not within 0-{MAX_TTL}")
+    return number
+
+
+def _host(value: object) -> str:
+    """An IP address in the form of inet_ntop(3), as the kernel's answers are shown."""
+    try:
+        address = ip_address(str(value))
+        return socket.inet_ntop(socket.AF_INET if address.version == 4 else socket.AF_INET6, address.packed)
+    except ValueError:
+        raise BadValueError(f"{value!r} is no IP address") from None
+
+
+def _upstreams(value: object) -> Upstreams:
+    """The addresses for all ports, or a mapping of ports to theirs."""
+    if not isinstance(value, Mapping):
+        return {ANY_PORT: tuple(_destinations(value))}
+    return {_port(key): tuple(_destinations(each)) for key, each in value.items()}
+
+
+def _port(value: object) -> int:
+    number = whole_number(value)
+    if number is None or not 1 <= number <= MAX_PORT:
+        raise BadValueError(f"{value!r} is not a port (1-{MAX_PORT})")
+    return number
+
+
+def _destinations(value: object) -> Iterator[Destination]:
+    """Upstream addresses: ADDRESS, or ADDRESS:PORT with an IPv6 address in brackets."""
+    for each in _list(value):
+        text = str(each)
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if bracketed or (colon and ":" not in host):
+            yield _destination(host.strip("[]"), _port(port))
+        else:
+            yield _destination(text.removeprefix("[").removesuffix("]"), ANY_PORT)
+
+
+def _destination(text: str, port: int) -> Destination:
+    host = _host(text)
+    return Destination(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -45,6 +45,11 @@ def is_current(cgroup: Cgroup) -> bool:
         return False
 
 
+def outdated(cgroup: Cgroup) -> str:
+    """What a comparison with the kernel says of a group that `is_current` is false for: the rules name a dead one."""
+    return f"-the cgroup {cgroup}: the rules name a group that is gone; `tpctl apply` binds them to its successor"
+
+
 def of_process(process: int | str) -> str | None:
     """The path of the group a process is in (by pid, or "thread-self"), from the root; None when it cannot be told."""
     try:

@@ -15,6 +15,8 @@ RESOURCE_PROBLEM = 4
 """Exit code of iptables when the lock is held or the kernel asks to try again (xtables.h)."""
 
 _RETRY_WORTHY = ("Another app is currently holding", "Resource temporarily unavailable", "try again", "File exists")
+_NO_CGROUP = ("Extension cgroup revision", 'unknown option "--path"', "'cgroup': no such parameter")
+"""What iptables-restore and python-iptables say where the kernel only has a match that knows net_cls, or none."""
 _NO_TABLE = ("can't initialize", "unable to initialize", "able does not exist", "CHAIN_ADD failed", "TABLE_ADD failed")
 
 
@@ -76,8 +78,23 @@ def read_tables(tools: Tools) -> dict[str, saved.SavedTable]:
 def classify(done: Finished) -> ApplyError | HostError:
     """The error a failed restore means."""
     said = done.stderr + done.stdout
+    if lacks_cgroup(said):
+        return no_cgroup(done.failure())
     if any(hint in said for hint in _NO_TABLE):
         return HostError(f"this kernel lacks a table that is needed: {done.failure()}")
     if done.exit_code == RESOURCE_PROBLEM or any(hint in said for hint in _RETRY_WORTHY):
         return TransientError(done.failure())
     return ApplyError(done.failure())
+
+
+def lacks_cgroup(said: str) -> bool:
+    """Whether a refusal means that the kernel cannot match a control group by its path."""
+    return any(hint in said for hint in _NO_CGROUP)
+
+
+def no_cgroup(said: str) -> HostError:
+    """The error that is."""
+    return HostError(
+        f"iptables cannot match control groups on this kernel ({said}): --cgroup needs the module xt_cgroup of "
+        "Linux 4.5 or later; load it (modprobe xt_cgroup), or use --engine nftables"
+    )

@@ -18,7 +18,14 @@ from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
 from agent.engines.iptables.parts import FamilyRules, TableRules
 from agent.engines.iptables.ruleset import rules_for
 from agent.errors import HostError, TpctlError
-from agent.policy import Family, Policy
+from agent.host import cgroups
+from agent.policy import Cgroup, Family, Policy
+
+_LEGACY_CGROUP = (
+    "warning: the legacy variant of iptables writes whole tables, and the kernel takes none that names a control group "
+    "which is gone: while the service does not run, no program can change the tables nat and raw; prefer "
+    "--engine nftables"
+)
 
 R = TypeVar("R")
 Tables = Mapping[str, saved.SavedTable]
@@ -30,12 +37,14 @@ class IptablesPlan:
 
     families: tuple[FamilyRules, ...]
     comments: bool = True
+    cgroup: Cgroup | None = None
+    """The control group that rules name by its path; the kernel looks it up when they are made."""
 
     @classmethod
     def of_policy(cls, policy: Policy, options: EngineOptions) -> IptablesPlan:
         """The plan for a policy."""
         families = tuple(rules_for(policy, family) for family in sorted(policy.families))
-        return cls(families, options.comments)
+        return cls(families, options.comments, policy.cgroup)
 
     def render(self) -> str:
         """The restore text of each family, for a host on which nothing of ours is installed."""
@@ -79,10 +88,14 @@ class IptablesEngine:
     def apply(self, plan: IptablesPlan) -> Applied:
         """Replace whatever tpctl or kumactl installed by `plan`; one commit a table, rolled back as a whole."""
         self._require_tools(plan)
+        if plan.cgroup:
+            cgroups.find(plan.cgroup.path)  # what the kernel says of a path that is not there is no help
         backends = self._backends(self.variant, self.choice.tools)
         before = self._retrying(lambda: self._replace(backends, plan))
         replaced = _installations(self.variant, before.values())
         others, notices = self._clear_other_variant()
+        if plan.cgroup and self.variant == "legacy":
+            notices.append(_LEGACY_CGROUP)
         return Applied((*replaced, *others), (*notices, *_unmarked_kuma_rules(before.values())))
 
     def inspect(self, plan: IptablesPlan | None) -> Inspection:
@@ -96,6 +109,8 @@ class IptablesEngine:
         variant = self.variant if self.variant in holding else holding[0]
         tables = held[variant]
         drift = tuple(line for family in tables for line in _drift(family, tables[family], plan)) if plan else ()
+        if plan and plan.cgroup and not cgroups.is_current(plan.cgroup):
+            drift += (cgroups.outdated(plan.cgroup),)
         if len(holding) > 1:
             drift += ("rules of tpctl are in both variants, nft and legacy",)
         families = tuple(int(family) for family in tables if _owners([tables[family]]))

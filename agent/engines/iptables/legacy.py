@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.engine_options import EngineOptions
 from agent.engines.iptables import saved
-from agent.engines.iptables.backend import TransientError, read_tables
+from agent.engines.iptables.backend import TransientError, lacks_cgroup, no_cgroup, read_tables
 from agent.engines.iptables.change import Declare, Delete, DeleteChain, Empty, Place, TableChange
 from agent.engines.iptables.rule import Option, Rule
 from agent.engines.iptables.tools import Tools
@@ -137,6 +137,8 @@ def in_child(work: Callable[[], None]) -> None:
     )
     if "Resource temporarily unavailable" in text:
         raise TransientError(f"libiptc: {text}")
+    if lacks_cgroup(text):
+        raise no_cgroup(f"libiptc: {text}")
     if "can't initialize" in text:
         raise HostError(f"this kernel lacks a table that is needed: libiptc: {text}")
     raise ApplyError(f"libiptc: {text}")

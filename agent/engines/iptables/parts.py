@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.engines.iptables.rule import COMMENT_LIMIT, Criterion, Match, Option, Rule, match
+from agent.errors import InputError
 from agent.policy import (
     DNS_PORT,
     LINK_LOCAL6,
@@ -25,6 +26,8 @@ from agent.policy import (
 )
 
 COMMENT_PREFIX = "tpctl/"
+CGROUP_PATH_LIMIT = 511
+"""Bytes of a control group's path, XT_CGROUP_PATH_SIZE - 1 in include/uapi/linux/netfilter/xt_cgroup.h."""
 MULTIPORT_SLOTS = 15
 """XT_MULTI_PORTS in include/uapi/linux/netfilter/xt_multiport.h; a range takes two."""
 
@@ -121,6 +124,28 @@ class Parts:
     def host(self, server: NameServer) -> Criterion:
         """A name server's address as a criterion."""
         return Criterion(f"{server.address}/{self.host_length}")
+
+    def inside(self) -> tuple[Match, ...]:
+        """Matches packets of sockets that were made in the policy's control group; nothing when there is none.
+
+        What has no socket is outside: the match (xt_cgroup.c) lets it pass neither as it is nor negated, so the rules
+        ask only whether a packet is inside. The path is what the kernel found when the rule was made: a group that is
+        made anew under the same path is another one.
+        """
+        cgroup = self.policy.cgroup
+        if cgroup is None:
+            return ()
+        if len(cgroup.path.encode()) > CGROUP_PATH_LIMIT:
+            raise InputError(
+                f"the path of the control group {cgroup} is longer than iptables can hold ({CGROUP_PATH_LIMIT} bytes); "
+                "use --engine nftables"
+            )
+        return (match("cgroup", ("path", cgroup.path)),)
+
+    @property
+    def whose(self) -> str:
+        """What a comment adds to a rule with the match `inside`."""
+        return f": c1, of the cgroup {self.policy.cgroup}" if self.policy.cgroup else ""
 
     def excluded_destinations(self) -> Iterator[Network]:
         """Those of this family."""

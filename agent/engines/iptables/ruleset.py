@@ -101,9 +101,10 @@ class NatRules(Parts):
         if self.policy.log_level is not None:
             first.append(Rule(OUTBOUND_LOG, comment=comment("log connections that leave")))
         if self.policy.captures_dns(self.family):
-            query = (dport(Protocol.UDP, DNS_PORT),)
-            first.append(Rule(DNS, protocol="udp", matches=query, comment=comment("DNS queries")))
-        outbound = Rule(OUTBOUND, protocol="tcp", matches=(SYN,), comment=comment("new connections of this host"))
+            query = (dport(Protocol.UDP, DNS_PORT), *self.inside())
+            first.append(Rule(DNS, protocol="udp", matches=query, comment=comment(f"DNS queries{self.whose}")))
+        text = f"new connections of this host{self.whose}"
+        outbound = Rule(OUTBOUND, protocol="tcp", matches=(SYN, *self.inside()), comment=comment(text))
         if self.policy.outbound.insert:
             first.append(outbound)
         yield from (Jump("OUTPUT", rule, place) for place, rule in enumerate(first, 1))

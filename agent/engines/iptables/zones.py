@@ -90,4 +90,6 @@ class ZoneRules(Parts):
             yield self._zone_rule(UPSTREAM_ZONE, f"z5: excluded uids {uids}", matches=(owned_by(uids),))
         for network in self.excluded_destinations():
             yield self._zone_rule(UPSTREAM_ZONE, "z5: excluded destination", destination=address(network))
-        yield self._zone_rule(CAPTURED_ZONE, "z3: a query that is redirected")
+        yield self._zone_rule(CAPTURED_ZONE, "z3: a query that is redirected", matches=self.inside())
+        if self.policy.cgroup:
+            yield self._zone_rule(UPSTREAM_ZONE, f"z5: outside the cgroup {self.policy.cgroup}")

@@ -11,13 +11,14 @@ from typing import Any
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
-from agent.engines.nftables import drain, nft, probe, scratch
+from agent.engines.nftables import cgroup, drain, nft, probe, scratch
 from agent.engines.nftables.nft import Nft, NftError, Objects
 from agent.engines.nftables.ruleset import table_for
 from agent.engines.nftables.table import TABLE, Table
 from agent.engines.nftables.transaction import preparation, replacement
 from agent.errors import ApplyError, HostError
-from agent.policy import Family, Policy
+from agent.host import cgroups
+from agent.policy import Cgroup, Family, Policy
 
 BOTH_FAMILIES = 0
 """`RuleCounter.family` of a rule that serves IPv4 and IPv6 alike."""
@@ -29,11 +30,13 @@ class NftablesPlan:
 
     table: Table
     comments: bool = True
+    cgroup: Cgroup | None = None
+    """The control group that rules name by its path; nft looks it up when they are made."""
 
     @classmethod
     def of_policy(cls, policy: Policy, options: EngineOptions, where: str = TABLE) -> NftablesPlan:
         """The plan for a policy, in a table of that family and name."""
-        return cls(dataclasses.replace(table_for(policy), where=where), options.comments)
+        return cls(dataclasses.replace(table_for(policy), where=where), options.comments, policy.cgroup)
 
     def render(self) -> str:
         """The text that nft is given on a host on which nothing of ours is installed."""
@@ -68,7 +71,9 @@ class NftablesEngine:
 
     def preview(self, policy: Policy) -> str:
         """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
-        first, text = self.plan(policy).transactions(self._current())
+        plan = self.plan(policy)
+        first, text = plan.transactions(self._current())
+        text = cgroup.found_by_nft(text, plan.cgroup)
         return f"# first, sets that no rule uses yet\n{first}# then, in one transaction\n{text}" if first else text
 
     def footprint(self) -> Footprint:
@@ -80,8 +85,10 @@ class NftablesEngine:
 
         Sets that they look into are made before that; when the rules are then refused, they are taken away again.
         """
+        cgroup.require(self.nft, plan.cgroup)
         current = self._current()
         first, text = plan.transactions(current)
+        text = cgroup.found_by_nft(text, plan.cgroup)
         prepared = False
         try:
             if first:
@@ -184,8 +191,12 @@ class NftablesEngine:
             raise HostError(f"the tables of nf_tables cannot be read: {refused}") from refused
 
     def _drift(self, plan: NftablesPlan) -> Iterator[str]:
+        if plan.cgroup and not cgroups.is_current(plan.cgroup):
+            yield cgroups.outdated(plan.cgroup)
+            return
         try:
-            wanted = scratch.blocks(scratch.listing_of(self.nft, plan.render(), self.where))
+            text = cgroup.found_by_nft(plan.render(), plan.cgroup)
+            wanted = scratch.blocks(scratch.listing_of(self.nft, text, self.where))
             actual = scratch.blocks(self.nft.listing(f"list table {self.where}"))
         except NftError as refused:
             yield f"the kernel's rules cannot be compared with the plan: {refused}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from agent.engines.nftables import cgroup
 from agent.engines.nftables.intervals import merged_networks, merged_ports, merged_uids
 from agent.engines.nftables.table import Set
 from agent.errors import InputError
@@ -64,6 +65,10 @@ class Parts:
         self.families = tuple(sorted(policy.families))
         self.sets: dict[str, Set] = {}
         self.owner = f"meta skuid {policy.proxy_uid}"
+        self.inside = cgroup.match(policy.cgroup) if policy.cgroup else ""
+        """Matches packets of sockets that were made in the policy's control group."""
+        self.whose = f": c1, of the cgroup {policy.cgroup}" if policy.cgroup else ""
+        """What a comment adds to a rule with that match."""
 
     @property
     def splitting(self) -> tuple[Family, ...]:

@@ -82,11 +82,13 @@ class _Builder(Parts):
 
     def _output(self) -> Iterator[Chain]:
         """As with the connections that arrive, what goes before the rules of others is asked after them as well."""
-        outbound = Rule(join(self.guard(), SYN), "jump outbound", "new connections of this host")
+        text = f"new connections of this host{self.whose}"
+        outbound = Rule(join(self.guard(), SYN, self.inside), "jump outbound", text)
         jump = (outbound,) if self.families else ()
         first = [*self._log("OUTPUT:", self.families)]
         if self.capturing:
-            first.append(Rule(join(self.guard(self.capturing), QUERY), "jump dns", "DNS queries"))
+            query = join(self.guard(self.capturing), QUERY, self.inside)
+            first.append(Rule(query, "jump dns", f"DNS queries{self.whose}"))
         insert = self.policy.outbound.insert
         yield Chain("output_first", (*first, *(jump if insert else ())), Hook("nat", "output", FIRST))
         yield Chain("output_last", jump, Hook("nat", "output", LAST))

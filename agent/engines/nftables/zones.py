@@ -60,7 +60,9 @@ def _zone_query(parts: Parts) -> Iterator[Rule]:
         yield _zone(match, UPSTREAM_ZONE, "z5: excluded uids")
     for match in parts.excluded_destinations():
         yield _zone(match, UPSTREAM_ZONE, "z5: excluded destinations")
-    yield _zone("", CAPTURED_ZONE, "z3: a query that is redirected")
+    yield _zone(parts.inside, CAPTURED_ZONE, "z3: a query that is redirected")
+    if parts.policy.cgroup:
+        yield _zone("", UPSTREAM_ZONE, f"z5: outside the cgroup {parts.policy.cgroup}")
 
 
 def _zone(match: str, zone: int, comment: str) -> Rule:

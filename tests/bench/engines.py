@@ -5,11 +5,12 @@ close"), and over connections that are kept. Between the two stands one worker o
 engine in turn, or nothing at all. Client, data plane and server share the machine's processors, which are busy all the
 time; so the rate follows from what a connection costs all of them together.
 
-The engines take turns, and each turn has fresh namespaces and a fresh data plane, so that a slower minute of the
-machine meets all of them, and no TIME_WAIT of another turn is in the way. A ratio compares an engine with iptables
-in the same round; the table has the median, the lowest and the highest of the rounds. CPU is what all processes of the
-measurement used, by their cgroup, and hardly depends on who else uses the machine. wrk's latency begins with the
-request, after the connection is made. Nothing here is a test of speed: the exit code is 0 unless something failed.
+Each round has fresh namespaces and fresh data planes, so that no TIME_WAIT of another one is in the way; all of them
+stand ready at once, and take turns of a second, so that a slower minute of the machine meets all of them. A ratio
+compares an engine with iptables a few seconds earlier or later; the table has the median, the lowest and the highest.
+CPU is what all processes of a measurement used, by their cgroup, and hardly depends on who else uses the machine. wrk's
+latency begins with the request, after the connection is made. Nothing here is a test of speed: the exit code is 0
+unless something failed.
 """
 
 from __future__ import annotations
@@ -36,14 +37,13 @@ from agent.engines.base import Engine
 from agent.errors import TpctlError
 from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange
 from agent.rehearsal.namespaces import write_sysctls
-from tests.bench.wrk import CONNECTIONS, PORT, Figures, Workload, measure, server, workloads
+from tests.bench.wrk import CONNECTIONS, PORT, WORKLOADS, Figures, Standing, Workload, measure, server
 from tests.netns import relay_net
 from tests.netns.ebpf_place import OwnPlace, own_place
 from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
 from tests.netns.test_envoy import running_envoy
 
 ROUNDS = 5
-NEW_SECONDS, KEPT_SECONDS = 2, 1
 EXPECTED = 1.10
 POLICY = Policy(RELAY_UID, inbound=Inbound(exclude_ports=(PortRange(22),)), dns=Dns(DnsCapture.ALL))
 
@@ -92,46 +92,33 @@ def require_redirection(net: Net, expected: bool) -> None:
             raise AssertionError(f"{own} was seen as {seen}")
 
 
-def turn(engine: str, plane: str | None, chosen: Sequence[Workload], place: OwnPlace) -> list[Figures]:
-    """Every workload through one engine and data plane, in namespaces of their own."""
-    net = Net()
-    with tempfile.TemporaryDirectory(prefix="tpctl-bench-") as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        folder.chmod(0o755)
-        stack.callback(net.remove)
-        net.create(redirect=False)
-        for space in (net.host, net.peer):
-            with net.inside(space):
-                write_sysctls(SYSCTLS)
-        stack.enter_context(redirected(net, ENGINES.get(engine), place))
-        if plane:
-            stack.enter_context(data_plane(net, plane, folder))
-        stack.enter_context(server(net, net.host, HOST[socket.AF_INET], folder / "host"))
-        stack.enter_context(server(net, net.peer, PEER[socket.AF_INET], folder / "peer"))
-        require_redirection(net, plane is not None)
-        return [measure(net, workload, place, folder) for workload in chosen]
+def progress(text: str) -> None:
+    """Tell somebody who watches how far it is."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<60}\r", end="", file=sys.stderr, flush=True)
 
 
 @dataclass(slots=True)
 class Contender:
-    """An engine in front of a data plane, and its figures by workload and round."""
+    """An engine in front of a data plane, and its figures by workload."""
 
     engine: str
-    rounds: dict[str, list[Figures]] = field(default_factory=dict)
+    plane: str | None
+    figures: dict[str, list[Figures]] = field(default_factory=dict)
 
-    def add(self, chosen: Sequence[Workload], figures: Sequence[Figures]) -> None:
-        """One more round."""
-        for workload, measured in zip(chosen, figures, strict=True):
-            self.rounds.setdefault(workload.name, []).append(measured)
+    def measure(self, standing: Standing, workload: Workload) -> None:
+        """One more measurement."""
+        progress(f"{self.plane or '-'}, {self.engine}: {workload.name}")
+        self.figures.setdefault(workload.name, []).append(measure(standing, workload))
 
     def ratios(self, workload: Workload, base: Contender, of: str) -> list[float]:
         """To another one, round by round."""
-        pairs = zip(self.rounds[workload.name], base.rounds[workload.name], strict=True)
+        pairs = zip(self.figures[workload.name], base.figures[workload.name], strict=True)
         return [float(getattr(mine, of) / getattr(other, of)) for mine, other in pairs]
 
     def row(self, workload: Workload, base: Contender) -> str:
         """One line of the table."""
-        mine = self.rounds[workload.name]
+        mine = self.figures[workload.name]
         rate = spread([figures.rate for figures in mine], "{:.0f}")
         rates, cpus = (spread(self.ratios(workload, base, of), "{:.2f}") for of in ("rate", "cpu"))
         cpu = statistics.median(figures.cpu for figures in mine) * 1e6
@@ -145,41 +132,54 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{middle} ({'-'.join(ends)})"
 
 
-def progress(text: str) -> None:
-    """Tell somebody who watches how far it is."""
-    if sys.stderr.isatty():
-        print(f"\r{text:<60}\r", end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def standing(contender: Contender) -> Iterator[Standing]:
+    """Its namespaces, engine, data plane and servers, in a cgroup of their own, for the length of the block."""
+    net = Net()
+    with own_place() as place, contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpctl-bench-")))
+        folder.chmod(0o755)
+        stack.callback(net.remove)
+        net.create(redirect=False)
+        for space in (net.host, net.peer):
+            with net.inside(space):
+                write_sysctls(SYSCTLS)
+        stack.enter_context(redirected(net, ENGINES.get(contender.engine), place))
+        if contender.plane:
+            stack.enter_context(data_plane(net, contender.plane, folder))
+        stack.enter_context(server(net, net.host, HOST[socket.AF_INET], folder / "host"))
+        stack.enter_context(server(net, net.peer, PEER[socket.AF_INET], folder / "peer"))
+        require_redirection(net, contender.plane is not None)
+        yield Standing(net, place.cgroup, folder)
 
 
-def measured(rounds: int, chosen: Sequence[Workload]) -> dict[str, list[Contender]]:
-    """Everything, by data plane; what nothing stands in the way of is measured once and compared with both."""
-    direct = Contender(NONE)
-    planes = {plane: [Contender(engine) for engine in ENGINES] for plane in DATA_PLANES}
-    turns = [(plane, contender) for plane, contenders in planes.items() for contender in contenders]
-    with own_place() as place:
-        for number in range(rounds):
-            # Each round begins one further on, so that nobody always follows the same one.
-            for plane, contender in [(None, direct), *turns[number:], *turns[:number]]:
-                progress(f"round {number + 1} of {rounds}: {plane or '-'}, {contender.engine}")
-                contender.add(chosen, turn(contender.engine, plane, chosen, place))
+def measure_all(rounds: int, contenders: Sequence[Contender], chosen: Sequence[Workload]) -> None:
+    """Everything. Each round is there and back again, so that nobody always follows the same one."""
+    for _ in range(rounds):
+        with contextlib.ExitStack() as stack:
+            ready = [(contender, stack.enter_context(standing(contender))) for contender in contenders]
+            for workload in chosen:
+                for order in (ready, reversed(ready))[: workload.slices]:
+                    for contender, at in order:
+                        contender.measure(at, workload)
     progress("")
-    return {plane: [*contenders, direct] for plane, contenders in planes.items()}
 
 
-def report(found: dict[str, list[Contender]], chosen: Sequence[Workload]) -> None:
+def report(contenders: Sequence[Contender], chosen: Sequence[Workload]) -> None:
     """The tables, and how the expectation fared."""
-    for plane, workload in itertools.product(found, chosen):
-        base = found[plane][0]
+    verdicts = []
+    for plane, workload in itertools.product(DATA_PLANES, chosen):
+        shown = {contender.engine: contender for contender in contenders if contender.plane in (plane, None)}
+        base = shown[IPTABLES]
         print(f"\n{workload.name}, through one worker of {plane}")
         print(f"  {'':<16}{workload.unit:>24}{'ratio':>18}{'CPU us':>9}{'ratio':>18}{'p50 ms':>9}{'p99 ms':>9}")
-        for contender in found[plane]:
+        for contender in shown.values():
             print(contender.row(workload, base))
-    print(f"\nebpf beside {IPTABLES}, new connections/s; expected: at least {EXPECTED:.2f}")
-    for plane, workload in itertools.product(found, chosen):
-        if workload.headers:
-            ebpf = next(contender for contender in found[plane] if contender.engine == "ebpf")
-            ratio = statistics.median(ebpf.ratios(workload, found[plane][0], "rate"))
-            print(f"  {plane}, {workload.name}: {ratio:.2f} ({'ok' if ratio >= EXPECTED else 'BELOW'})")
+        rate, cpu = (statistics.median(shown["ebpf"].ratios(workload, base, of)) for of in ("rate", "cpu"))
+        if workload.new:
+            verdict = "ok" if rate >= EXPECTED else "BELOW"
+            verdicts.append(f"  {plane}, {workload.name}: {rate:.2f} ({verdict}); by CPU time {1 / cpu:.2f}")
+    print(f"\nebpf beside {IPTABLES}, connections/s; expected: at least {EXPECTED:.2f}", *verdicts, sep="\n")
 
 
 def main() -> int:
@@ -190,16 +190,18 @@ def main() -> int:
     if os.geteuid() != 0:
         print("error: network namespaces need root", file=sys.stderr)
         return 2
-    chosen = workloads(NEW_SECONDS, KEPT_SECONDS)
+    contenders = [Contender(engine, plane) for plane in DATA_PLANES for engine in ENGINES]
+    contenders.append(Contender(NONE, None))  # compared with both
     print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}, ", end="")
     print(f"{os.cpu_count()} processors; {rounds} rounds, {CONNECTIONS} connections at a time")
-    print("median (lowest-highest) of the rounds; ratios to iptables nft in the same round")
+    print(f"median (lowest-highest) of all measurements; ratios to {IPTABLES} at the same time")
     started = time.monotonic()
     try:
-        report(measured(rounds, chosen), chosen)
+        measure_all(rounds, contenders, WORKLOADS)
     except (AssertionError, OSError, TpctlError) as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
+    report(contenders, WORKLOADS)
     print(f"{time.monotonic() - started:.0f} s")
     return 0
 

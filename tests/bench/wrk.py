@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.netns import relay_net
-from tests.netns.ebpf_place import OwnPlace
+from tests.netns.ebpf_place import enter
 from tests.netns.relay_net import HOST, PEER, Net
 
 CONNECTIONS = 32
@@ -43,13 +43,34 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the clients do."""
+    """What the clients do, and how often a round measures it (for a second)."""
 
-    name: str
-    unit: str
+    new: bool
     inbound: bool
-    headers: tuple[str, ...]
-    seconds: int
+    slices: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        kind = "new connections" if self.new else "keep-alive requests"
+        return f"{kind}, {'inbound' if self.inbound else 'outbound'}"
+
+    @property
+    def unit(self) -> str:
+        """What a rate counts."""
+        return "connections/s" if self.new else "requests/s"
+
+
+WORKLOADS = (Workload(True, False, 2), Workload(True, True, 2), Workload(False, False, 1), Workload(False, True, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What stands ready to be measured; all its processes are in one cgroup."""
+
+    net: Net
+    cgroup: Path
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +81,6 @@ class Figures:
     cpu: float
     median: float
     slow: float
-
-
-def workloads(new_seconds: int, kept_seconds: int) -> tuple[Workload, ...]:
-    """New connections and kept ones, in both directions."""
-    return tuple(
-        Workload(f"{name}, {'inbound' if inbound else 'outbound'}", unit, inbound, headers, seconds)
-        for name, unit, headers, seconds in (
-            ("new connections", "connections/s", ("-H", "Connection: close"), new_seconds),
-            ("keep-alive requests", "requests/s", (), kept_seconds),
-        )
-        for inbound in (False, True)
-    )
 
 
 def inside(name: str) -> tuple[str, ...]:
@@ -99,22 +108,23 @@ def server(net: Net, name: str, address: str, folder: Path) -> Iterator[None]:
         process.wait(START_SECONDS)
 
 
-def used_seconds(place: OwnPlace) -> float:
-    """CPU time of everything in the cgroup."""
-    fields = dict(line.split() for line in (place.cgroup / "cpu.stat").read_text().splitlines())
+def used_seconds(cgroup: Path) -> float:
+    """CPU time of everything in a cgroup."""
+    fields = dict(line.split() for line in (cgroup / "cpu.stat").read_text().splitlines())
     return int(fields["usage_usec"]) / 1e6
 
 
-def measure(net: Net, workload: Workload, place: OwnPlace, folder: Path) -> Figures:
+def measure(at: Standing, workload: Workload) -> Figures:
     """One measurement. Raises AssertionError when a request failed."""
-    name, address = (net.peer, HOST) if workload.inbound else (net.host, PEER)
-    script = folder / "report.lua"
+    name, address = (at.net.peer, HOST) if workload.inbound else (at.net.host, PEER)
+    script = at.folder / "report.lua"
     script.write_text(REPORT)
+    headers = ("-H", "Connection: close") if workload.new else ()
     url = f"http://{address[socket.AF_INET]}:{PORT}/"
-    argv = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{workload.seconds}s", "-s", str(script), *workload.headers, url]
-    before = used_seconds(place)
-    said = relay_net.run(*inside(name), *argv)
-    used = used_seconds(place) - before
+    enter(at.cgroup)
+    before = used_seconds(at.cgroup)
+    said = relay_net.run(*inside(name), "wrk", "-t1", f"-c{CONNECTIONS}", "-d1s", "-s", str(script), *headers, url)
+    used = used_seconds(at.cgroup) - before
     line = next(line for line in said.splitlines() if line.startswith("figures "))
     requests, duration, errors, median, slow = (float(word) for word in line.split()[1:])
     if errors:

@@ -106,6 +106,7 @@ def _data(rehearsal: Rehearsal) -> dict[str, object]:
                 "to": _endpoint(result.probe.connection.destination, result.probe.connection.destination_port),
                 "interface": result.probe.connection.interface,
                 "uid": result.probe.connection.uid,
+                "cgroup": result.probe.connection.cgroup,
                 "expected": _expectation(result),
                 "answerer_expected": result.expected and str(result.expected),
                 "rule": result.verdict.rule,

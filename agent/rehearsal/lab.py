@@ -17,6 +17,7 @@ from typing import Self
 from agent.decide import Connection, Direction
 from agent.policy import Address, Family, Policy, Protocol
 from agent.rehearsal import sockets
+from agent.rehearsal.cgroup import OwnGroups
 from agent.rehearsal.layout import HOST, Layout, seat
 from agent.rehearsal.namespaces import Namespace
 from agent.rehearsal.sockets import Answer, Listener, Seat
@@ -38,8 +39,10 @@ class Lab:
     Raises HostError when the kernel does not allow it.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, groups: OwnGroups | None = None) -> None:
+        """`groups` are needed to dial from control groups."""
         self.layout = layout
+        self.groups = groups
         self.spaces: dict[str, Namespace] = build(layout)
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[tuple[str, Protocol, Family, int], Listener] = {}
@@ -134,7 +137,7 @@ class Lab:
         protocol = Protocol(connection.protocol)
         node = self.layout.origin(connection)
         inbound = connection.direction is Direction.INBOUND
-        with self.inside(node, connection.uid or 0):
+        with self._in_group(connection.cgroup), self.inside(node, connection.uid or 0):
             made = sockets.new_socket(protocol, connection.family, transparent=inbound)
             try:
                 if protocol is Protocol.TCP:
@@ -151,6 +154,9 @@ class Lab:
                 made.close()
                 raise
         return made
+
+    def _in_group(self, path: str | None) -> contextlib.AbstractContextManager[None]:
+        return self.groups.inside(path) if self.groups else contextlib.nullcontext()
 
 
 def _sockname(address: Address, port: int, scope: int) -> tuple[str, int] | tuple[str, int, int, int]:

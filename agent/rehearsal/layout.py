@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from agent.decide import Connection, Direction
-from agent.policy import Address, Family, Network, Policy, Protocol, VirtualNetwork
+from agent.policy import Address, Cgroup, Family, Network, Policy, Protocol, VirtualNetwork
 
 HOST = "host"
 PEER = "peer"
@@ -145,13 +145,22 @@ class Staging:
     notes: tuple[str, ...]
 
 
-def stage(policy: Policy, families: frozenset[Family] = frozenset(Family)) -> Staging:
-    """Lay out a topology on which `policy` can be rehearsed, on a kernel with `families`."""
+def stage(policy: Policy, families: frozenset[Family] = frozenset(Family), cgroup: Cgroup | None = None) -> Staging:
+    """Lay out a topology on which `policy` can be rehearsed, on a kernel with `families`.
+
+    `cgroup` stands for the control group of the policy, if it has one.
+    """
     notes: list[str] = []
     keep = tuple(vnet for vnet in policy.virtual_networks if _fits(vnet, notes))
     bridges = _bridges(keep)
     uplinks = _uplinks(policy, {bridge.name for bridge in bridges}, notes)
-    fit = dataclasses.replace(policy, loopback=LOOPBACK, virtual_networks=keep, families=policy.families & families)
+    fit = dataclasses.replace(
+        policy,
+        loopback=LOOPBACK,
+        virtual_networks=keep,
+        families=policy.families & families,
+        cgroup=policy.cgroup and (cgroup or policy.cgroup),
+    )
     for family in sorted(policy.families - families):
         notes.append(f"this kernel has no IPv{family}: not rehearsed")
     return Staging(fit, Layout(uplinks, bridges, families), tuple(notes))

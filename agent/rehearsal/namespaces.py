@@ -12,6 +12,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from agent.errors import HostError
 
@@ -47,6 +48,13 @@ class Namespace:
                 _enter(back)
         finally:
             os.close(back)
+
+    @classmethod
+    def current(cls) -> Self:
+        """The one this process is in."""
+        made = cls.__new__(cls)
+        made.fd = os.open(_HERE, os.O_RDONLY | os.O_CLOEXEC)
+        return made
 
     @contextlib.contextmanager
     def inside(self, uid: int = 0) -> Iterator[None]:

@@ -25,6 +25,7 @@ from agent.policy import (
     includes,
     of_family,
 )
+from agent.rehearsal.cgroup import BELOW
 from agent.rehearsal.layout import HOST_ADDRESS, HOST_LINK_LOCAL, PEER, PEER_LINK_LOCAL, Bridge, Layout, member
 
 ROOT = 0
@@ -69,15 +70,18 @@ class _Cast:
     def local(self) -> Address:
         return RESERVED[self.family].local.network_address
 
+    def leaves(self, protocol: Protocol, to: Address, port: int, uid: int | None = None) -> Connection:
+        """A connection of the host; by the application unless told otherwise, and in the policy's control group."""
+        connection = self.layout.outgoing(protocol, to, port, self.app if uid is None else uid)
+        return dataclasses.replace(connection, cgroup=self.policy.cgroup.path) if self.policy.cgroup else connection
+
     def out(self, label: str, port: int, *, uid: int | None = None, to: Address | None = None) -> Probe:
         """A TCP connection of the host; by the application to the ordinary remote unless told otherwise."""
-        connection = self.layout.outgoing(Protocol.TCP, to or self.remote, port, self.app if uid is None else uid)
-        return Probe(f"IPv{self.family} {label}", connection)
+        return Probe(f"IPv{self.family} {label}", self.leaves(Protocol.TCP, to or self.remote, port, uid))
 
     def query(self, label: str, server: Address, protocol: Protocol = Protocol.UDP, *, uid: int | None = None) -> Probe:
         """A DNS query of the host."""
-        connection = self.layout.outgoing(protocol, server, DNS_PORT, self.app if uid is None else uid)
-        return Probe(f"IPv{self.family} {label}", connection)
+        return Probe(f"IPv{self.family} {label}", self.leaves(protocol, server, DNS_PORT, uid))
 
     def arrive(
         self, label: str, port: int, *, source: Address | None = None, to: Address | None = None,
@@ -93,7 +97,7 @@ def probes(policy: Policy, layout: Layout) -> list[Probe]:
     found: list[Probe] = []
     for family in sorted(layout.families):
         cast = _cast(policy, layout, family)
-        for part in (_inbound, _outbound, _to_self, _dns, _virtual_networks):
+        for part in (_inbound, _outbound, _to_self, _dns, _other_groups, _virtual_networks):
             found += part(cast)
     return found
 
@@ -216,12 +220,12 @@ def _outbound(cast: _Cast) -> Iterator[Probe]:
                     yield cast.query(f"DNS over {protocol.upper()} to {label}", address, protocol)
     for rule in outbound.exclude_uids[:_MOST_RANGES]:
         yield from _excluded_users(cast, rule)
-    udp = cast.layout.outgoing(Protocol.UDP, cast.remote, cast.port_out, cast.app)
+    udp = cast.leaves(Protocol.UDP, cast.remote, cast.port_out)
     yield Probe(f"IPv{cast.family} outbound UDP", udp)
     if cast.family is Family.IPV6:
         yield cast.out("outbound to a link-local address", cast.port_out, to=PEER_LINK_LOCAL)
         for protocol, port in ((Protocol.TCP, cast.port_out), (Protocol.TCP, DNS_PORT), (Protocol.UDP, DNS_PORT)):
-            beside = cast.layout.outgoing(protocol, _BESIDE_LINK_LOCAL, port, cast.app)
+            beside = cast.leaves(protocol, _BESIDE_LINK_LOCAL, port)
             yield Probe(f"IPv6 {protocol.upper()} port {port} of {_BESIDE_LINK_LOCAL}, next to link-local ones", beside)
 
 
@@ -232,7 +236,7 @@ def _excluded_users(cast: _Cast, rule: UidExclusion) -> Iterator[Probe]:
     server = next((s.address for s in cast.policy.servers(cast.family) if s.interface is None), cast.remote)
     to = server if port == DNS_PORT else cast.remote
     for uid in sorted({uids.first, uids.last, max(0, uids.first - 1), min(MAX_UID, uids.last + 1)}):
-        connection = cast.layout.outgoing(protocol, to, port, uid)
+        connection = cast.leaves(protocol, to, port, uid)
         what = "excluded uid" if uid in uids else "uid next to excluded ones"
         yield Probe(f"IPv{cast.family} {protocol} port {port} by the {what} {uid}", connection)
     if protocol is Protocol.TCP:
@@ -296,7 +300,7 @@ def _dns(cast: _Cast) -> Iterator[Probe]:
         ):
             yield _on(cast.query(label, server.address, protocol, uid=uid), server.interface)
         if server.interface is None:
-            other = cast.layout.outgoing(Protocol.UDP, server.address, cast.port_out, cast.app)
+            other = cast.leaves(Protocol.UDP, server.address, cast.port_out)
             yield Probe(f"IPv{cast.family} UDP port {cast.port_out} of the name server {server}", other)
         if server.interface is None and cast.layout.locate(server.address) == PEER:
             label = f"DNS from the name server {server} to this host"
@@ -331,6 +335,30 @@ def _zones(cast: _Cast, server: Address) -> Iterator[Probe]:
     for who, uid in (("the data plane", cast.policy.proxy_uid), *others, ("an application", cast.app)):
         probe = cast.query(f"DNS by {who}, from a port the other uses", server, uid=uid)
         yield Probe(probe.label, dataclasses.replace(probe.connection, source_port=_REUSED_PORT))
+
+
+def _other_groups(cast: _Cast) -> Iterator[Probe]:
+    """The same connections by processes outside the policy's control group, and in a group below it."""
+    group = cast.policy.cgroup
+    if group is None:
+        return
+    proxy = cast.policy.proxy_uid
+    server = next((s.address for s in cast.policy.servers(cast.family) if s.interface is None), cast.remote)
+    asked = [
+        cast.out("outbound by an application", cast.port_out),
+        cast.out("outbound by the data plane", cast.port_out, uid=proxy),
+        cast.out("data plane to its own host's address", cast.port_in, uid=proxy, to=cast.own),
+        *(cast.query(f"DNS over {protocol.upper()} to {server}", server, protocol) for protocol in Protocol),
+        cast.query(f"DNS to {server} by the data plane", server, uid=proxy),
+    ]
+    if cast.policy.splits_zones(cast.family) and cast.family in cast.policy.families:
+        for who, uid in (("the data plane", proxy), ("an application", cast.app)):
+            asked.append(cast.query(f"DNS by {who}, from a port the other uses", server, uid=uid))
+            reused = dataclasses.replace(asked[-1].connection, source_port=_REUSED_PORT)
+            asked[-1] = Probe(asked[-1].label, reused)
+    for where, path in (("outside", group.path.rpartition("/")[0]), ("below", f"{group.path}/{BELOW}")):
+        for probe in asked:
+            yield Probe(f"{probe.label}, {where} the cgroup", dataclasses.replace(probe.connection, cgroup=path))
 
 
 def _virtual_networks(cast: _Cast) -> Iterator[Probe]:

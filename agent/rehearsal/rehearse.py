@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from agent.decide import Action, Connection, Verdict, decide
 from agent.engine_options import EngineOptions
-from agent.errors import HostError
+from agent.engines.base import Engine
 from agent.policy import Family, Policy, Protocol
+from agent.rehearsal.cgroup import OwnGroups, own_groups, own_place
 from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, Layout, seat, stage
 from agent.rehearsal.namespaces import has_ipv6
@@ -56,18 +59,31 @@ class Rehearsal:
 def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
     """Rehearse `policy` with the engine of `options`. The host's own namespace is not touched.
 
-    Raises HostError when there is no iptables or no privilege to make namespaces, ApplyError when the kernel refuses.
+    With a control group in the policy, and for the eBPF engine, this process is in groups of its own meanwhile.
+    Raises HostError when the engine does not work here or there is no privilege to make namespaces and control groups,
+    ApplyError when the kernel refuses.
     """
+    if options.engine == "ebpf":  # its programs are not confined to a namespace
+        with own_place() as place:
+            return _rehearsed(policy, lambda: place.engine(options), place.groups)
+
+    def selected() -> Engine[Any]:
+        from agent.engines.registry import select
+
+        return select(options).engine
+
+    with own_groups() if policy.cgroup else nullcontext() as groups:
+        return _rehearsed(policy, selected, groups)
+
+
+def _rehearsed(policy: Policy, load: Callable[[], Engine[Any]], groups: OwnGroups | None) -> Rehearsal:
     from agent import loopback
-    from agent.engines.registry import select
 
     families = frozenset(Family) if has_ipv6() else frozenset({Family.IPV4})
-    staging = stage(policy, families)
-    with Lab(staging.layout) as lab:
+    staging = stage(policy, families, groups.service if groups else None)
+    with Lab(staging.layout, groups) as lab:
         with lab.inside(HOST):
-            engine = select(options).engine
-            if engine.name == "ebpf":  # its programs would be attached to the host's own cgroups
-                raise HostError("the eBPF engine cannot be rehearsed: its programs are not confined to a namespace")
+            engine = load()
             if Family.IPV6 in staging.policy.families:
                 loopback.add(staging.policy.loopback)
             notices = engine.apply(engine.plan(staging.policy)).notices

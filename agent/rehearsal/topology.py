@@ -92,13 +92,13 @@ class _Node:
         self.netlink.route("add", dst=str(network), gateway=str(gateway_address), table=_LOCAL_TABLE)
 
 
-def build(layout: Layout) -> dict[str, Namespace]:
-    """Make the namespaces of a layout and everything in them, by node name. Raises HostError."""
+def build(layout: Layout, host: Namespace | None = None) -> dict[str, Namespace]:
+    """Make the namespaces of a layout, but for a given `host`, and everything in them, by node name. Raises HostError."""
     spaces: dict[str, Namespace] = {}
     nodes: dict[str, _Node] = {}
     try:
         for name in (HOST, PEER, *(bridge.name for bridge in layout.bridges)):
-            spaces[name] = Namespace()
+            spaces[name] = host if host and name == HOST else Namespace()
             nodes[name] = _Node(spaces[name])
         _connect_peer(layout, nodes)
         for bridge in layout.bridges:

@@ -39,11 +39,11 @@ class Lab:
     Raises HostError when the kernel does not allow it.
     """
 
-    def __init__(self, layout: Layout, groups: OwnGroups | None = None) -> None:
-        """`groups` are needed to dial from control groups."""
+    def __init__(self, layout: Layout, groups: OwnGroups | None = None, host: Namespace | None = None) -> None:
+        """`groups` are needed to dial from control groups. `host` is used instead of a scratch namespace."""
         self.layout = layout
         self.groups = groups
-        self.spaces: dict[str, Namespace] = build(layout)
+        self.spaces: dict[str, Namespace] = build(layout, host)
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[tuple[str, Protocol, Family, int], Listener] = {}
         # Every dial has a source port of its own: NAT of UDP would remember the last one's fate.

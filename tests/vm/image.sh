@@ -18,8 +18,10 @@ Driver=virtio_net
 [Network]
 Address=10.0.2.15/24
 Address=fec0::15/64
-Gateway=10.0.2.2
 IPv6AcceptRA=no
+[Route]
+Gateway=10.0.2.2
+Metric=1024
 NETWORK
 rm -f /etc/resolv.conf
 printf 'nameserver 192.0.2.53\nnameserver 2001:db8::53\n' >/etc/resolv.conf

@@ -14,6 +14,7 @@ from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
 from agent.errors import ApplyError, HostError, InputError, TpctlError
+from agent.host import cgroups
 from agent.host.privilege import require_root
 from agent.persist import in_step
 from agent.policy import DnsCapture, Family, Policy
@@ -82,12 +83,24 @@ def apply(*, confirm_within: float | None = None) -> InstallReport:
         if record is None:
             raise InputError("nothing is on record in this network namespace; use tpctl install")
         selection = registry.select(record.options)
-        report = report_of(selection.engine, "it is on record", record.policy, [])
-        if record.phase == state.INSTALLED and not _differs(selection.engine, record.policy):
+        policy = with_current_cgroup(record.policy)
+        report = report_of(selection.engine, "it is on record", policy, [])
+        is_held = record.phase == state.INSTALLED and record.policy == policy
+        if is_held and not _differs(selection.engine, policy):
             return _unchanged(report, "apply", confirm_within)
         with confirm.guarded("apply", confirm_within, record) as pending:
-            renewed = dataclasses.replace(record, version=agent.__version__)
+            renewed = dataclasses.replace(record, policy=policy, version=agent.__version__)
             return dataclasses.replace(carry_out(selection.engine, renewed, record, report), pending=pending)
+
+
+def with_current_cgroup(policy: Policy) -> Policy:
+    """The policy with the control group that has its path now: a service that was started anew has a new one.
+
+    Raises HostError when there is none.
+    """
+    if policy.cgroup is None:
+        return policy
+    return dataclasses.replace(policy, cgroup=cgroups.find(policy.cgroup.path))
 
 
 def _unchanged(report: InstallReport, command: str, confirm_within: float | None) -> InstallReport:

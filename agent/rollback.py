@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def restore(before: Before) -> None:
 
             snapshot.restore(before.holdings)
         return
-    record = before.record
+    record = dataclasses.replace(before.record, policy=lifecycle.with_current_cgroup(before.record.policy))
     engine = registry.select(record.options).engine
     report = lifecycle.report_of(engine, "it was installed before", record.policy, [])
     lifecycle.carry_out(engine, record, current, report)

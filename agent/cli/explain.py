@@ -26,6 +26,7 @@ Without policy flags the installed policy is asked; with any of them, the policy
 Examples:
   tpctl explain outbound --uid 1000 --to 10.1.2.3:443
   tpctl explain inbound --from 10.0.0.9 --to 10.0.0.5:8080 --exclude-inbound-ports 8080
+  tpctl explain outbound --process-cgroup system.slice/app.service --to 10.1.2.3:443
   tpctl explain dns --uid app --to 10.0.0.53 --tcp
 """
 
@@ -37,6 +38,7 @@ class Question:
     to: str
     source: str | None = None
     user: str | None = None
+    process_cgroup: str | None = None
     interface: str | None = None
     protocol: str = "tcp"
     state: str = "new"
@@ -72,6 +74,9 @@ def _subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 _TO = functools.partial(click.option, "--to", required=True)
 _UID = click.option("--uid", "user", metavar="USER", help="Uid or name of the user that connects. [default: you]")
+_CGROUP = click.option(
+    "--process-cgroup", metavar="CGROUP", help="Control group of the process that connects. [default: yours]"
+)
 _INTERFACE = click.option("--interface", metavar="NAME", help="Interface it passes. [default: by this host's routes]")
 _PROTOCOL = click.option(
     "--protocol", type=click.Choice(["tcp", "udp", "icmp", "sctp"]), default="tcp", show_default=True, help="Protocol."
@@ -89,6 +94,7 @@ _STATE = click.option(
 @_TO(metavar="ADDRESS:PORT", help="Where it goes; IPv6 as [fd00::1]:443.")
 @click.option("--from", "source", metavar="ADDRESS[:PORT]", help="Its source. [default: by this host's routes]")
 @_UID
+@_CGROUP
 @_INTERFACE
 @_PROTOCOL
 @_STATE
@@ -116,6 +122,7 @@ def inbound(policy_input: PolicyInput, as_json: bool, **asked: Any) -> None:
 @_subcommand("dns")
 @_TO(metavar="SERVER[:PORT]", help="The name server.")
 @_UID
+@_CGROUP
 @click.option("--tcp", is_flag=True, help="Over TCP instead of UDP.")
 def dns(policy_input: PolicyInput, as_json: bool, tcp: bool, **asked: Any) -> None:
     """A DNS query of a process of this host."""
@@ -163,6 +170,7 @@ def connection_of(question: Question, direction: Direction, policy: Policy) -> C
     source = _endpoint("--from", question.source, problems) if question.source else None
     outgoing = direction is Direction.OUTBOUND
     uid = _uid(question.user, problems) if outgoing else None
+    cgroup = _cgroup(question.process_cgroup, policy, problems) if outgoing else None
     port = to[1] or question.default_port if to else None
     if to and port is None and question.protocol in ("tcp", "udp"):
         problems.append(f'--to: "{question.to}" has no port; write {_joined(to[0], 443)}')
@@ -182,6 +190,7 @@ def connection_of(question: Question, direction: Direction, policy: Policy) -> C
         destination_port=port,
         interface=question.interface or interface,
         uid=uid,
+        cgroup=cgroup,
         local_destination=local if question.forwarded is None else not question.forwarded,
         state=State(question.state),
     )
@@ -239,6 +248,21 @@ def _uid(user: str | None, problems: list[str]) -> int | None:
     return uid
 
 
+def _cgroup(path: str | None, policy: Policy, problems: list[str]) -> str | None:
+    """The path of the process's control group; None where nobody asks for it."""
+    if path is None:
+        from agent.host import cgroups
+
+        return cgroups.of_process("self") if policy.cgroup else None
+    from agent.config_values import BadValueError, read_cgroup
+
+    try:
+        return read_cgroup(path, problems.append)
+    except BadValueError as error:
+        problems.append(f"--process-cgroup: {error}")
+        return None
+
+
 def _joined(address: Address, port: int | None) -> str:
     if port is None:
         return str(address)
@@ -261,6 +285,8 @@ def _data(connection: Connection, verdict: Verdict) -> dict[str, object]:
 
 def _print(which: str, connection: Connection, verdict: Verdict) -> None:
     owner = f", uid {connection.uid}" if connection.uid is not None else ""
+    if connection.cgroup is not None:
+        owner += f", cgroup /{connection.cgroup}"
     click.echo(
         f"{connection.direction} {connection.protocol} from {_joined(connection.source, connection.source_port)} "
         f"to {_joined(connection.destination, connection.destination_port)} via {connection.interface}{owner} "

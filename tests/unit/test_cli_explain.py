@@ -10,7 +10,8 @@ import pytest
 
 from agent import state
 from agent.cli import main
-from agent.policy import Inbound, Policy, PortRange
+from agent.host import cgroups
+from agent.policy import Cgroup, Inbound, Policy, PortRange
 
 GIVEN = ["--kuma-dp-user", "nobody"]
 CAPTURE_ALL = ["--redirect-all-dns-traffic", "--resolv-conf=/dev/null"]
@@ -154,3 +155,25 @@ def test_help(explain: Run, direction: str) -> None:
     assert out.index("Connection:") < out.index("Data plane:")
     assert "tpctl explain outbound --uid 1000" in out
     assert "--dry-run" not in out
+
+
+def test_the_cgroup_of_the_process(explain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Cgroup("system.slice/app.service", 7)
+    monkeypatch.setattr(state, "load_policy", lambda: Policy(5678, cgroup=service))
+    monkeypatch.setattr(cgroups, "of_process", lambda _: "user.slice")
+    asked = ("outbound", "--uid", "1000", "--to", "10.1.2.3:443")
+    for spelling in ("system.slice/app.service/below", "/sys/fs/cgroup/system.slice/app.service"):
+        code, out, _ = explain(*asked, "--process-cgroup", spelling)
+        assert (code, "(o7)" in out, "cgroup /system.slice/app.service" in out) == (0, True, True)
+    _, out, _ = explain(*asked)
+    assert "cgroup /user.slice (installed policy)" in out
+    assert "only connections of the cgroup system.slice/app.service are redirected (c1)" in out
+    _, out, _ = explain("dns", "--uid", "1000", "--to", "10.0.0.53", "--process-cgroup", "user.slice")
+    assert "(c1)" in out
+    assert "--process-cgroup" in explain(*asked, "--process-cgroup", "a/../b")[2]
+
+
+def test_without_a_cgroup_in_the_policy_nobody_asks_for_one(explain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "of_process", lambda _: pytest.fail("asked"))
+    _, out, _ = explain("outbound", "--uid", "1000", "--to", "10.1.2.3:443", *GIVEN)
+    assert "cgroup" not in out

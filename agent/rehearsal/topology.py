@@ -93,7 +93,10 @@ class _Node:
 
 
 def build(layout: Layout, host: Namespace | None = None) -> dict[str, Namespace]:
-    """Make the namespaces of a layout, but for a given `host`, and everything in them, by node name. Raises HostError."""
+    """Make the namespaces of a layout and everything in them, by node name; `host` is one that is there already.
+
+    Raises HostError.
+    """
     spaces: dict[str, Namespace] = {}
     nodes: dict[str, _Node] = {}
     try:

@@ -54,6 +54,13 @@ class Config:
     engine: str
     iptables_mode: str
     when_proxy_down: str
+    ebpf_enabled: bool
+    ebpf_cgroup: str
+    ebpf_bpffs: str
+    ebpf_instance_ip: str
+    ebpf_programs_source_path: str
+    ebpf_tc_attach_iface: str
+    experimental_engine: bool
     executables: Mapping[str, str]
     comments_disabled: bool
     wait: int

@@ -25,6 +25,10 @@ class EngineOptions:
     max_retries: int = 4
     sleep_between_retries_seconds: float = 2.0
     verbose: bool = False
+    ebpf_cgroup: str = ""
+    """The directory of control groups that the programs are attached to; "" is the root of the hierarchy."""
+    ebpf_bpffs: str = ""
+    """The BPF file system that keeps the programs; "" is the host's."""
     store_firewalld: bool = False
     """Keep the rules in firewalld's direct.xml as well."""
     reload_firewalld: bool = False

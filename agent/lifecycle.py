@@ -233,10 +233,9 @@ def dry_run(policy: Policy, options: EngineOptions) -> str:
             if options.engine in ("nftables", "ebpf"):
                 raise
     if options.engine == "ebpf":
-        from agent.engines.ebpf.contents import contents_for
-        from agent.engines.ebpf.engine import EbpfPlan
+        from agent.engines.ebpf.plan import plan_for
 
-        return EbpfPlan(contents_for(policy)).render()
+        return plan_for(policy, comments=options.comments).render()
     if options.engine == "iptables" or options.iptables_because or not _has_nftables():
         from agent.engines.iptables.engine import IptablesPlan
 

@@ -243,6 +243,39 @@ OPTIONS: tuple[Option, ...] = (
         new=True,
     ),
     Option(
+        "ebpf_enabled", Section.ENGINE, "ebpf.enabled", "--ebpf-enabled", "EBPF_ENABLED", read_bool, False, "",
+        "The same as --engine ebpf.",
+    ),
+    Option(
+        "ebpf_cgroup", Section.ENGINE, "ebpf.cgroupPath", "--ebpf-cgroup-path", "EBPF_CGROUP_PATH", read_text, "",
+        "DIR",
+        "Directory of control groups to attach the eBPF programs to. Left out: the root of the hierarchy.",
+    ),
+    Option(
+        "ebpf_bpffs", Section.ENGINE, "ebpf.bpffsPath", "--ebpf-bpffs-path", "EBPF_BPFFS_PATH", read_text, "", "DIR",
+        "BPF file system in which to keep the eBPF programs; it is mounted there if need be. Left out: /sys/fs/bpf.",
+    ),
+    Option(
+        "ebpf_instance_ip", Section.ENGINE, "ebpf.instanceIP", "--ebpf-instance-ip", "EBPF_INSTANCE_IP", read_text, "",
+        "ADDRESS",
+        "No effect: tpctl's eBPF programs look this host's addresses up in the kernel.",
+    ),
+    Option(
+        "ebpf_programs_source_path", Section.ENGINE, "ebpf.programsSourcePath", "--ebpf-programs-source-path",
+        "EBPF_PROGRAMS_SOURCE_PATH", read_text, "", "DIR",
+        "No effect: tpctl brings its eBPF programs along, and compiles them for the running kernel.",
+    ),
+    Option(
+        "ebpf_tc_attach_iface", Section.ENGINE, "ebpf.tcAttachIface", "--ebpf-tc-attach-iface", "EBPF_TC_ATTACH_IFACE",
+        read_text, "", "INTERFACE",
+        "No effect: tpctl's eBPF programs are attached to no interface; they see connections of all of them.",
+    ),
+    Option(
+        "experimental_engine", Section.ENGINE, "experimentalTransparentProxyEngine",
+        "--experimental-transparent-proxy-engine", "EXPERIMENTAL_TRANSPARENT_PROXY_ENGINE", read_bool, False, "",
+        "No effect: tpctl has no other one.",
+    ),
+    Option(
         "iptables_mode", Section.ENGINE, "iptablesMode", "--iptables-mode", "IPTABLES_MODE",
         choice("auto", "nft", "legacy"), "auto", "MODE",
         "auto (what the host's own iptables command is), nft or legacy.", new=True,

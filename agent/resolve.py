@@ -89,6 +89,7 @@ def resolve(config: Config, host: Host) -> Resolved:
     if config.firewalld_reload and not config.store_firewalld:
         found.warn(f"{config.origin('firewalld_reload')} has no effect without --store-firewalld")
     options = engine_options(config)
+    _see_to_ebpf(config, options, found)
     if options.engine in ("nftables", "ebpf") and options.iptables_because:
         found.problems.append(f"{config.origin('engine')}: {options.engine}, but {options.iptables_because}; drop one")
     if policy.when_proxy_down is WhenProxyDown.BYPASS and options.engine != "ebpf":
@@ -111,11 +112,13 @@ def engine_options(config: Config) -> EngineOptions:
         if name.startswith(tool) and all(other in given for other in EXECUTABLES if other.startswith(tool))
     }
     return EngineOptions(
-        engine=config.engine,
+        engine="ebpf" if config.ebpf_enabled and config.engine == "auto" else config.engine,
         iptables_because=_iptables_because(config),
         iptables_mode=config.iptables_mode,
         executables=complete,
         comments=not config.comments_disabled,
+        ebpf_cgroup=config.ebpf_cgroup,
+        ebpf_bpffs=config.ebpf_bpffs,
         wait_seconds=config.wait,
         wait_interval_microseconds=config.wait_interval,
         max_retries=config.max_retries,
@@ -124,6 +127,29 @@ def engine_options(config: Config) -> EngineOptions:
         store_firewalld=config.store_firewalld,
         reload_firewalld=config.firewalld_reload,
     )
+
+
+_WITHOUT_EFFECT = {
+    "ebpf_instance_ip": "the programs look this host's addresses up in the kernel",
+    "ebpf_programs_source_path": "tpctl brings its programs along",
+    "ebpf_tc_attach_iface": "the programs are attached to no interface",
+}
+"""Of kumactl's eBPF engine, by option: why tpctl's has no use for it."""
+
+
+def _see_to_ebpf(config: Config, options: EngineOptions, found: _Findings) -> None:
+    """What the options of the eBPF engine come to, beside one another and beside --engine."""
+    if config.ebpf_enabled and options.engine != "ebpf":
+        found.problems.append(f"{config.origin('ebpf_enabled')} contradicts {config.origin('engine')}; drop one")
+    for name, reason in _WITHOUT_EFFECT.items():
+        if getattr(config, name):
+            found.notices.append(f"{config.origin(name)} has no effect: {reason}")
+    for name in ("ebpf_cgroup", "ebpf_bpffs"):
+        value = getattr(config, name)
+        if value and options.engine != "ebpf":
+            found.warn(f"{config.origin(name)} has no effect without --engine ebpf")
+        elif value and not value.startswith("/"):
+            found.problems.append(f'{config.origin(name)}: "{value}" is no absolute path')
 
 
 def _iptables_because(config: Config) -> str | None:

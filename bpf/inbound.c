@@ -59,6 +59,10 @@ int sk_lookup(struct bpf_sk_lookup *ctx) {
   /* The kernel drops packets from outside that claim to come from one of its own addresses, so these are ours. */
   if (!serves(set, &flow) || is_from_here(&flow))
     return SK_PASS;
+  /* A container's connection that nf_tables redirected to here; others do not come this far. */
+  if (set->flags & FLAG_CONTAINERS &&
+      (flow.port == set->outbound_port || (set->flags & FLAG_DNS_TCP && flow.port == set->dns_port)))
+    return SK_PASS;
   int rule = inbound_rule(set, &flow, &flow.from);
   if (rule != RULE_I5 && rule != RULE_I7) {
     count(rule, flow.ipv6);

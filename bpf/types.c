@@ -70,6 +70,7 @@ enum {
   FLAG_DNS_ALL = 1 << 8,
   FLAG_DNS_TCP = 1 << 9,
   FLAG_BYPASS = 1 << 10, /* when the data plane does not listen, connections go straight on */
+  FLAG_CONTAINERS = 1 << 11, /* what is forwarded for them is redirected by nf_tables */
 };
 
 struct ports {

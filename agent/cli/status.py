@@ -64,6 +64,7 @@ def _document(report: Report) -> dict[str, Any]:
             {"role": p.role, "protocol": str(p.protocol), "port": p.port, "uids": list(p.uids), "problem": p.problem}
             for p in report.ports
         ],
+        "figures": [{"name": figure.name, "value": figure.value, "most": figure.most} for figure in found.figures],
         "counters": [
             {
                 "family": c.family,
@@ -104,6 +105,8 @@ def _print(report: Report, verbose: bool) -> None:
     if report.next_boot is not None and (found.installed or report.next_boot):
         lines = report.next_boot or ("the redirection is not installed again; `tpctl persist` changes that",)
         rows += [("next boot", line) for line in lines]
+    for figure in found.figures:
+        rows.append((figure.name, f"{figure.value}{f' of at most {figure.most}' if figure.most else ''}"))
     if found.installed:
         rows.append(("drift", "yes, from the plan (-) to the kernel (+):" if found.drift else "none"))
     output.pairs(rows)

@@ -26,6 +26,15 @@ class RuleCounter:
 
 
 @dataclass(frozen=True, slots=True)
+class Figure:
+    """Something an engine counts, and how much of it there can be."""
+
+    name: str
+    value: int
+    most: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """What the kernel holds, compared with a plan."""
 
@@ -39,6 +48,7 @@ class Inspection:
     counters: tuple[RuleCounter, ...] = ()
     foreign: tuple[str, ...] = ()
     """Installations of other tools (kumactl) found, in words."""
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,9 @@ class OwnPlace:
     cgroup: Path
     pins: Path
 
-    def engine(self) -> EbpfEngine:
+    def engine(self, *, chooses_sockets: bool | None = None) -> EbpfEngine:
         """The engine for the current namespace, kept to this test's cgroup."""
-        return load(top=self.cgroup, pins=self.pins)
+        return load(top=self.cgroup, pins=self.pins, chooses_sockets=chooses_sockets)
 
 
 def enter(cgroup: Path) -> None:

@@ -114,8 +114,8 @@ def test_bypass_lets_connections_pass_while_nothing_listens(lab: Lab, host: Host
     [
         (("--engine", "nftables", "--when-proxy-down", "bypass"), "--engine ebpf"),
         (("--when-proxy-down", "bypass"), "--engine ebpf"),
-        (("--engine", "ebpf", "--drop-invalid-packets"), "drop"),
-        (("--engine", "ebpf", "--vnet", "docker0:172.17.0.0/16"), "forwarded for a container"),
+        (("--engine", "ebpf", "--ebpf-cgroup-path", "/nowhere"), "/nowhere is no directory of control groups"),
+        (("--ebpf-enabled", "--when-proxy-down", "bypass", "--vnet", "docker0:172.17.0.0/16"), "virtual networks"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(lab: Lab, host: Host, flags: tuple[str, ...], problem: str) -> None:

@@ -17,11 +17,12 @@ import pytest
 
 from agent import loopback
 from agent.decide import Connection
+from agent.engines.ebpf import companion, syscall
 from agent.engines.ebpf import engine as engine_module
 from agent.engines.ebpf import place as ebpf_place
-from agent.engines.ebpf import syscall
-from agent.engines.ebpf.engine import EbpfEngine, EbpfPlan
+from agent.engines.ebpf.engine import EbpfEngine, load
 from agent.engines.ebpf.installed import opened
+from agent.engines.ebpf.plan import EbpfPlan
 from agent.engines.ebpf.programs import PROGRAMS
 from agent.errors import ApplyError, HostError, InputError
 from agent.host import cgroups
@@ -40,6 +41,7 @@ from agent.policy import (
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, stage
 from tests.netns.ebpf_place import OwnPlace, enter, group, own_place
+from tests.netns.lab import run
 
 pytestmark = pytest.mark.root
 
@@ -79,6 +81,10 @@ class Scene:
 
     def arriving(self, family: Family, port: int = 8080) -> str:
         return self.who(self.lab.layout.arriving(REMOTE[family], HOST_ADDRESS[family], Protocol.TCP, port))
+
+    def figures(self) -> dict[str, int]:
+        with self.lab.inside(HOST):
+            return {figure.name: figure.value for figure in self.engine.inspect(None).figures}
 
     def entries(self, name: str) -> int:
         with self.lab.inside(HOST), opened(self.engine.where.folder) as found:
@@ -190,8 +196,7 @@ def test_workers_that_share_a_port_share_the_connections(scene: Scene, before: b
         workers = [listening("0.0.0.0", 15006, shared=True) for _ in range(3)]
     if before:
         scene.apply(PLAIN)
-    with scene.lab.inside(HOST):
-        assert scene.engine.listening() == 3
+    assert scene.figures()["listening sockets of the data plane"] == 3
     while workers:
         served: Counter[int] = Counter()
         clients = [connected(scene, "peer", str(HOST_ADDRESS[Family.IPV4])) for _ in range(40)]
@@ -354,6 +359,73 @@ def test_a_service_that_was_started_anew_shows_as_drift(place: OwnPlace) -> None
         chosen.rmdir()
 
 
+def test_status_tells_outcomes_by_direction_and_how_full_the_maps_are(scene: Scene) -> None:
+    inbound = Inbound(exclude_ports=(PortRange(22),), exclude_sources=(ip_network("192.0.2.0/24"),))
+    scene.apply(replace(PLAIN, inbound=inbound))
+    assert scene.arriving(Family.IPV4) == "refused"
+    scene.lab.serve_data_plane(PLAIN)
+    for port, expected in ((22, "host:22"), (8080, "host:15006")):
+        assert scene.arriving(Family.IPV4, port) == expected
+    assert scene.outgoing(Family.IPV6) == "host:15001"
+    found = scene.figures()
+    assert (found["inbound redirected"], found["inbound passed"], found["outbound redirected"]) == (1, 1, 1)
+    assert found["inbound refused"] >= 1
+    assert (found["excluded networks"], found["excluded users"]) == (1, 0)
+    assert found["listening sockets of the data plane"] == 2
+
+
+def test_an_install_into_another_bpffs_takes_the_old_ones_place(scene: Scene, tmp_path: Path) -> None:
+    old = scene.engine
+    scene.apply(PLAIN)
+    scene.lab.serve_data_plane(PLAIN)
+    ebpf_place.mount_bpffs(tmp_path)
+    try:
+        scene.engine = load(top=scene.place.cgroup, pins=tmp_path)
+        scene.apply(PLAIN)
+        assert scene.outgoing(Family.IPV4) == "host:15001"
+        assert scene.arriving(Family.IPV6) == "host:15006"
+        with scene.lab.inside(HOST):
+            assert not old.inspect(None).installed
+            assert any(str(tmp_path) in line for line in old.remove().removed)
+        assert scene.outgoing(Family.IPV4) == "peer:8080"
+        assert scene.arriving(Family.IPV6) == "host:8080"
+    finally:
+        run(["umount", str(tmp_path)])
+
+
+def test_virtual_networks_come_and_go_with_their_table(scene: Scene) -> None:
+    network = VirtualNetwork("br0", ip_network("172.30.0.0/16"))
+    with scene.lab.inside(HOST):
+        with_network = scene.apply(replace(PLAIN, virtual_networks=(network,), drop_invalid=True))
+        assert "tpctl_ebpf" in run(["nft", "list", "tables"]).stdout
+        assert scene.engine.inspect(with_network).drift == ()
+        run(["nft", "flush", "chain", companion.TABLE.split()[0], companion.TABLE.split()[1], "prerouting_first"])
+        assert any("i2" in line for line in scene.engine.inspect(with_network).drift)
+        scene.apply(replace(PLAIN, virtual_networks=(network,)))
+        plain = scene.apply(PLAIN)
+        assert "tpctl_ebpf" not in run(["nft", "list", "tables"]).stdout
+        assert scene.engine.inspect(plain).drift == ()
+        scene.apply(replace(PLAIN, virtual_networks=(network,)))
+        assert any("table inet tpctl_ebpf" in line for line in scene.engine.remove().removed)
+        assert run(["nft", "list", "ruleset"]).stdout == ""
+
+
+def test_programs_that_are_refused_leave_the_table_as_it_was(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_network = replace(PLAIN, virtual_networks=(VirtualNetwork("br0", ip_network("172.30.0.0/16")),))
+    plan = scene.apply(with_network)
+    for policy in (replace(with_network, outbound=Outbound(port=15011)), PLAIN):
+        with monkeypatch.context() as patch:
+            patch.setattr(syscall, "replace", refuse)
+            with pytest.raises(ApplyError, match="as it was before"):
+                scene.apply(policy)
+        with scene.lab.inside(HOST):
+            assert scene.engine.inspect(plan).drift == ()
+
+
+def refuse(*_: object) -> None:
+    raise OSError(1, "Operation not permitted")
+
+
 def test_replacing_changes_everything_or_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = scene.apply(PLAIN)
     scene.lab.serve_data_plane(PLAIN)
@@ -485,16 +557,13 @@ def test_pins_are_for_root_only(scene: Scene) -> None:
 
 
 def test_what_ebpf_cannot_do_is_refused_with_the_way_out(scene: Scene) -> None:
-    impossible = replace(
-        PLAIN,
-        virtual_networks=(VirtualNetwork("br0", ip_network("172.30.0.0/16")),),
-        drop_invalid=True,
-        log_level=7,
-    )
-    with pytest.raises(InputError) as refused:
-        scene.engine.plan(impossible)
-    assert len(refused.value.problems) == 3
-    assert all("--engine nftables" in problem for problem in refused.value.problems)
+    with pytest.raises(InputError, match=r"--iptables-logs.*--engine nftables"):
+        scene.engine.plan(replace(PLAIN, log_level=7))
+    network = VirtualNetwork("br0", ip_network("172.30.0.0/16"))
+    bypass = replace(PLAIN, when_proxy_down=WhenProxyDown.BYPASS, drop_invalid=True)
+    assert scene.engine.plan(bypass).companion
+    with pytest.raises(InputError, match="--when-proxy-down bypass: virtual networks are left to nftables"):
+        scene.engine.plan(replace(bypass, virtual_networks=(network,)))
 
 
 def test_an_old_kernel_is_named(place: OwnPlace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +572,7 @@ def test_an_old_kernel_is_named(place: OwnPlace, monkeypatch: pytest.MonkeyPatch
         machine = "x86_64"
 
     monkeypatch.setattr(os, "uname", Old)
-    with pytest.raises(HostError, match=r"4\.19\.0.*needs 5\.10.*--engine nftables"):
+    with pytest.raises(HostError, match=r"4\.19\.0.*needs 5\.8.*--engine nftables"):
         place.engine()
 
 

@@ -106,7 +106,7 @@ def test_everything_arrives_in_the_policy_and_the_options() -> None:
     assert (policy.dns.port, policy.dns.tcp, policy.dns.split_zones) == (9, True, False)
     assert (policy.drop_invalid, policy.log_level, len(policy.virtual_networks)) == (True, 1, 1)
     unchanged = [name for name in options.__slots__ if getattr(options, name) == getattr(default.options, name)]
-    assert unchanged == ["executables"]
+    assert unchanged == ["executables", "ebpf_cgroup", "ebpf_bpffs"]
 
 
 APP = "system.slice/app.service"
@@ -141,6 +141,28 @@ def test_a_local_resolver_outside_the_cgroup_cannot_loop() -> None:
     assert resolved(host, dns_capture_all="true", cgroup=APP).policy.dns.capture is DnsCapture.ALL
     host.process_groups[1] = f"{APP}/below"
     assert "loop" in problems(host, dns_capture_all="true", cgroup=APP)[0]
+
+
+def test_kumactls_spellings_choose_the_ebpf_engine() -> None:
+    result = resolved(
+        experimental_engine="true",
+        ebpf_enabled="true",
+        ebpf_cgroup="/sys/fs/cgroup",
+        ebpf_bpffs="/sys/fs/bpf",
+        ebpf_instance_ip="10.0.0.1",
+        ebpf_programs_source_path="/tmp/kuma-ebpf",  # noqa: S108 - kumactl's default
+        ebpf_tc_attach_iface="eth0",
+    )
+    options = result.options
+    assert (options.engine, options.ebpf_cgroup, options.ebpf_bpffs) == ("ebpf", "/sys/fs/cgroup", "/sys/fs/bpf")
+    assert sum("has no effect" in notice for notice in result.notices) == 3
+
+
+def test_ebpf_options_beside_another_engine() -> None:
+    assert "contradicts" in problems(ebpf_enabled="true", engine="nftables")[0]
+    assert any("without --engine ebpf" in notice for notice in resolved(ebpf_bpffs="/sys/fs/bpf").notices)
+    assert "absolute path" in problems(engine="ebpf", ebpf_cgroup="app.slice")[0]
+    assert resolved(ebpf_enabled="false").options.engine == "auto"
 
 
 def test_log_level_without_logs_logs_nothing() -> None:

@@ -75,6 +75,8 @@ RECORD = state.State(
         max_retries=8,
         sleep_between_retries_seconds=0.5,
         verbose=True,
+        ebpf_cgroup="/sys/fs/cgroup/unified",
+        ebpf_bpffs="/run/bpf",
         store_firewalld=True,
         reload_firewalld=True,
     ),

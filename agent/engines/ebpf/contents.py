@@ -34,7 +34,7 @@ _EXCLUDED_DESTINATIONS, _EXCLUDED_SOURCES = 0, 2
 _LIST_BITS = 32
 _FLAGS = (
     "ipv4", "ipv6", "inbound", "inbound_include", "outbound", "outbound_include", "dns_ipv4", "dns_ipv6", "dns_all",
-    "dns_tcp", "bypass",
+    "dns_tcp", "bypass", "containers",
 )  # fmt: skip
 """In the order of their bits in bpf/types.c."""
 
@@ -86,9 +86,11 @@ class Contents:
 
 def contents_for(policy: Policy) -> Contents:
     """The maps for a policy. Raises InputError when eBPF cannot carry it out."""
-    problems = tuple(impossible(policy))
-    if problems:
-        raise InputError(problems)
+    if policy.log_level is not None:
+        raise InputError(
+            "--iptables-logs: eBPF programs cannot write to the kernel's log; use --engine nftables or "
+            "--engine iptables"
+        )
     users, port_lists = _users(policy.outbound.exclude_uids)
     inbound, outbound = policy.inbound, policy.outbound
     lists = (
@@ -96,28 +98,13 @@ def contents_for(policy: Policy) -> Contents:
         _bits(outbound.include_ports or outbound.exclude_ports),
         *port_lists,
     )
-    flags = _flags(policy) | ({"bypass"} if policy.when_proxy_down is WhenProxyDown.BYPASS else set())
     return Contents(
-        Settings(policy.proxy_uid, frozenset(flags), inbound.port, outbound.port, policy.dns.port),
+        Settings(policy.proxy_uid, frozenset(_flags(policy)), inbound.port, outbound.port, policy.dns.port),
         {_INDEX.pack(number): bits.to_bytes(_PORTS_BYTES, "little") for number, bits in enumerate(lists)},
         dict(_networks(policy)),
         users,
         {_packed(server.address): _INDEX.pack(1) for family in Family for server in policy.servers(family)},
     )
-
-
-def impossible(policy: Policy) -> Iterator[str]:
-    """What of a policy eBPF cannot do, one line each, with the way out."""
-    instead = "use --engine nftables or --engine iptables"
-    if policy.virtual_networks:
-        yield (
-            f"--vnet {policy.virtual_networks[0]}: packets that are forwarded for a container meet no socket of this "
-            f"host, so the eBPF engine does not see them; {instead}"
-        )
-    if policy.drop_invalid:
-        yield f"--drop-invalid-packets: the eBPF engine uses no conntrack, so no packet is invalid to it; {instead}"
-    if policy.log_level is not None:
-        yield f"--iptables-logs: eBPF programs cannot write to the kernel's log; {instead}"
 
 
 def _flags(policy: Policy) -> set[str]:
@@ -133,6 +120,8 @@ def _flags(policy: Policy) -> set[str]:
         "dns_ipv6": policy.captures_dns(Family.IPV6),
         "dns_all": dns.capture is DnsCapture.ALL,
         "dns_tcp": dns.tcp,
+        "bypass": policy.when_proxy_down is WhenProxyDown.BYPASS,
+        "containers": bool(policy.virtual_networks),
     }
     return {name for name, value in wanted.items() if value}
 

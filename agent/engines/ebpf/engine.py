@@ -9,50 +9,30 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
-from agent.engines.ebpf import btf, listeners, place, syscall
+from agent.engines.ebpf import btf, companion, listeners, place, syscall
 from agent.engines.ebpf.build import Build, build
-from agent.engines.ebpf.contents import Contents, Settings, contents_for, describe
+from agent.engines.ebpf.companion import Companion
+from agent.engines.ebpf.contents import Settings, describe
 from agent.engines.ebpf.counters import read_counters
+from agent.engines.ebpf.figures import figures
 from agent.engines.ebpf.installed import Installed, Switch, clear_dead, is_dead, opened, targets, unpin
 from agent.engines.ebpf.maps import fill, maps_for
 from agent.engines.ebpf.place import Place
+from agent.engines.ebpf.plan import EbpfPlan, listing, plan_for
 from agent.engines.ebpf.programs import POLICY_MAPS, PROGRAMS, Program
 from agent.errors import ApplyError, HostError
-from agent.policy import Cgroup, Policy
+from agent.policy import Policy
 
-_MINIMUM = (5, 10)
+_MINIMUM = (5, 8)
 _SETTLE_SECONDS = 0.02
 _VERIFIER_LINES = 15
 _SO_ORIGINAL_DST = 80
 _REDIRECTING = ("sk_lookup", "connect4", "connect6", "sendmsg4", "sendmsg6")
 _INSTEAD = "use --engine nftables or --engine iptables"
-
-
-@dataclass(frozen=True, slots=True)
-class EbpfPlan:
-    """What the programs' maps hold for a policy."""
-
-    contents: Contents
-    cgroup: Cgroup | None = None
-    """Whose connections are redirected; None means those of every process."""
-
-    def render(self) -> str:
-        """The programs and what their maps would hold, a line an entry."""
-        lines = [f"program {program.name} on {program.scope.value}" for program in PROGRAMS]
-        return "\n".join([*lines, *_listing(self.contents, 0)]) + "\n"
-
-
-def _listing(contents: Contents, netns: int) -> list[str]:
-    return sorted(
-        f"map {name}: {describe(name, key, value)}"
-        for name in POLICY_MAPS
-        for key, value in contents.entries(name, netns).items()
-    )
 
 
 class EbpfEngine:
@@ -61,14 +41,17 @@ class EbpfEngine:
     name = "ebpf"
     variant: str | None = None
 
-    def __init__(self, where: Place, options: EngineOptions) -> None:
+    def __init__(self, where: Place, options: EngineOptions, *, chooses_sockets: bool) -> None:
         self.where = where
         self.options = options
+        self.chooses_sockets = chooses_sockets
         self.reason = "this kernel has cgroup2, BTF and every type of eBPF program that is needed"
+        if not chooses_sockets:
+            self.reason = "this kernel has cgroup2 and BTF, but no sk_lookup programs: nftables does what arrives"
 
     def plan(self, policy: Policy) -> EbpfPlan:
-        """The maps for a policy. Raises InputError for what eBPF cannot do."""
-        return EbpfPlan(contents_for(policy), policy.cgroup)
+        """The maps for a policy. Raises InputError for what cannot be done."""
+        return plan_for(policy, chooses_sockets=self.chooses_sockets, comments=self.options.comments)
 
     def preview(self, policy: Policy) -> str:
         """What `apply` would put into the kernel. Changes nothing."""
@@ -88,10 +71,13 @@ class EbpfEngine:
         try:
             with opened(folder) as before, maps_for(built, plan.contents, before) as maps:
                 fill(maps, plan.contents, here.number)
-                self._switch(built, plan, before, maps)
-                if not before.links:
-                    self._prove(folder, maps["anchor"])
-                return Applied(("tpctl's programs (eBPF)",) if before.links else ())
+                with companion.put(plan.companion):
+                    self._switch(built, plan, before, maps)
+                    if not before.links:
+                        self._prove(folder, maps["anchor"])
+                moved = tuple(_unpinned(other) for other in self.where.elsewhere())
+                replaced = ("tpctl's programs (eBPF)",) if before.links or moved else ()
+                return Applied(replaced, tuple(_notices(plan.companion)))
         except OSError as error:
             raise ApplyError(f"the eBPF programs cannot be put in place: {error}") from error
         finally:
@@ -101,7 +87,7 @@ class EbpfEngine:
     def _switch(self, built: Build, plan: EbpfPlan, before: Installed, maps: Mapping[str, int]) -> None:
         with ExitStack() as stack:
             loaded: dict[str, int] = {}
-            for program in PROGRAMS:
+            for program in plan.programs:
                 loaded[program.name] = _load(program, built.with_maps(program.name, maps))
                 stack.callback(os.close, loaded[program.name])
             port = plan.contents.settings.inbound_port
@@ -126,19 +112,23 @@ class EbpfEngine:
     def inspect(self, plan: EbpfPlan | None) -> Inspection:
         """What runs now, compared with `plan`. Raises HostError when it cannot be read."""
         try:
+            beside = companion.inspect(plan.companion if plan else None)
             with opened(self.where.folder) as found:
-                if not found.links:
+                if not found.links and not beside:
                     return Inspection(self.name, None, installed=False)
-                drift = tuple(self._drift(plan, found)) if plan else ()
-                return Inspection(self.name, None, True, _families(found), drift, _counters(found))
+                drift = (*self._drift(plan, found), *(beside.drift if beside else ())) if plan else ()
+                counters = _counters(found)
+                return Inspection(
+                    self.name,
+                    None,
+                    installed=True,
+                    families=_families(found),
+                    drift=drift,
+                    counters=(*counters, *(beside.counters if beside else ())),
+                    figures=tuple(figures(found, counters)),
+                )
         except OSError as error:
             raise HostError(f"the eBPF programs cannot be read: {error}") from error
-
-    def listening(self) -> int | None:
-        """How many of the data plane's listening sockets inbound connections can go to; None when not installed."""
-        with opened(self.where.folder) as found:
-            waiting = found.maps.get("listeners")
-            return None if waiting is None else listeners.registered(waiting)
 
     def _drift(self, plan: EbpfPlan, found: Installed) -> Iterator[str]:
         here = place.netns()
@@ -147,7 +137,7 @@ class EbpfEngine:
         except FileNotFoundError:
             yield f"-the cgroup {plan.cgroup}, which is gone"
             return
-        for program in PROGRAMS:
+        for program in plan.programs:
             attached = found.links.get(program.name)
             if attached is None:
                 yield f"-program {program.name} on {program.scope.value}"
@@ -159,7 +149,7 @@ class EbpfEngine:
         actual = sorted(
             f"map {name}: {describe(name, key, value)}" for name in POLICY_MAPS for key, value in _read(found, name)
         )
-        wanted = _listing(plan.contents, here.number)
+        wanted = listing(plan.contents, here.number)
         yield from difflib.unified_diff(wanted, actual, "plan", "kernel", n=0, lineterm="")
 
     def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
@@ -173,19 +163,35 @@ class EbpfEngine:
         removed = tuple(f"eBPF: program {name}" for name in names)
         if dry_run:
             dead = tuple(item.name for item in self.where.folders() if is_dead(item))
-            return Removal(removed + _of_dead(dead))
+            beside, _ = companion.remove(dry_run=True, draining=draining)
+            return Removal(removed + beside + _of_dead(dead))
         try:
+            beside, notices = companion.remove(dry_run=False, draining=draining)
             unpin(folder, tuple(name for name in names if name in _REDIRECTING))
             if names and draining:
                 time.sleep(_SETTLE_SECONDS)
             unpin(folder, tuple(program.name for program in PROGRAMS))
-            removed += _of_dead(clear_dead(self.where))
+            removed += beside + _of_dead(clear_dead(self.where))
             for directory in (folder, folder.parent):
                 with suppress(OSError):
                     directory.rmdir()
+            removed += tuple(f"eBPF: programs under {_unpinned(other)}" for other in self.where.elsewhere())
         except OSError as error:
             raise ApplyError(f"the eBPF programs under {folder} cannot be removed: {error.strerror}") from error
-        return Removal(removed)
+        return Removal(removed, notices)
+
+
+def _notices(beside: Companion | None) -> Iterator[str]:
+    if beside:
+        purposes = ", ".join(beside.purposes)
+        yield f"nftables does this beside the eBPF programs, in the table {companion.TABLE}: {purposes}"
+
+
+def _unpinned(folder: Path) -> Path:
+    """The folder, with everything in it detached and removed."""
+    unpin(folder, tuple(program.name for program in PROGRAMS))
+    folder.rmdir()
+    return folder
 
 
 def _of_dead(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,17 +246,25 @@ def load(
     *,
     top: Path | None = None,
     pins: Path | None = None,
+    chooses_sockets: bool | None = None,
 ) -> EbpfEngine:
     """The engine for this host, or for what runs in the control group of a directory, `top`.
 
-    `pins` is a BPF file system. Raises HostError, naming what was found and what is needed, when the host cannot do it;
-    nothing was touched.
+    `pins` is a BPF file system; `chooses_sockets` is whether to use sk_lookup, when not by the kernel's version.
+    Raises HostError, naming what was found and what is needed, when the host cannot do it; nothing was touched.
     """
     if not syscall.SUPPORTED or struct.pack("=H", 1) != b"\1\0":
         raise HostError(f"the eBPF engine does not know this machine ({os.uname().machine}); {_INSTEAD}")
     if _kernel() < _MINIMUM:
         needed = ".".join(map(str, _MINIMUM))
         raise HostError(f"this is Linux {os.uname().release}, and the eBPF engine needs {needed} or later; {_INSTEAD}")
-    where = place.find(top, pins)
+    options = options or EngineOptions()
+    where = place.find(top or _path(options.ebpf_cgroup), pins or _path(options.ebpf_bpffs))
     btf.definitions(btf.kernel(), cookie=place.netns().is_cookie)
-    return EbpfEngine(where, options or EngineOptions())
+    if chooses_sockets is None:
+        chooses_sockets = all(_kernel() >= program.since for program in PROGRAMS)
+    return EbpfEngine(where, options, chooses_sockets=chooses_sockets)
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None

@@ -93,7 +93,7 @@ class Switch:
     def run(self, loaded: Mapping[str, int], before: Installed) -> None:
         """Attach the programs (descriptors by name). Raises ApplyError; everything is then as before."""
         with ExitStack() as undo:
-            for program in PROGRAMS:
+            for program in (one for one in PROGRAMS if one.name in loaded):
                 try:
                     self._put(program, loaded[program.name], before.links.get(program.name), undo)
                 except OSError as error:

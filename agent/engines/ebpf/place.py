@@ -74,10 +74,24 @@ class Place:
             raise ApplyError(f"{self.folder} cannot be made: {error.strerror}. Nothing was changed") from error
         return self.folder
 
+    def elsewhere(self) -> Iterator[Path]:
+        """Pins of this network namespace in other BPF file systems: an earlier install was told to use another one."""
+        key, own = netns().key, _device(self.bpffs)
+        for mounted in mounts("thread-self", "bpf"):
+            if (mounted / _OURS / key).is_dir() and _device(mounted) != own:
+                yield mounted / _OURS / key
+
     def folders(self) -> Iterator[Path]:
         """The pins of every network namespace, dead ones too."""
         ours = self.bpffs / _OURS
         return iter(sorted(ours.iterdir())) if ours.is_dir() else iter(())
+
+
+def _device(path: Path) -> int | None:
+    try:
+        return path.stat().st_dev
+    except OSError:
+        return None
 
 
 def is_inside(cgroup: Path) -> bool:

@@ -22,6 +22,8 @@ class Program:
     kind: int
     attach_type: int
     scope: Scope
+    since: tuple[int, int] = (5, 8)
+    """The first kernel that has its type."""
 
 
 _SOCK_OPS, _SOCK_ADDR, _SOCKOPT, _SK_LOOKUP = 13, 18, 25, 30
@@ -33,7 +35,7 @@ PROGRAMS = (
     Program("getpeername6", _SOCK_ADDR, 30, Scope.APPLICATIONS),
     Program("recvmsg4", _SOCK_ADDR, 19, Scope.APPLICATIONS),
     Program("recvmsg6", _SOCK_ADDR, 20, Scope.APPLICATIONS),
-    Program("sk_lookup", _SK_LOOKUP, 36, Scope.NAMESPACE),
+    Program("sk_lookup", _SK_LOOKUP, 36, Scope.NAMESPACE, (5, 9)),
     Program("connect4", _SOCK_ADDR, 10, Scope.APPLICATIONS),
     Program("connect6", _SOCK_ADDR, 11, Scope.APPLICATIONS),
     Program("sendmsg4", _SOCK_ADDR, 14, Scope.APPLICATIONS),

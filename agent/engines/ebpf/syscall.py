@@ -230,5 +230,12 @@ def replace(link_fd: int, program_fd: int) -> None:
 
 
 def detach(link_fd: int) -> None:
-    """Detach a link's program at once; left to the last reference's end, the kernel does so some time later."""
-    _bpf(_LINK_DETACH, struct.pack("=I", link_fd))
+    """Detach a link's program at once; left to the last reference's end, the kernel does so some time later.
+
+    Before Linux 5.9 nothing else is to be had, and this does nothing.
+    """
+    try:
+        _bpf(_LINK_DETACH, struct.pack("=I", link_fd))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise

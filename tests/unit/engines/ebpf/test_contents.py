@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.engines.ebpf.contents import Contents, Settings, contents_for, describe
-from agent.engines.ebpf.engine import EbpfPlan
+from agent.engines.ebpf.plan import EbpfPlan
 from agent.engines.ebpf.programs import POLICY_MAPS
 from agent.errors import InputError
 from agent.policy import (
@@ -28,7 +28,6 @@ from agent.policy import (
     Protocol,
     UidExclusion,
     UidRange,
-    VirtualNetwork,
     WhenProxyDown,
     includes,
 )
@@ -157,15 +156,6 @@ def test_every_entry_can_be_described() -> None:
             assert describe(name, key, value)
 
 
-@pytest.mark.parametrize(
-    ("policy", "named"),
-    [
-        (replace(PLAIN, virtual_networks=(VirtualNetwork("br+", ip_network("172.30.0.0/16")),)), "br+"),
-        (replace(PLAIN, drop_invalid=True), "--drop-invalid-packets"),
-        (replace(PLAIN, log_level=4), "log"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(policy: Policy, named: str) -> None:
-    with pytest.raises(InputError, match="--engine nftables") as refused:
-        contents(policy)
-    assert named in refused.value.problems[0]
+def test_kernel_log_lines_are_refused() -> None:
+    with pytest.raises(InputError, match=r"--iptables-logs.*--engine nftables"):
+        contents(replace(PLAIN, log_level=4))

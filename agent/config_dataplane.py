@@ -29,13 +29,9 @@ def read(path: str, variables: Mapping[str, str]) -> Findings:
     """What the file says, as values of options; problems when it cannot be used."""
     found = Findings()
     try:
-        tree = parse_yaml(_filled(read_file(path), variables))
+        networking = read_networking(path, variables)
     except UnusableFileError as error:
         found.problems.append(f"dataplane {path}: {error}")
-        return found
-    networking = _networking(tree)
-    if networking is None:
-        found.problems.append(f"dataplane {path}: is no Dataplane resource with a networking section")
         return found
     try:
         for name, raw, where in _values(networking):
@@ -43,6 +39,14 @@ def read(path: str, variables: Mapping[str, str]) -> Findings:
     except BadValueError as bad:
         found.problems += [f"dataplane {path}: {problem}" for problem in bad.problems]
     return found
+
+
+def read_networking(path: str, variables: Mapping[str, str]) -> Mapping[str, Any]:
+    """The networking section of the resource. Raises UnusableFileError."""
+    networking = _networking(parse_yaml(_filled(read_file(path), variables)))
+    if networking is None:
+        raise UnusableFileError("is no Dataplane resource with a networking section")
+    return networking
 
 
 def contradictions(config: Config, dataplane: Findings) -> Iterator[str]:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.policy import DEFAULT_DNS_PORT, DEFAULT_INBOUND_PORT, DEFAULT_OUTBOUND_PORT, MAX_PORT
 
+if TYPE_CHECKING:
+    from agent.relay.settings import Settings
+
 PORT = click.IntRange(1, MAX_PORT)
+_ANY_CASE = ("config", "check_config", "workers", "drain_seconds", "access_log", "user", "log_format")
+"""Flags that may stand beside --config, over which they win."""
+_OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
 
 
 @click.command("relay")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Listeners and everything else from a YAML file, see docs/relay.md. "
+    "Of the other flags only --workers, --drain-timeout, --access-log, --user and --log-format are possible beside it.",
+)
+@click.option("--check-config", is_flag=True, help="Say what is wrong with the configuration, and do nothing else.")
 @click.option(
     "--inbound-port",
     type=PORT,
@@ -41,15 +56,46 @@ PORT = click.IntRange(1, MAX_PORT)
     help="Listen on this address. The default serves IPv4 and IPv6, or IPv4 alone where the kernel has no IPv6.",
 )
 @click.option(
+    "--inbound-listen",
+    metavar="LISTEN",
+    help="Instead of --inbound-port: an address with options as in nginx's listen, "
+    "such as '*:15006 proxy_protocol backlog=8192'.",
+)
+@click.option("--outbound-listen", metavar="LISTEN", help="The same instead of --outbound-port.")
+@click.option(
+    "--trusted-ips",
+    multiple=True,
+    metavar="CIDRS",
+    help="Who may send PROXY protocol headers to listeners with proxy_protocol; unix: stands for unix sockets.",
+)
+@click.option(
+    "--send-proxy-protocol",
+    type=click.Choice(["v1", "v2"]),
+    help="Begin inbound connections to the application with a PROXY protocol header.",
+)
+@click.option(
+    "--allow-metadata-addresses",
+    is_flag=True,
+    help="Dial the addresses of cloud metadata services, such as 169.254.169.254, for clients that ask for them.",
+)
+@click.option(
     "--resolv-conf",
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("/etc/resolv.conf"),
     show_default=True,
     help="The name servers that DNS queries are forwarded to; changes of the file are followed.",
 )
+@click.option(
+    "--dns-zone-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Names that the relay answers itself: YAML, or as /etc/hosts; changes of the file are followed.",
+)
+@click.option("--dns-zone", default="mesh", show_default=True, metavar="DOMAIN", help="The domain of those names.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that share the work.")
 @click.option(
     "--drain-timeout",
+    "drain_seconds",
     type=float,
     default=30.0,
     show_default=True,
@@ -69,7 +115,8 @@ PORT = click.IntRange(1, MAX_PORT)
     show_default=True,
     help="auto: text on a terminal, JSON otherwise.",
 )
-def command(user: str | None, log_format: str, drain_timeout: float, **options: object) -> int:
+@click.pass_context
+def command(context: click.Context, /, config: Path | None, check_config: bool, log_format: str, **options: Any) -> int:
     """Run the small data plane that comes with tpctl, in the foreground.
 
     It passes redirected connections on to where they were going, and DNS queries to the host's name servers. Inbound
@@ -79,13 +126,43 @@ def command(user: str | None, log_format: str, drain_timeout: float, **options: 
     Example:
       tpctl relay --user kuma-dp
       tpctl relay --user kuma-dp --workers 2 --drain-timeout 10 --access-log
+      tpctl relay --config /etc/tpctl/relay.yaml --check-config
     """
     from agent.log import configure, get_logger
-    from agent.relay.settings import Settings
-    from agent.relay.supervisor import become, serve
 
-    settings = Settings(drain_seconds=drain_timeout, **options)  # type: ignore[arg-type]  # click has checked the types
+    given = {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+
+    def load() -> Settings:
+        return _settings(config, options, given)
+
+    settings = load()
+    if check_config:
+        click.echo(f"{config or 'the flags'}: in order, {len(settings.listeners)} listeners")
+        return 0
+    from agent.relay.privileges import become, needed_capabilities
+    from agent.relay.supervisor import serve
+
     configure(log_format)
-    if user is not None:
-        become(user)
+    if settings.user is not None:
+        become(settings.user, needed_capabilities(settings))
     return serve(settings, get_logger())
+
+
+def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> Settings:
+    """The settings of the file, with the flags that win over it, or of the flags alone. Raises InputError."""
+    from dataclasses import replace
+
+    from agent.errors import InputError
+    from agent.relay.flags import Flags
+
+    if config is None:
+        return Flags.of(options).settings()
+    out_of_place = sorted(name for name in given if name not in _ANY_CASE)
+    if out_of_place:
+        flags = (f"--{name.replace('_', '-')}" for name in out_of_place)
+        raise InputError([f"{flag}: is not possible beside --config; write it into the file" for flag in flags])
+    from agent.relay.config_file import load
+
+    overrides = {name: options[name] for name in _OVERRIDES if name in given}
+    Flags.of(overrides).settings()  # they are checked as if they stood alone
+    return replace(load(str(config)), **overrides)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 import socket
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from agent.policy import DNS_PORT, RESERVED, Family, NameServer
+from agent.relay.listen import Listen
 from agent.relay.original_destination import Destination
 
 _FAMILY = {socket.AF_INET: Family.IPV4, socket.AF_INET6: Family.IPV6}
 PASSTHROUGH = {af: str(RESERVED[family].passthrough.network_address) for af, family in _FAMILY.items()}
 LOCAL = {af: str(RESERVED[family].local.network_address) for af, family in _FAMILY.items()}
-
-
-class Role(enum.StrEnum):
-    """Which listener a connection came to."""
-
-    INBOUND = "inbound"
-    OUTBOUND = "outbound"
-    DNS = "dns"
 
 
 class Dial(NamedTuple):
@@ -33,6 +25,8 @@ class Dial(NamedTuple):
     """The address to dial from; None leaves the choice to the kernel."""
     substitute: Destination | None = None
     """What to dial, from any address, when this host does not have the source."""
+    transparent: bool = False
+    """The source is somebody else's address (IP_TRANSPARENT)."""
 
 
 def inbound(destination: Destination) -> tuple[Dial, ...]:
@@ -59,21 +53,31 @@ def name_server(server: NameServer) -> Destination:
     return Destination(str(server.address), DNS_PORT, socket.AF_INET6, scope)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SelfDialGuard:
-    """Knows the relay's own listeners.
-
-    They are bound to the wildcard address, so each of the host's addresses and all of 127.0.0.0/8 leads to them.
-    """
+    """Knows the relay's own listeners. One that is bound to the wildcard address is reached at all of the host's."""
 
     ports: frozenset[int]
     is_local: Callable[[Destination], bool]
     """Asked only for the relay's own ports, so it may be slow."""
+    bound: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """By port: the only addresses it is served at. A port that is missing here is served at every address."""
+
+    def watch(self, listens: Iterable[Listen]) -> None:
+        """Know these listeners, and no others."""
+        hosts: dict[int, set[str]] = {}
+        for listen in listens:
+            if isinstance(listen.address, Destination):
+                hosts.setdefault(listen.address.port, set()).add("*" if listen.is_wildcard else listen.address.host)
+        self.ports = frozenset(hosts)
+        self.bound = {port: frozenset(names) for port, names in hosts.items() if "*" not in names}
 
     def refuses(self, destination: Destination) -> bool:
         """Whether dialling the destination would reach one of the relay's own listeners."""
         if destination.port not in self.ports:
             return False
+        if destination.port in self.bound:
+            return destination.host in self.bound[destination.port]
         address = ip_address(destination.host)
         return address.is_loopback or address.is_unspecified or self.is_local(destination)
 

@@ -1,61 +1,161 @@
-"""What the relay is asked to do."""
+"""What the relay is asked to do: listeners, and what holds for all of them. Frozen, complete, checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from ipaddress import ip_address
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.errors import InputError
-from agent.policy import DEFAULT_DNS_PORT, DEFAULT_INBOUND_PORT, DEFAULT_OUTBOUND_PORT, MAX_PORT
+from agent.relay.access import EVERYBODY, Access
+from agent.relay.dns_settings import DnsSettings
+from agent.relay.listen import Address, Listen
+from agent.relay.networks import NONE, NetworkSet
+from agent.relay.original_destination import Destination
 
 MAX_WORKERS = 256
+DEFAULT_DRAIN_SECONDS = 30.0
+
+
+class Role(enum.StrEnum):
+    """Which way the connections of a listener go."""
+
+    INBOUND = "inbound"
+    OUTBOUND = "outbound"
+    DNS = "dns"
+
+
+class Source(enum.StrEnum):
+    """The address from which the relay dials."""
+
+    PASSTHROUGH = "passthrough"
+    """127.0.0.6 or ::6, by which the rules know the relay's inbound connections (o2)."""
+    CLIENT = "client"
+    """The client's own, which needs a redirection that brings the answers back (TPROXY)."""
+    KERNEL = "kernel"
+    """Whatever routing chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalDestination:
+    """Dial where the client wanted to go."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedAddress:
+    """Dial one address, wherever the client wanted to go."""
+
+    destination: Destination
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePorts:
+    """Dial the services of a Kuma Dataplane; ports it does not name are dialled as they are."""
+
+    services: Mapping[int, tuple[str | None, int]]
+    """By the inbound's port: its service address (None: the address the client meant) and its service port."""
+
+
+Upstream = OriginalDestination | FixedAddress | ServicePorts
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Connections at the same time, over all workers; 0 is no limit."""
+
+    connections: int = 0
+    """Beyond it nothing is accepted: clients wait in the kernel's queue."""
+    connections_per_source: int = 0
+    """Beyond it the source's connections are reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """In seconds; 0 is none."""
+
+    connect: float = 10.0
+    """To reach the upstream, TLS included."""
+    handshake: float = 10.0
+    """For a client to send its PROXY protocol header and to finish its TLS handshake."""
+    idle: float = 3600.0
+    """Without a byte either way."""
+    half_closed: float | None = None
+    """Without a byte, once one side has ended; None: as `idle`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedSources:
+    """Who is believed what a PROXY protocol header says."""
+
+    networks: NetworkSet = NONE
+    unix: bool = False
+
+    def __contains__(self, host: object) -> bool:
+        """Whether a peer is trusted; None stands for the peer of a unix socket."""
+        return self.unix if host is None else host in self.networks
+
+    def __bool__(self) -> bool:
+        return self.unix or bool(self.networks)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """How TLS of clients is terminated."""
+
+    certificate: Path
+    """PEM, the chain in order."""
+    certificate_key: Path
+    client_ca_file: Path | None = None
+    verify_client: str = "off"
+    """off, optional or on."""
+    tls_verify_depth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """How TLS to the upstream is originated."""
+
+    ca_file: Path | None = None
+    """None: the host's."""
+    tls_verify: bool = True
+    tls_verify_depth: int = 1
+    server_name: str | None = None
+    """Sent as SNI and looked for in the certificate; None: the upstream's IP address."""
+    certificate: Path | None = None
+    certificate_key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerSettings:
+    """One listener and what becomes of its connections."""
+
+    name: str
+    role: Role
+    listen: Listen
+    upstream: Upstream = OriginalDestination()
+    source: Source = Source.KERNEL
+    access: Access = EVERYBODY
+    """Of sources for inbound and DNS, of destinations for outbound."""
+    allow_metadata_addresses: bool = False
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    trusted_ips: TrustedSources = TrustedSources()
+    send_proxy_protocol: int | None = None
+    """1 or 2."""
+    ssl: ServerTls | None = None
+    upstream_tls: ClientTls | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The relay's options. Raises InputError, naming every problem, when they make no sense together."""
+    """Everything. `agent.relay.flags` and `agent.relay.config_file` make it."""
 
-    inbound_port: int = DEFAULT_INBOUND_PORT
-    outbound_port: int = DEFAULT_OUTBOUND_PORT
-    dns_port: int = DEFAULT_DNS_PORT
-    bind_address: str = "::"
-    resolv_conf: Path = Path("/etc/resolv.conf")
+    listeners: tuple[ListenerSettings, ...] = ()
+    dns: DnsSettings = field(default_factory=DnsSettings)
     workers: int = 1
-    drain_seconds: float = 30.0
+    drain_seconds: float = DEFAULT_DRAIN_SECONDS
     access_log: bool = False
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"--{name}-port: {port} is not within 1-{MAX_PORT}"
-            for name, port in self.named_ports.items()
-            if not 1 <= port <= MAX_PORT
-        ]
-        names: dict[int, list[str]] = {}
-        for name, port in self.named_ports.items():
-            names.setdefault(port, []).append(f"--{name}-port")
-        problems += [
-            f"{' and '.join(same)} are both {port}; each listener needs a port of its own"
-            for port, same in names.items()
-            if len(same) > 1
-        ]
-        try:
-            ip_address(self.bind_address)
-        except ValueError:
-            problems.append(f"--bind-address: {self.bind_address!r} is not an IP address")
-        if not 1 <= self.workers <= MAX_WORKERS:
-            problems.append(f"--workers: {self.workers} is not within 1-{MAX_WORKERS}")
-        if not 0 <= self.drain_seconds < float("inf"):
-            problems.append(f"--drain-timeout: {self.drain_seconds:g} is not a number of seconds")
-        if problems:
-            raise InputError(problems)
-
-    @property
-    def named_ports(self) -> dict[str, int]:
-        """The ports by the name of their listener."""
-        return {"inbound": self.inbound_port, "outbound": self.outbound_port, "dns": self.dns_port}
-
-    @property
-    def ports(self) -> frozenset[int]:
-        """The ports of all listeners."""
-        return frozenset(self.named_ports.values())
+    metrics: Address | None = None
+    limits: Limits = field(default_factory=Limits)
+    """Over all listeners; only the total counts."""
+    user: str | None = None

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import os
-import pwd
 import signal
 from typing import TYPE_CHECKING, NoReturn
 
-from agent.errors import HostError, InputError
-from agent.host.users import uid_of
-from agent.relay.listeners import Listeners, open_listeners
+from agent.relay.listen import show
 from agent.relay.notify import notify, watchdog_interval
+from agent.relay.privileges import raise_descriptor_limit
 from agent.relay.settings import Settings
-from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, Worker, raise_descriptor_limit
+from agent.relay.sockets import Sockets, deal, open_sockets
+from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, Worker
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
-
-
-def become(user: str) -> None:
-    """Run as another user (a name or a uid) from now on.
-
-    Must come before any socket is opened: rules match the user who created a socket, not the one who uses it.
-    Raises InputError when there is no such user, HostError when this process may not become that user.
-    """
-    uid = uid_of(user)
-    if uid is None:
-        raise InputError(f"--user: there is no user {user!r} on this host")
-    if uid == os.geteuid():
-        return
-    entry = pwd.getpwuid(uid)
-    try:
-        os.initgroups(entry.pw_name, entry.pw_gid)
-        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
-    except PermissionError:
-        raise HostError(f"--user {user}: only root may become another user") from None
 
 
 def serve(settings: Settings, log: FilteringBoundLogger) -> int:
@@ -48,11 +27,14 @@ def serve(settings: Settings, log: FilteringBoundLogger) -> int:
             "running as root: unless the policy's data plane user is root, the relay's own connections are captured"
         )
     raise_descriptor_limit()
-    opened = open_listeners(settings)
-    log.info("listening", address=settings.bind_address, workers=settings.workers, **settings.named_ports)
-    if len(opened) == 1:
+    opened, _new = open_sockets(settings)
+    addresses = {listener.name: show(listener.listen.address) for listener in settings.listeners}
+    log.info("listening", workers=settings.workers, **addresses)
+    if settings.workers == 1:
+        worker = Worker(settings, log)
+        worker.use(settings, opened)
         _announce(log)
-        Worker(settings, opened[0], log).run()
+        worker.run()
         log.info("ended")
         return 0
     return _supervise(settings, opened, log)
@@ -63,21 +45,22 @@ def _announce(log: FilteringBoundLogger) -> None:
     notify("READY=1")
 
 
-def _supervise(settings: Settings, opened: list[Listeners], log: FilteringBoundLogger) -> int:
+def _supervise(settings: Settings, opened: Sockets, log: FilteringBoundLogger) -> int:
     watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD, signal.SIGALRM)
     # Blocked before the first fork, so that none is lost; sigwait takes them one by one.
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     alive_reader, alive_writer = os.pipe2(os.O_CLOEXEC)
     workers: set[int] = set()
-    for listeners in opened:
+    for number in range(settings.workers):
         pid = os.fork()
         if pid == 0:
             os.close(alive_writer)
-            _work(settings, listeners, [other for other in opened if other is not listeners], log, alive_reader)
+            _work(settings, opened, number, log, alive_reader)
         workers.add(pid)
-    # Kept open here, the listeners would go on accepting for workers that have ended.
-    for listeners in opened:
-        listeners.close()
+    # Kept open here, the sockets would go on accepting for workers that have ended.
+    for sockets in opened.values():
+        for sock in sockets:
+            sock.close()
     os.close(alive_reader)
     _announce(log)
     try:
@@ -86,21 +69,28 @@ def _supervise(settings: Settings, opened: list[Listeners], log: FilteringBoundL
         os.close(alive_writer)
 
 
-def _work(
-    settings: Settings, mine: Listeners, others: list[Listeners], log: FilteringBoundLogger, supervisor: int
-) -> NoReturn:
+def _work(settings: Settings, opened: Sockets, number: int, log: FilteringBoundLogger, supervisor: int) -> NoReturn:
     """The life of a forked worker; never returns into the supervisor's code."""
     code = 1
     try:
-        for listeners in others:
-            listeners.close()
+        mine = {place: deal(sockets, number, settings.workers) for place, sockets in opened.items()}
+        _close_others(opened, mine)
         os.environ.pop("NOTIFY_SOCKET", None)
-        Worker(settings, mine, log, supervisor).run()
+        worker = Worker(settings, log, supervisor)
+        worker.use(settings, mine)
+        worker.run()
         code = 0
     except Exception:
         log.exception("a worker failed", pid=os.getpid())
     finally:
         os._exit(code)
+
+
+def _close_others(opened: Sockets, mine: Sockets) -> None:
+    for place, sockets in opened.items():
+        for sock in sockets:
+            if sock not in mine[place]:
+                sock.close()
 
 
 def _watch(workers: set[int], watched: tuple[signal.Signals, ...], log: FilteringBoundLogger) -> int:

@@ -1,56 +1,47 @@
-"""Accepts connections and decides what each of them is passed on to."""
+"""The TCP side of one worker: from an accepted socket to a connection that is relayed, and to its end."""
 
 from __future__ import annotations
 
-import errno
 import socket
-import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from select import EPOLLIN
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from agent.relay import dials
+from agent.relay.acceptor import Acceptor
 from agent.relay.complaints import Complaints
-from agent.relay.connection import Connection, Context, Link
-from agent.relay.dials import Dial, Role, SelfDialGuard
-from agent.relay.loop import Timer
+from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, Plan
+from agent.relay.deadlines import Deadlines
+from agent.relay.dialling import Dialling
 from agent.relay.original_destination import Destination, recover, unmapped
+from agent.relay.route import Peer, Refusal, Route
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-_BATCH = 64
-"""Connections accepted an event, so that a burst does not starve the ones that exist."""
-_PAUSE_SECONDS = 0.1
 _ATTEMPT_SECONDS = 3.0
-"""For one of several upstreams of a virtual address."""
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""For one of several upstreams of a virtual address, so that the next one has its turn."""
+_LONGEST_CHECK = 30.0
+_CHECKS = 8
+"""Quiet connections are looked for this often during the shortest time they are allowed."""
+_UNKNOWN = Destination("0.0.0.0", 0)
+"""The original destination of what came to a unix socket."""
 
 
 class TcpRelay:
-    """The TCP side of one worker."""
+    """Relays the connections of one worker."""
 
-    def __init__(
-        self,
-        context: Context,
-        guard: SelfDialGuard,
-        virtual: Callable[[Destination], Sequence[Destination] | None],
-        log: FilteringBoundLogger,
-        *,
-        access_log: bool = False,
-    ) -> None:
+    def __init__(self, context: Context, log: FilteringBoundLogger, *, access_log: bool = False) -> None:
         self._context = context
-        self._guard = guard
-        self._virtual = virtual
+        self._loop = context.exchange.loop
         self._log = log
         self._complaints = Complaints(log)
         self._access_log = access_log
-        self._listeners: dict[int, tuple[socket.socket, Role]] = {}
-        self._pause: Timer | None = None
+        self._routes: dict[str, Route] = {}
+        self._dialling: dict[float, Deadlines[Dialling]] = {}
         self._connections: set[Connection] = set()
+        self._checking = False
+        self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, lambda: False)
         self.idle: Callable[[], None] | None = None
         """Called whenever the last connection has ended."""
 
@@ -59,108 +50,68 @@ class TcpRelay:
         """How many connections there are."""
         return len(self._connections)
 
-    def listen(self, listener: socket.socket, role: Role) -> None:
-        """Accept the connections of a listener."""
-        self._listeners[listener.fileno()] = (listener, role)
-        self._context.loop.watch(listener.fileno(), EPOLLIN, partial(self._accept, listener, role))
+    def use(self, routes: Mapping[str, Route], *, access_log: bool) -> None:
+        """Treat new connections so from now on; `routes` are by the name of the listener."""
+        self._routes = dict(routes)
+        self._access_log = access_log
+        times = {route.settings.timeouts.connect for route in routes.values()} | {_ATTEMPT_SECONDS}
+        kept = {seconds: queue for seconds, queue in self._dialling.items() if seconds in times}
+        self._dialling = kept | {
+            seconds: Deadlines[Dialling](self._loop, seconds, Dialling.expire) for seconds in times - kept.keys()
+        }
+        if not self._checking:
+            self._check_quiet()
 
-    def drain(self) -> None:
-        """Accept what waits already, and then nothing more."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-        for listener, role in self._listeners.values():
-            while self._accept_one(listener, role):
-                pass
-            self._context.loop.close(listener)
-        self._listeners.clear()
-
-    def reset(self) -> None:
-        """End every connection at once."""
+    def reset(self, error: OSError) -> None:
+        """Break every connection off."""
         for connection in tuple(self._connections):
-            connection.reset(OSError(errno.ESHUTDOWN, "the relay ends"))
+            connection.reset(error)
 
-    def _accept(self, listener: socket.socket, role: Role, _mask: int) -> None:
-        for _ in range(_BATCH):
-            if not self._accept_one(listener, role):
-                return
+    def _on_accepted(self, client: socket.socket, name: Any, listener: str) -> None:
+        route = self._routes[listener]
+        if isinstance(name, tuple):
+            peer, destination = Peer(unmapped(name[0]), name[1]), recover(client, name[0])
+        else:
+            peer, destination = Peer(None, 0), _UNKNOWN
+        self._relay(client, route, peer, destination)
 
-    def _accept_one(self, listener: socket.socket, role: Role) -> bool:
-        """Whether another connection may be waiting."""
-        try:
-            client, peer = listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                self._complaints.warn("out of resources, accepting is paused", reason=error.strerror)
-                self._rest()
-                return False
-            return True  # the client has gone already (accept(2))
-        try:
-            self._relay(client, peer, role)
-        except OSError:
-            client.close()
-        return True
-
-    def _rest(self) -> None:
-        """Stop accepting for a moment: the waiting connections would wake the loop over and over."""
-        if self._pause is None:
-            for fd in self._listeners:
-                self._context.loop.change(fd, 0)
-            self._pause = self._context.loop.later(_PAUSE_SECONDS, self._resume)
-
-    def _resume(self) -> None:
-        self._pause = None
-        for fd in self._listeners:
-            self._context.loop.change(fd, EPOLLIN)
-
-    def _relay(self, client: socket.socket, peer: tuple[str, int], role: Role) -> None:
-        destination = recover(client, peer[0])
-        route = self._route(destination, peer, role)
-        if not route:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            client.close()
+    def _relay(self, client: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
+        dials = route.decide(peer, destination)
+        if isinstance(dials, Refusal):
+            self._refuse(client, route, peer, destination, dials)
             return
         done: Callable[[Connection], None] = self._forget
         if self._access_log:
-            done = partial(self._report, role, unmapped(peer[0]), destination, time.monotonic())
-        connection = Connection(self._context, client, route, done)
+            done = partial(self._report, route, peer, destination, time.monotonic())
+        timeouts = route.settings.timeouts
+        half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
+        patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
+        plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed)
+        connection = Connection(self._context, client, plan, done)
         self._connections.add(connection)
         try:
-            connection.start(_ATTEMPT_SECONDS)
+            connection.start()
         except OSError as error:
-            connection.reset(error)
+            connection.reset(error, Ending.NOT_REACHED)
 
-    def _route(self, destination: Destination, peer: tuple[str, int], role: Role) -> Sequence[Dial]:
-        """What to dial, best first; nothing when the connection must be refused."""
-        if Link(unmapped(peer[0]), peer[1], destination) in self._context.own_dials:
-            self._complaints.warn(
-                "refused: the relay's own connections come back to it; does it run as the policy's data plane user?",
-                destination=str(destination),
-            )
-            return ()
-        if self._guard.refuses(destination):
-            self._complaints.warn(
-                "refused: a connection to the relay's own port, which nobody redirected",
-                role=str(role),
-                client=unmapped(peer[0]),
-                destination=str(destination),
-            )
-            return ()
-        if role is Role.INBOUND:
-            return dials.inbound(destination)
-        upstreams = self._virtual(destination)
-        return dials.outbound(destination) if upstreams is None else self._virtual_route(destination, upstreams)
+    def _refuse(self, client: socket.socket, route: Route, peer: Peer, destination: Destination, why: Refusal) -> None:
+        if client.family != socket.AF_UNIX:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        client.close()
+        name = route.settings.name
+        self._complaints.warn(why, listener=name, client=str(peer), destination=str(destination))
 
-    def _virtual_route(self, destination: Destination, upstreams: Sequence[Destination]) -> Sequence[Dial]:
-        """The upstreams of a virtual address, which is never dialled itself: nobody has it."""
-        others = self._guard.others(upstreams)
-        if not others:
-            self._complaints.warn(
-                "refused: the virtual address has no upstream for this port", destination=str(destination)
-            )
-        return tuple(Dial(upstream) for upstream in others)
+    def _check_quiet(self) -> None:
+        """Look for connections on which nothing moves; again and again, as long as any timeout asks for it."""
+        timeouts = [route.settings.timeouts for route in self._routes.values()]
+        times = [seconds for one in timeouts for seconds in (one.idle, one.half_closed) if seconds]
+        self._checking = bool(times)
+        if not times:
+            return
+        now = time.monotonic()
+        for connection in tuple(self._connections):
+            connection.check_quiet(now)
+        self._loop.later(min(min(times) / _CHECKS, _LONGEST_CHECK), self._check_quiet)
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -168,17 +119,20 @@ class TcpRelay:
             self.idle()
 
     def _report(
-        self, role: Role, client: str, destination: Destination, started: float, connection: Connection
+        self, route: Route, peer: Peer, destination: Destination, started: float, connection: Connection
     ) -> None:
         sent, received = connection.moved
         self._log.info(
             "connection",
-            role=str(role),
-            client=client,
+            listener=route.settings.name,
+            role=str(route.settings.role),
+            client=str(peer),
             destination=str(destination),
+            upstream=str(connection.upstream),
             sent=sent,
             received=received,
             seconds=round(time.monotonic() - started, 6),
+            reason=str(connection.ending),
             error=connection.error.strerror if connection.error else None,
         )
         self._forget(connection)

@@ -1,27 +1,28 @@
-"""One worker of the relay: its event loop, its listeners, and how it ends."""
+"""One worker of the relay: its event loop, its sockets, and how it ends."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-import resource
 import signal
 import socket
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from select import EPOLLIN
 from typing import TYPE_CHECKING
 
-from agent.relay import routes
+from agent.relay import routes, sock_diag
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
-from agent.relay.dials import Role, SelfDialGuard
+from agent.relay.dialling import Exchange, Link
+from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
-from agent.relay.dns_settings import DnsSettings
-from agent.relay.listeners import Listeners
 from agent.relay.loop import Loop
 from agent.relay.notify import notify, watchdog_interval
 from agent.relay.pump import BUFFER_SIZE, PipePool
-from agent.relay.settings import Settings
+from agent.relay.route import Route, Surroundings
+from agent.relay.settings import ListenerSettings, Role, Settings
+from agent.relay.sockets import Place, wanted
 from agent.relay.tcp import TcpRelay
 
 if TYPE_CHECKING:
@@ -29,17 +30,12 @@ if TYPE_CHECKING:
 
 DRAINING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AT_ONCE = signal.SIGQUIT
-
-
-def raise_descriptor_limit() -> None:
-    """Allow as many descriptors as the administrator does: a relayed connection needs two, and bulk ones more."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+_SIGNALS = (*DRAINING_SIGNALS, AT_ONCE)
+_ENDED = OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
 
 
 class Worker:
-    """Serves one set of listeners until it is told to end.
+    """Serves a share of the sockets until it is told to end.
 
     SIGTERM and SIGINT drain: nothing new is accepted, and what runs may end by itself for `drain_seconds`. SIGQUIT
     ends everything at once, and so does the end of the supervisor, whose pipe `supervisor` is. A second SIGTERM or
@@ -47,9 +43,7 @@ class Worker:
     gets one of its own beside the supervisor's.
     """
 
-    def __init__(
-        self, settings: Settings, listeners: Listeners, log: FilteringBoundLogger, supervisor: int | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, log: FilteringBoundLogger, supervisor: int | None = None) -> None:
         self._settings = settings
         self._log = log
         self._complaints = Complaints(log)
@@ -57,30 +51,50 @@ class Worker:
         self._pool = PipePool()
         self._draining = False
         self._supervised = supervisor is not None
-        guard = SelfDialGuard(settings.ports, routes.is_local)
-        buffer = memoryview(bytearray(BUFFER_SIZE))
-        context = Context(self._loop, self._pool, buffer, set(), self._missing_source)
-        self._dns = DnsServer(self._loop, DnsSettings(resolv_conf=settings.resolv_conf), guard, log)
-        self._tcp = TcpRelay(context, guard, self._dns.upstreams, log, access_log=settings.access_log)
-        self._tcp.listen(listeners.inbound, Role.INBOUND)
-        self._tcp.listen(listeners.outbound, Role.OUTBOUND)
-        self._dns.listen(listeners.dns_tcp)
-        self._dns.listen(listeners.dns_udp)
+        self._guard = SelfDialGuard(frozenset(), routes.is_local)
+        own_dials: set[Link] = set()
+        exchange = Exchange(self._loop, own_dials, self._missing_source, sock_diag.serves_every_address)
+        context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
+        self._tcp = TcpRelay(context, log)
+        self._dns = DnsServer(self._loop, settings.dns, self._guard, log)
+        self._surroundings = Surroundings(self._guard, own_dials, self._dns.upstreams, routes.is_local)
+        self._sockets: dict[Place, Sequence[socket.socket]] = {}
         if supervisor is not None:
             self._loop.watch(supervisor, EPOLLIN, lambda _mask: self._end("the supervisor has gone"))
 
-    def run(self) -> None:
-        """Serve; returns when everything has ended."""
+    def use(self, settings: Settings, sockets: Mapping[Place, Sequence[socket.socket]]) -> None:
+        """Serve these sockets by these settings; connections that exist go on as they began."""
+        self._settings = settings
+        self._guard.watch(listener.listen for listener in settings.listeners)
+        streams = [listener for listener in settings.listeners if listener.role is not Role.DNS]
+        self._tcp.use(
+            {listener.name: Route(listener, self._surroundings) for listener in streams},
+            access_log=settings.access_log,
+        )
+        for listener, place in wanted(settings):
+            for sock in sockets[place]:
+                self._listen(listener, sock)
+        self._sockets = dict(sockets)
+
+    def _listen(self, listener: ListenerSettings, sock: socket.socket) -> None:
+        if listener.role is Role.DNS:
+            self._dns.listen(sock, listener.access.admits)
+        else:
+            self._tcp.acceptor.listen(sock, listener.name)
+
+    def run(self, handlers: Mapping[int, Callable[[], None]] | None = None) -> None:
+        """Serve; returns when everything has ended. `handlers` are for further signals, by their number."""
+        handlers = handlers or {}
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
-        self._loop.watch(reader.fileno(), EPOLLIN, partial(self._on_signals, reader))
+        self._loop.watch(reader.fileno(), EPOLLIN, partial(self._on_signals, reader, handlers))
         # The handlers do nothing: a signal may come between any two instructions, so the loop reads it from the
         # socket when it is ready for it.
-        for number in (*DRAINING_SIGNALS, AT_ONCE):
+        for number in (*_SIGNALS, *handlers):
             signal.signal(number, lambda _number, _frame: None)
         previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*DRAINING_SIGNALS, AT_ONCE))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_SIGNALS, *handlers))
         interval = None if self._supervised else watchdog_interval()
         if interval:
             self._show_life(interval)
@@ -106,21 +120,24 @@ class Worker:
             pid=os.getpid(),
         )
 
-    def _on_signals(self, reader: socket.socket, _mask: int) -> None:
+    def _on_signals(self, reader: socket.socket, handlers: Mapping[int, Callable[[], None]], _mask: int) -> None:
         for number in reader.recv(4096):
             name = signal.Signals(number).name
-            if number == AT_ONCE:
+            if number in handlers:
+                handlers[number]()
+            elif number == AT_ONCE:
                 self._end(name)
             elif number in DRAINING_SIGNALS and not self._draining:
-                self._drain(name)
+                self.drain(name)
             elif number in DRAINING_SIGNALS and not self._supervised:
                 self._end(f"a second signal, {name}")
 
-    def _drain(self, why: str) -> None:
+    def drain(self, why: str) -> None:
+        """Accept nothing new, and end with the last connection or when the drain timeout has passed."""
         self._draining = True
         notify("STOPPING=1")
-        self._tcp.drain()
-        self._dns.drain(idle=self._stop_when_idle)
+        self._tcp.acceptor.drain()
+        self._dns.drain(self._stop_when_idle)
         self._log.info(
             "draining",
             reason=why,
@@ -140,6 +157,6 @@ class Worker:
         if self._tcp.busy or self._dns.busy:
             self._log.warning("ending what still runs", reason=why, connections=self._tcp.busy, queries=self._dns.busy)
         self._loop.stop()
-        self._tcp.drain()
-        self._tcp.reset()
+        self._tcp.acceptor.drain()
+        self._tcp.reset(_ENDED)
         self._dns.reset()

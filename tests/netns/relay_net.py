@@ -31,6 +31,7 @@ PEER = {socket.AF_INET: PEER4, socket.AF_INET6: PEER6}
 HOST = {socket.AF_INET: HOST4, socket.AF_INET6: HOST6}
 LIBC = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
+Service = Callable[[socket.socket, Any], None]
 TIMEOUT = 10.0
 
 

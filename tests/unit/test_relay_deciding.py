@@ -23,10 +23,11 @@ from agent.policy import NameServer
 from agent.relay import dials
 from agent.relay.complaints import PERIOD_SECONDS, Complaints
 from agent.relay.dials import Dial, SelfDialGuard
+from agent.relay.flags import Flags
+from agent.relay.listen import read_listen
 from agent.relay.notify import notify
 from agent.relay.original_destination import Destination
-from agent.relay.settings import Settings
-from agent.relay.supervisor import become
+from agent.relay.privileges import become
 
 PORTS = frozenset({15006, 15001, 15053})
 V6 = socket.AF_INET6
@@ -76,6 +77,14 @@ def test_other_ports_are_dialled_without_asking_the_kernel(address: IPv4Address 
     assert not SelfDialGuard(PORTS, never).refuses(Destination(str(address), port))
 
 
+def test_a_listener_of_one_address_is_reached_there_only() -> None:
+    own = guard("10.0.0.2", "10.0.0.3")
+    own.watch([read_listen("10.0.0.2:15006"), read_listen("*:15001"), read_listen("unix:/run/x")])
+    refused = [(host, port) for host in ("10.0.0.2", "10.0.0.3", "127.0.0.1") for port in (15006, 15001, 80)
+               if own.refuses(Destination(host, port))]  # fmt: skip
+    assert set(refused) == {("10.0.0.2", 15006), ("10.0.0.2", 15001), ("10.0.0.3", 15001), ("127.0.0.1", 15001)}
+
+
 def test_the_relay_is_no_name_server_of_its_own() -> None:
     own = SelfDialGuard(frozenset({53}), lambda destination: destination.host == "10.0.0.2")
     servers = [Destination(host, 53) for host in ("127.0.0.1", "10.0.0.2", "192.0.2.1")]
@@ -95,7 +104,7 @@ def test_the_relay_is_no_name_server_of_its_own() -> None:
 )
 def test_settings_that_make_no_sense_are_all_named(options: dict[str, object], problems: list[str]) -> None:
     with pytest.raises(InputError) as raised:
-        Settings(**options)  # type: ignore[arg-type]
+        Flags.of(options).settings()
     assert len(raised.value.problems) == len(problems)
     for said, expected in zip(raised.value.problems, problems, strict=True):
         assert said.startswith(expected)
@@ -178,4 +187,4 @@ def test_equal_ports_are_bad_input() -> None:
 
 
 def test_the_default_resolv_conf_is_the_hosts() -> None:
-    assert Settings().resolv_conf == Path("/etc/resolv.conf")
+    assert Flags().settings().dns.resolv_conf == Path("/etc/resolv.conf")

@@ -1,0 +1,111 @@
+"""Accepts the connections of a worker's listening sockets, and stops for a while when there are too many."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from collections.abc import Callable
+from functools import partial
+from select import EPOLLIN
+from typing import Any
+
+from agent.relay.complaints import Complaints
+from agent.relay.loop import Loop, Timer
+
+_BATCH = 64
+"""Connections accepted an event, so that a burst does not starve the ones that exist."""
+_PAUSE_SECONDS = 0.1
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_WATCHED = EPOLLIN | select.EPOLLEXCLUSIVE
+"""Several workers may wait for one socket: a connection wakes one of them. Such a watch cannot be changed."""
+
+
+class Acceptor:
+    """Hands every accepted socket on, with its peer's name and the name of the listener."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        complaints: Complaints,
+        accepted: Callable[[socket.socket, Any, str], None],
+        is_full: Callable[[], bool],
+    ) -> None:
+        self._loop = loop
+        self._complaints = complaints
+        self._accepted = accepted
+        self._is_full = is_full
+        self._sockets: dict[socket.socket, str] = {}
+        self._pause: Timer | None = None
+        self.pauses = 0
+        """How often accepting has been paused."""
+
+    def listen(self, sock: socket.socket, name: str) -> None:
+        """Accept the connections of a listening socket."""
+        self._sockets[sock] = name
+        if self._pause is None:
+            self._watch(sock)
+
+    def leave(self, sock: socket.socket) -> None:
+        """Accept no more of its connections; they wait for whoever else has the socket. It is closed here."""
+        self._sockets.pop(sock)
+        self._loop.close(sock)
+
+    def drain(self) -> None:
+        """Accept what waits already, and then nothing more."""
+        if self._pause is not None:
+            self._pause.cancel()
+        for sock in tuple(self._sockets):
+            while self._accept_one(sock):
+                pass
+            self.leave(sock)
+
+    def stop(self) -> None:
+        """Accept nothing more; what waits is for whoever else has the sockets."""
+        if self._pause is not None:
+            self._pause.cancel()
+        for sock in tuple(self._sockets):
+            self.leave(sock)
+
+    def _watch(self, sock: socket.socket) -> None:
+        self._loop.watch(sock.fileno(), _WATCHED, partial(self._on_waiting, sock))
+
+    def _on_waiting(self, sock: socket.socket, _mask: int) -> None:
+        for _ in range(_BATCH):
+            if self._is_full():
+                self._complaints.warn("the limit of connections is reached, accepting is paused")
+                self._rest()
+                return
+            if not self._accept_one(sock):
+                return
+
+    def _accept_one(self, sock: socket.socket) -> bool:
+        """Whether another connection may be waiting."""
+        try:
+            client, peer = sock.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                self._complaints.warn("out of resources, accepting is paused", reason=error.strerror)
+                self._rest()
+                return False
+            return True  # the client has gone already (accept(2))
+        try:
+            self._accepted(client, peer, self._sockets[sock])
+        except OSError:
+            client.close()
+        return True
+
+    def _rest(self) -> None:
+        """Stop accepting for a moment: the waiting connections would wake the loop over and over."""
+        if self._pause is None:
+            self.pauses += 1
+            for sock in self._sockets:
+                self._loop.forget(sock.fileno())
+            self._pause = self._loop.later(_PAUSE_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        self._pause = None
+        for sock in self._sockets:
+            self._watch(sock)

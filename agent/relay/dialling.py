@@ -1,0 +1,148 @@
+"""Reaching an upstream: one dial after the other, until one succeeds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from select import EPOLLOUT
+from typing import NamedTuple
+
+from agent.relay.deadlines import Deadlines
+from agent.relay.dials import Dial
+from agent.relay.loop import Loop
+from agent.relay.original_destination import Destination
+from agent.relay.sockets import make_transparent
+
+IP_BIND_ADDRESS_NO_PORT = 24
+"""linux/in.h: choose the source port at connect(), so that every destination has all ports for itself."""
+
+
+class Link(NamedTuple):
+    """Both ends of a connection. Neither alone tells one from another: ports are shared between destinations."""
+
+    host: str
+    port: int
+    destination: Destination
+
+
+class Exchange(NamedTuple):
+    """What all dials of a worker share."""
+
+    loop: Loop
+    own_dials: set[Link]
+    """The connections this worker has opened itself."""
+    missing_source: Callable[[str], None]
+    """Told when an address to dial from does not exist on this host."""
+    serves_every_address: Callable[[Destination], bool]
+    """Whether what listens at a loopback destination listens at the host's other addresses too."""
+
+
+class Dialling:
+    """Tries dials in turn. Calls `reached` with a connected socket, or `failed` with the last reason."""
+
+    __slots__ = ("_attempt", "_deadlines", "_dials", "_exchange", "_failed", "_link", "_reached", "_socket")
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        dials: Sequence[Dial],
+        deadlines: Deadlines[Dialling],
+        reached: Callable[[socket.socket], None],
+        failed: Callable[[OSError], None],
+    ) -> None:
+        self._exchange = exchange
+        self._dials = dials
+        self._deadlines = deadlines
+        self._reached = reached
+        self._failed = failed
+        self._attempt = 0
+        self._socket: socket.socket | None = None
+        self._link: Link | None = None
+
+    @property
+    def destination(self) -> Destination:
+        """What is being dialled, or was reached."""
+        return self._dials[max(self._attempt - 1, 0)].destination
+
+    def start(self) -> None:
+        """Dial."""
+        self._next(OSError(errno.EHOSTUNREACH, "nowhere to dial"))
+
+    def expire(self) -> None:
+        """The attempt has had its time."""
+        self._drop()
+        self._next(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+
+    def close(self) -> None:
+        """Give up, or hang up."""
+        self._deadlines.discard(self)
+        self._drop()
+
+    def _next(self, error: OSError) -> None:
+        """Try the dials that are left; `error` is why the one before failed."""
+        while self._attempt < len(self._dials):
+            dial = self._dials[self._attempt]
+            self._attempt += 1
+            try:
+                self._dial(dial)
+            except OSError as failed:
+                error = failed
+                self._drop()
+            else:
+                self._deadlines.add(self)
+                return
+        self._failed(error)
+
+    def _dial(self, dial: Dial) -> None:
+        upstream = socket.socket(dial.destination.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket = upstream
+        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        destination = self._bind(upstream, dial)
+        code = upstream.connect_ex(destination.sockaddr)
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        host, port = upstream.getsockname()[:2]
+        self._link = Link(host, port, destination)
+        self._exchange.own_dials.add(self._link)
+        self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
+
+    def _bind(self, upstream: socket.socket, dial: Dial) -> Destination:
+        """Choose the source address; returns what to dial from there."""
+        if dial.source is None:
+            return dial.destination
+        try:
+            if dial.transparent:
+                make_transparent(upstream)
+            upstream.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            upstream.bind((dial.source, 0))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or dial.substitute is None:
+                raise
+            self._exchange.missing_source(dial.source)
+            if not self._exchange.serves_every_address(dial.substitute):
+                raise OSError(errno.ECONNREFUSED, "listens on a loopback address only") from None
+            return dial.substitute
+        return dial.destination
+
+    def _on_event(self, _mask: int) -> None:
+        upstream = self._socket
+        assert upstream is not None
+        self._deadlines.discard(self)
+        code = upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._drop()
+            self._next(OSError(code, os.strerror(code)))
+            return
+        self._exchange.loop.forget(upstream.fileno())
+        self._reached(upstream)
+
+    def _drop(self) -> None:
+        """Let go of an attempt."""
+        if self._link is not None:
+            self._exchange.own_dials.discard(self._link)
+            self._link = None
+        if self._socket is not None:
+            self._exchange.loop.close(self._socket)
+            self._socket = None

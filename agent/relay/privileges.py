@@ -1,0 +1,83 @@
+"""Becoming the user the relay runs as, and keeping no more rights than its listeners need."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import resource
+import struct
+from collections.abc import Collection
+
+from agent.errors import HostError, InputError
+from agent.host.users import uid_of
+from agent.relay.settings import Settings, Source
+
+CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
+"""linux/capability.h."""
+_PR_SET_KEEPCAPS = 8
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
+"""linux/prctl.h."""
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAPABILITY_HEADER = struct.Struct("=Ii")
+_CAPABILITY_DATA = struct.Struct("=6I")
+_PRIVILEGED_PORTS = range(1, 1024)
+
+
+def needed_capabilities(settings: Settings) -> frozenset[int]:
+    """What the listeners need beyond an ordinary user's rights."""
+    listens = [listener.listen for listener in settings.listeners]
+    needed = set()
+    if any(listen.port in _PRIVILEGED_PORTS for listen in listens):
+        needed.add(CAP_NET_BIND_SERVICE)
+    if any(listener.listen.transparent or listener.source is Source.CLIENT for listener in settings.listeners):
+        needed.add(CAP_NET_ADMIN)
+    return frozenset(needed)
+
+
+def become(user: str, capabilities: Collection[int] = ()) -> None:
+    """Run as another user (a name or a uid) from now on, with these capabilities alone, and never regain others.
+
+    Must come before any socket is opened: rules match the user who created a socket, not the one who uses it.
+    Raises InputError when there is no such user, HostError when this process may not become that user.
+    """
+    uid = uid_of(user)
+    if uid is None:
+        raise InputError(f"--user: there is no user {user!r} on this host")
+    if uid == os.geteuid():
+        return
+    entry = pwd.getpwuid(uid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if capabilities:
+        libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    try:
+        os.initgroups(entry.pw_name, entry.pw_gid)
+        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    except PermissionError:
+        raise HostError(f"--user {user}: only root may become another user") from None
+    if capabilities:
+        _keep(libc, capabilities)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _keep(libc: ctypes.CDLL, capabilities: Collection[int]) -> None:
+    """Have these capabilities alone, also in the programs this one executes: a restart is one."""
+    mask = sum(1 << number for number in capabilities)
+    header = _CAPABILITY_HEADER.pack(_CAPABILITY_VERSION_3, 0)
+    # Effective, permitted and inheritable, the lower half of the 64 bits first.
+    if libc.capset(header, _CAPABILITY_DATA.pack(mask, mask, mask, 0, 0, 0)):
+        raise HostError(f"the capabilities a listener needs cannot be kept: {os.strerror(ctypes.get_errno())}")
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in capabilities:
+        libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors as the administrator does: a relayed connection needs two, and bulk ones more."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

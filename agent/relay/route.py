@@ -1,0 +1,121 @@
+"""What becomes of a connection that a listener got: what to dial for it, or why not. Decides, and does nothing."""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from agent.relay import dials
+from agent.relay.access import is_metadata, reaches_loopback_from_afar
+from agent.relay.dialling import Link
+from agent.relay.dials import Dial, SelfDialGuard
+from agent.relay.original_destination import Destination
+from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source
+
+
+class Peer(NamedTuple):
+    """The other end of an accepted connection, or whom its PROXY protocol header names."""
+
+    host: str | None
+    """None for a unix socket."""
+    port: int
+
+    def __str__(self) -> str:
+        return self.host or "unix:"
+
+
+class Refusal(enum.StrEnum):
+    """Why a connection is not passed on."""
+
+    COMES_BACK = "refused: the relay's own connections come back to it; does it run as the policy's data plane user?"
+    OWN_PORT = "refused: a connection to the relay's own port, which nobody redirected"
+    SOURCE = "refused: the source is denied"
+    DESTINATION = "refused: the destination is denied"
+    METADATA = "refused: a cloud's metadata service; to dial it, set allow_metadata_addresses"
+    LOOPBACK = "refused: a client on another host asks for a loopback address of this one"
+    NO_UPSTREAM = "refused: a virtual address that has no upstream for this port"
+    TOO_MANY = "refused: the source has too many connections"
+    UNTRUSTED = "refused: the source may not send PROXY protocol headers; see trusted_ips"
+    MALFORMED = "refused: no valid PROXY protocol header"
+    TIMED_OUT = "refused: the PROXY protocol header or TLS handshake did not come in time"
+    TLS = "refused: the TLS handshake failed"
+    GONE = "the client went before it was served"
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every route of a worker asks."""
+
+    guard: SelfDialGuard
+    own_dials: Collection[Link]
+    vips: Callable[[Destination], Sequence[Destination] | None]
+    """What to dial for a virtual address of the local DNS zone; None for all other destinations."""
+    is_local: Callable[[Destination], bool]
+
+
+class Route:
+    """One listener's rules."""
+
+    __slots__ = ("_from_passthrough", "_surroundings", "settings")
+
+    def __init__(self, settings: ListenerSettings, surroundings: Surroundings) -> None:
+        self.settings = settings
+        self._surroundings = surroundings
+        self._from_passthrough = settings.source is Source.PASSTHROUGH
+        if self._from_passthrough and isinstance(settings.upstream, FixedAddress):
+            # Another host could not answer 127.0.0.6.
+            self._from_passthrough = surroundings.is_local(settings.upstream.destination)
+
+    def decide(self, peer: Peer, destination: Destination) -> Sequence[Dial] | Refusal:
+        """What to dial, best first, for a client that wanted to go to `destination`."""
+        settings, around = self.settings, self._surroundings
+        if peer.host is not None and Link(peer.host, peer.port, destination) in around.own_dials:
+            return Refusal.COMES_BACK
+        if settings.role is Role.INBOUND and peer.host and not settings.access.admits(peer.host):
+            return Refusal.SOURCE
+        if isinstance(settings.upstream, FixedAddress):
+            return self._dials(peer, settings.upstream.destination)
+        behind = around.vips(destination) if settings.role is Role.OUTBOUND else None
+        if behind is not None:
+            return self._behind(peer, behind)
+        return self._refusal(peer, destination) or self._dials(peer, self._service(destination))
+
+    def _behind(self, peer: Peer, upstreams: Sequence[Destination]) -> Sequence[Dial] | Refusal:
+        """What to dial for a virtual address: those of its upstreams that may be dialled."""
+        if not upstreams:
+            return Refusal.NO_UPSTREAM
+        refusals = [self._refusal(peer, upstream) for upstream in upstreams]
+        admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
+        return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
+
+    def _refusal(self, peer: Peer, destination: Destination) -> Refusal | None:
+        settings, around = self.settings, self._surroundings
+        if around.guard.refuses(destination):
+            return Refusal.OWN_PORT
+        if settings.role is Role.OUTBOUND and not settings.access.admits(destination.host):
+            return Refusal.DESTINATION
+        if not settings.allow_metadata_addresses and is_metadata(destination):
+            return Refusal.METADATA
+        if reaches_loopback_from_afar(destination, peer.host, around.is_local):
+            return Refusal.LOOPBACK
+        return None
+
+    def _service(self, destination: Destination) -> Destination:
+        upstream = self.settings.upstream
+        if not isinstance(upstream, ServicePorts) or destination.port not in upstream.services:
+            return destination
+        address, port = upstream.services[destination.port]
+        if address is None:
+            return destination._replace(port=port)
+        return Destination(address, port, socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+    def _dials(self, peer: Peer, destination: Destination) -> Sequence[Dial]:
+        if self._from_passthrough:
+            return dials.inbound(destination)
+        same_family = peer.host is not None and (":" in peer.host) == (destination.family == socket.AF_INET6)
+        if self.settings.source is Source.CLIENT and same_family:
+            return (Dial(destination, peer.host, transparent=True),)
+        return dials.outbound(destination)

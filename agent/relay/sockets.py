@@ -1,0 +1,194 @@
+"""Opens listening sockets, or takes over those that somebody else has opened, and deals them out to the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from agent.errors import HostError
+from agent.relay import packet_info
+from agent.relay.listen import Keepalive, Listen, show
+from agent.relay.original_destination import Destination
+from agent.relay.settings import ListenerSettings, Role, Settings
+
+IP_TRANSPARENT = 19
+IPV6_TRANSPARENT = 75
+"""linux/in.h, linux/in6.h."""
+_RECEIVE_BUFFER = 1024 * 1024
+_DEFER_SECONDS = 1
+"""As nginx; the kernel rounds it up to the next retransmission of the SYN-ACK."""
+
+
+class Place(NamedTuple):
+    """Where sockets listen."""
+
+    address: str
+    kind: socket.SocketKind
+
+
+Sockets = dict[Place, list[socket.socket]]
+"""Of every listener: one, or, with reuseport, one a worker."""
+
+
+def places(listener: ListenerSettings) -> tuple[Place, ...]:
+    """What a listener needs: TCP, and UDP too for DNS."""
+    stream = Place(show(listener.listen.address), socket.SOCK_STREAM)
+    return (stream, Place(stream.address, socket.SOCK_DGRAM)) if listener.role is Role.DNS else (stream,)
+
+
+def open_sockets(
+    settings: Settings, held: Mapping[Place, Sequence[socket.socket]] | None = None
+) -> tuple[Sockets, list[socket.socket]]:
+    """Every socket the settings need, and which of them are new; those that are `held` already are used.
+
+    Raises HostError, naming the address, when one cannot be had; nothing new is open then.
+
+    Several workers share a port by SO_REUSEPORT, which would also let two relays of one user share it without a word.
+    So the port is first taken without it, as a single worker does.
+    """
+    found: Sockets = {}
+    new: list[socket.socket] = []
+    try:
+        for listener, place in wanted(settings):
+            if held and held.get(place):
+                found[place] = list(held[place])
+                for sock in found[place]:
+                    _adapt(sock, listener.listen, place)
+                continue
+            shared = listener.listen.reuseport and settings.workers > 1
+            alone = _bind(listener, place, shared=False)
+            if shared:
+                alone.close()
+                found[place] = [_bind(listener, place, shared=True) for _ in range(settings.workers)]
+            else:
+                found[place] = [alone]
+            new += found[place]
+    except HostError:
+        for sock in new:
+            sock.close()
+        raise
+    return found, new
+
+
+def wanted(settings: Settings) -> Iterator[tuple[ListenerSettings, Place]]:
+    """Every place of every listener."""
+    for listener in settings.listeners:
+        for place in places(listener):
+            yield listener, place
+
+
+def deal(sockets: Sequence[socket.socket], worker: int, workers: int) -> list[socket.socket]:
+    """Those of a place that are a worker's: every socket has a worker, and every worker a socket."""
+    if len(sockets) < workers:
+        return [sockets[worker % len(sockets)]]
+    return list(sockets[worker::workers])
+
+
+def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.socket:
+    listen, address = listener.listen, listener.listen.address
+    sock, name = _socket(listen, place.kind)
+    try:
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if listen.transparent:
+            make_transparent(sock)
+        if place.kind is socket.SOCK_DGRAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        elif isinstance(address, Destination):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if isinstance(address, PurePosixPath):
+            _clear_stale(Path(address))
+        sock.bind(name)
+        _adapt(sock, listen, place)
+    except OSError as error:
+        sock.close()
+        raise HostError(_reason(listener, place, error)) from error
+    return sock
+
+
+def _reason(listener: ListenerSettings, place: Place, error: OSError) -> str:
+    address = listener.listen.address
+    if isinstance(address, Destination):
+        transport = "TCP" if place.kind is socket.SOCK_STREAM else "UDP"
+        what = f"{transport} port {address.port} of {address.host} for the {listener.name} listener"
+        other = f"choose another port, as with --{listener.role}-port"
+    else:
+        what = f"{place.address} for the {listener.name} listener"
+        other = "choose another path"
+    if error.errno == errno.EADDRINUSE:
+        return f"{what} is in use; stop what listens there, or {other}"
+    if error.errno == errno.EPERM and listener.listen.transparent:
+        return f"{what} cannot be opened: transparent needs the capability CAP_NET_ADMIN or CAP_NET_RAW"
+    return f"{what} cannot be opened: {error.strerror}"
+
+
+def _socket(listen: Listen, kind: socket.SocketKind) -> tuple[socket.socket, tuple[str, int] | str]:
+    """A socket of the address's family, and what to bind it to.
+
+    IPv4 for the wildcard of both families on a kernel without IPv6, or where it is disabled in this namespace.
+    """
+    address = listen.address
+    if isinstance(address, PurePosixPath):
+        return socket.socket(socket.AF_UNIX, kind), str(address)
+    if address.family == socket.AF_INET6:
+        try:
+            sock = socket.socket(socket.AF_INET6, kind)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, listen.ipv6only)
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT or not listen.is_wildcard or listen.ipv6only:
+                raise HostError(f"{address}: {error.strerror}") from error
+        else:
+            return sock, (address.host, address.port)
+    host = "0.0.0.0" if listen.is_wildcard else address.host
+    return socket.socket(socket.AF_INET, kind), (host, address.port)
+
+
+def _adapt(sock: socket.socket, listen: Listen, place: Place) -> None:
+    """Options that may change while a socket listens."""
+    sock.setblocking(False)
+    if place.kind is socket.SOCK_DGRAM:
+        packet_info.enable(sock)
+        return
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit all of these
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _DEFER_SECONDS if listen.deferred else 0)
+        if listen.keepalive is not None:
+            keep_alive(sock, listen.keepalive)
+    sock.listen(listen.backlog)
+
+
+def keep_alive(sock: socket.socket, keepalive: Keepalive) -> None:
+    """Set the TCP keep-alive of a socket."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, keepalive.on)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, keepalive.idle),
+        (socket.TCP_KEEPINTVL, keepalive.interval),
+        (socket.TCP_KEEPCNT, keepalive.count),
+    ):
+        if value is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def make_transparent(sock: socket.socket) -> None:
+    """Let a socket have an address of somebody else. Needs CAP_NET_ADMIN or CAP_NET_RAW."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+    sock.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove the socket file of a process that has ended: nobody answers there any more."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        except OSError:
+            return

@@ -1,0 +1,393 @@
+"""The relay's configuration: listeners as nginx writes them, the YAML file, and every problem at once."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from pathlib import Path, PurePosixPath
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agent.cli.relay import command
+from agent.config_sources import parse_yaml
+from agent.config_values import BadValueError
+from agent.errors import InputError
+from agent.relay import config_section
+from agent.relay.config_file import load, settings_of
+from agent.relay.flags import Flags
+from agent.relay.listen import Keepalive, Listen, read_listen
+from agent.relay.original_destination import Destination
+from agent.relay.settings import FixedAddress, OriginalDestination, Role, ServicePorts, Settings, Source
+
+V6 = socket.AF_INET6
+ANY = Destination("0.0.0.0", 15006)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("*:15006", Listen(ANY)),
+        ("0.0.0.0:15006 backlog=16384", Listen(ANY, backlog=16384)),
+        ("[::]:15006", Listen(Destination("::", 15006, V6), ipv6only=True)),
+        ("[::]:15006 ipv6only=off", Listen(Destination("::", 15006, V6), ipv6only=False)),
+        ("*:15006 transparent proxy_protocol ssl reuseport bind deferred",
+         Listen(ANY, transparent=True, proxy_protocol=True, ssl=True, reuseport=True, bind=True, deferred=True)),
+        ("*:15006 so_keepalive=on", Listen(ANY, keepalive=Keepalive(True))),
+        ("*:15006 so_keepalive=off", Listen(ANY, keepalive=Keepalive(False))),
+        ("*:15006 so_keepalive=30m::10", Listen(ANY, keepalive=Keepalive(True, 1800, None, 10))),
+        ("*:15006 so_keepalive=60:5s:3", Listen(ANY, keepalive=Keepalive(True, 60, 5, 3))),
+        ("unix:/run/r.sock proxy_protocol", Listen(PurePosixPath("/run/r.sock"), proxy_protocol=True)),
+    ],
+)  # fmt: skip
+def test_listeners_are_written_as_for_nginx(text: str, expected: Listen) -> None:
+    assert read_listen(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("", ["is not an address"]),
+        ("15006", ["is not an address; write ADDRESS:PORT"]),
+        ("localhost:80", ["is not an address"]),
+        ("::1:80", ["is not an address"]),
+        ("[127.0.0.1]:80", ["is not an address"]),
+        ("[fe80::1%eth0]:80", ["is not an address"]),
+        ("*:0", ["is not a port"]),
+        ("*:65536", ["is not a port"]),
+        ("unix:relative", ["absolute path"]),
+        ("unix:/" + "x" * 107, ["at most 107 bytes"]),
+        ("*:80 reuseprot", ['did you mean "reuseport"']),
+        ("*:80 ssl=on", ["ssl takes no value"]),
+        ("*:80 backlog", ["backlog needs a value"]),
+        ("*:80 backlog=0", ["backlog=0 is not a whole number from 1"]),
+        ("*:80 backlog=x ipv6only=maybe", ["backlog=x", "ipv6only=maybe", "ipv6only is not possible on the IPv4"]),
+        ("*:80 ssl ssl", ["ssl is given twice"]),
+        ("*:80 so_keepalive=::", ["so_keepalive=::: write on, off, or"]),
+        ("*:80 so_keepalive=99999:1:1", ["idle is not within 1-32767"]),
+        ("*:80 so_keepalive=1:1:1s", ["count is not within 1-127"]),
+        ("unix:/x deferred reuseport", ["deferred is not possible", "reuseport is not possible"]),
+    ],
+)
+def test_what_is_wrong_with_a_listener_is_said_at_once(text: str, problems: list[str]) -> None:
+    with pytest.raises(BadValueError) as raised:
+        read_listen(text)
+    assert len(raised.value.problems) == len(problems), raised.value.problems
+    for said, expected in zip(raised.value.problems, problems, strict=True):
+        assert expected in said
+
+
+@given(st.text() | st.lists(st.sampled_from([
+    "*:1", "[::]:2", "ssl", "backlog=", "so_keepalive=1::", "ipv6only=on", "=", "unix:/"])).map(" ".join))  # fmt: skip
+@example("*:1 so_keepalive=²::")
+def test_no_text_breaks_the_reader(text: str) -> None:
+    with contextlib.suppress(BadValueError):
+        assert isinstance(read_listen(text), Listen)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"),
+    [
+        ("*:80", "127.0.0.1:80", True),
+        ("*:80", "*:81", False),
+        ("127.0.0.1:80", "127.0.0.2:80", False),
+        ("[::]:80", "*:80", False),
+        ("[::]:80 ipv6only=off", "*:80", True),
+        ("127.0.0.1:80", "[::]:80 ipv6only=off", True),
+        ("[::1]:80", "127.0.0.1:80", False),
+        ("unix:/a", "unix:/a", True),
+        ("unix:/a", "*:80", False),
+    ],
+)
+def test_listeners_that_would_take_each_others_connections(one: str, other: str, overlap: bool) -> None:
+    assert read_listen(one).overlaps(read_listen(other)) is overlap
+    assert read_listen(other).overlaps(read_listen(one)) is overlap
+
+
+def test_the_flags_alone_are_what_they_always_were() -> None:
+    settings = Flags().settings()
+    assert [(one.name, one.role, one.source) for one in settings.listeners] == [
+        ("inbound", Role.INBOUND, Source.PASSTHROUGH),
+        ("outbound", Role.OUTBOUND, Source.KERNEL),
+        ("dns", Role.DNS, Source.KERNEL),
+    ]
+    assert [one.listen for one in settings.listeners] == [
+        Listen(Destination("::", port, V6), ipv6only=False) for port in (15006, 15001, 15053)
+    ]
+    assert all(one.listen.reuseport for one in Flags(workers=2).settings().listeners)
+
+
+def test_listeners_by_flags() -> None:
+    settings = Flags(inbound_listen="*:1506 proxy_protocol", trusted_ips=["10.0.0.0/8,unix:"], metrics="127.0.0.1:9")
+    inbound = settings.settings().listeners[0]
+    assert inbound.listen == Listen(Destination("0.0.0.0", 1506), proxy_protocol=True)
+    assert ("10.1.1.1" in inbound.trusted_ips, None in inbound.trusted_ips) == (True, True)
+    assert settings.settings().metrics == Destination("127.0.0.1", 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problems"),
+    [
+        (Flags(inbound_listen="*:15006 proxy_protocol"), ["listener inbound: listen: proxy_protocol needs"]),
+        (Flags(inbound_listen="*:15001"), ["listeners inbound and outbound: 0.0.0.0:15001 and [::]:15001 overlap"]),
+        (Flags(inbound_listen="*:x", trusted_ips=["ten"], metrics="here"),
+         ["--trusted-ips: \"ten\"", "--inbound-listen: \"*:x\"", "--metrics: \"here\""]),
+    ],
+)  # fmt: skip
+def test_flags_that_make_no_sense_are_all_named(flags: Flags, problems: list[str]) -> None:
+    assert_problems(lambda: flags.settings(), problems)
+
+
+def assert_problems(action: object, problems: list[str]) -> None:
+    with pytest.raises(InputError) as raised:
+        action()  # type: ignore[operator]
+    said = raised.value.problems
+    assert len(said) == len(problems), said
+    for line, expected in zip(said, problems, strict=True):
+        assert line.startswith(expected), line
+
+
+FULL = """
+workers: 2
+drain_timeout: 5s
+access_log: true
+user: kuma-dp
+metrics: 127.0.0.1:9902
+dns: {resolv_conf: /run/resolv.conf, zone: internal}
+trusted_ips: [10.0.0.0/8, "unix:"]
+limits: {connections: 1000}
+timeouts: {connect: 500ms, idle: 1h}
+listeners:
+  - listen: "[::]:15006 ipv6only=off reuseport proxy_protocol"
+    direction: inbound
+    send_proxy_protocol: v2
+    access: {allow: [10.0.0.0/8], deny: [10.6.0.0/16]}
+    limits: {connections_per_source: 10}
+    timeouts: {half_closed: 30}
+  - name: database
+    listen: 127.0.0.1:5432
+    direction: outbound
+    upstream: 192.0.2.7:5432
+    trusted_ips: []
+    access: {default: deny}
+  - listen: "*:15053"
+    direction: dns
+"""
+
+
+def settings(text: str) -> Settings:
+    return settings_of(parse_yaml(text), "r.yaml")
+
+
+def test_a_whole_file() -> None:
+    found = settings(FULL)
+    assert (found.workers, found.drain_seconds, found.access_log, found.user) == (2, 5.0, True, "kuma-dp")
+    assert (found.dns.resolv_conf, found.dns.zone) == (Path("/run/resolv.conf"), "internal")
+    assert (found.metrics, found.limits.connections) == (Destination("127.0.0.1", 9902), 1000)
+    inbound, database, dns = found.listeners
+    assert (inbound.name, database.name, dns.name) == ("inbound-15006", "database", "dns-15053")
+    assert (inbound.source, inbound.send_proxy_protocol) == (Source.PASSTHROUGH, 2)
+    assert [inbound.access.admits(host) for host in ("10.1.0.1", "10.6.0.1", "192.0.2.1")] == [True, False, False]
+    assert inbound.limits.connections_per_source == 10
+    assert (inbound.timeouts.connect, inbound.timeouts.idle, inbound.timeouts.half_closed) == (0.5, 3600, 30)
+    assert (None in inbound.trusted_ips, bool(database.trusted_ips)) == (True, False)
+    assert database.upstream == FixedAddress(Destination("192.0.2.7", 5432))
+    assert not database.access.admits("192.0.2.7")
+    assert (dns.upstream, dns.access.admits("192.0.2.7")) == (OriginalDestination(), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("", ["file r.yaml: is empty"]),
+        ("[]", ["file r.yaml: [] is a value where keys belong"]),
+        ("listeners: []", ["file r.yaml: listeners: there is none"]),
+        ("listeners: 7", ["file r.yaml: listeners: 7 is not a list"]),
+        ("listeners: [7]", ["file r.yaml: listeners[0]: 7 is a value where keys belong",
+                            "file r.yaml: listeners[0].listen: is missing",
+                            "file r.yaml: listeners[0].direction: is missing"]),
+        ("listners: []", ["file r.yaml: listeners: there is none",
+                          'file r.yaml: listners: there is no such key; did you mean "listeners"?']),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_configuration(text: str, problems: list[str]) -> None:
+    assert_problems(lambda: settings(text), problems)
+
+
+def test_every_problem_of_a_file_is_said_at_once_with_its_place() -> None:
+    text = """
+workers: 0
+metrics: everywhere
+timeouts: {conect: 1s, idle: soon}
+limits: {connections: -1}
+trusted_ips: [10.0.0.1/8]
+listeners:
+  - listen: "*:15006 fast"
+    direction: sideways
+    upstream: example.org:80
+    access: {allow: [everybody], default: maybe}
+    send_proxy_protocol: v3
+    ssl: {verify_client: on}
+    upstream_tls: {certificate: /c.pem, tls_verify_depth: 1000}
+    nmae: x
+"""
+    where = "file r.yaml: listeners[0]"
+    assert_problems(
+        lambda: settings(text),
+        [
+            "file r.yaml: timeouts.idle: \"soon\" is not a time",
+            "file r.yaml: timeouts.conect: there is no such key; did you mean \"connect\"?",
+            "file r.yaml: trusted_ips: 10.0.0.1/8 has host bits set; write 10.0.0.0/8",
+            f"{where}.listen: \"fast\" is no option of a listener",
+            f"{where}.direction: \"sideways\" is none of inbound, outbound, dns",
+            f"{where}.upstream: \"example.org:80\" is no upstream",
+            f"{where}.access.allow: \"everybody\" is not an IP address",
+            f"{where}.access.default: \"maybe\" is none of allow, deny",
+            f"{where}.send_proxy_protocol: \"v3\" is none of v1, v2",
+            f"{where}.ssl.certificate: is missing",
+            f"{where}.ssl.certificate_key: is missing",
+            f"{where}.ssl.verify_client: on needs client_ca_file",
+            f"{where}.upstream_tls.certificate: certificate and certificate_key belong together",
+            f"{where}.upstream_tls.tls_verify_depth: 1000 is not a whole number",
+            f"{where}.nmae: there is no such key; did you mean \"name\"?",
+            "file r.yaml: workers: 0 is not a whole number from 1 to 256",
+            "file r.yaml: metrics: \"everywhere\" is not an address",
+            "file r.yaml: limits.connections: -1 is not a whole number",
+        ],
+    )  # fmt: skip
+
+
+def test_contradictions_name_the_listener() -> None:
+    text = """
+metrics: 127.0.0.1:15001
+limits: {connections_per_source: 1}
+listeners:
+  - {listen: "*:15006 ssl", direction: inbound}
+  - {listen: "127.0.0.1:15006", direction: outbound, source: passthrough}
+  - {listen: "*:15001 proxy_protocol", direction: outbound, ssl: {certificate: a, certificate_key: b}}
+  - {listen: "*:15053 deferred", direction: dns, upstream: 192.0.2.1:53, send_proxy_protocol: v1, name: outbound-15001}
+  - {listen: "unix:/run/a.sock", direction: inbound, limits: {connections_per_source: 1}}
+"""
+    assert_problems(
+        lambda: settings(text),
+        [
+            "file r.yaml: listeners: 2 of them are called outbound-15001",
+            "file r.yaml: listeners inbound-15006 and outbound-15006: 0.0.0.0:15006 and 127.0.0.1:15006 overlap",
+            "file r.yaml: listener inbound-15006: listen: ssl needs a section ssl",
+            "file r.yaml: listener outbound-15006: source: passthrough is for inbound listeners",
+            "file r.yaml: listener outbound-15001: ssl: has no effect",
+            "file r.yaml: listener outbound-15001: listen: proxy_protocol needs trusted_ips",
+            "file r.yaml: listener outbound-15001: upstream: DNS goes to the name servers",
+            "file r.yaml: listener outbound-15001: listen: deferred is not possible for DNS",
+            "file r.yaml: listener outbound-15001: send_proxy_protocol: is not possible for DNS",
+            "file r.yaml: listener inbound-a.sock: listen: a unix socket has no original destination",
+            "file r.yaml: listener inbound-a.sock: limits.connections_per_source: the clients of a unix socket",
+            "file r.yaml: metrics: 127.0.0.1:15001 is also where listener outbound-15001 listens",
+            "file r.yaml: limits.connections_per_source: belongs to a listener",
+        ],
+    )
+
+
+DATAPLANE = """
+type: Dataplane
+networking:
+  address: 10.0.0.2
+  inbound:
+    - {port: 8080, servicePort: 80}
+    - {port: 9090, serviceAddress: 127.0.0.1}
+    - {port: "{{ port }}", servicePort: 6, serviceAddress: "::1"}
+"""
+
+
+def test_the_services_of_a_dataplane(tmp_path: Path) -> None:
+    (tmp_path / "dp.yaml").write_text(DATAPLANE)
+    text = f"""
+listeners:
+  - listen: "*:15006"
+    direction: inbound
+    upstream: dataplane
+    dataplane_file: {tmp_path}/dp.yaml
+    dataplane_variables: {{port: 7070}}
+"""
+    expected = {8080: (None, 80), 9090: ("127.0.0.1", 9090), 7070: ("::1", 6)}
+    assert settings(text).listeners[0].upstream == ServicePorts(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "problem"),
+    [
+        (DATAPLANE, "", "has variables without a value: port"),
+        ("type: Mesh", "", "is no Dataplane resource"),
+        (None, "", "cannot be read"),
+        (DATAPLANE, ", dataplane_variables: {port: x}", ': networking.inbound[2]: "x" is not a port'),
+    ],
+)
+def test_a_dataplane_that_cannot_be_used(tmp_path: Path, content: str | None, options: str, problem: str) -> None:
+    path = tmp_path / "dp.yaml"
+    if content:
+        path.write_text(content)
+    listener = f'{{listen: "*:15006", direction: inbound, upstream: dataplane, dataplane_file: {path}{options}}}'
+    place = f"file r.yaml: listeners[0].dataplane_file: {path}"
+    with pytest.raises(InputError) as raised:
+        settings(f"listeners: [{listener}]")
+    assert [line.startswith(place) and problem in line for line in raised.value.problems] == [True]
+
+
+def test_a_file_that_is_not_there() -> None:
+    assert_problems(lambda: load("/nonexistent/relay.yaml"), ["file /nonexistent/relay.yaml: cannot be read"])
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(30, 30.0), (0.5, 0.5), ("30", 30.0), ("500ms", 0.5), ("1h30m", 5400.0), (0, 0.0)]
+)
+def test_times(value: object, seconds: float) -> None:
+    assert config_section.seconds(value) == seconds
+
+
+@pytest.mark.parametrize("value", [-1, "soon", "", float("nan"), float("inf"), True, None, "-1s"])
+def test_what_is_no_time(value: object) -> None:
+    with pytest.raises(BadValueError):
+        config_section.seconds(value)
+
+
+yaml_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["listeners", "listen", "direction", "access", "allow", "ssl", "timeouts", "limits", "x"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(yaml_values)
+def test_no_tree_breaks_the_reader(tree: object) -> None:
+    with contextlib.suppress(InputError):
+        assert isinstance(settings_of(tree, "r.yaml"), Settings)
+
+
+def test_checking_a_configuration(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(FULL)
+    bad.write_text(FULL.replace("direction: dns", "direction: dsn"))
+    result = CliRunner().invoke(command, ["--config", str(good), "--check-config"], standalone_mode=False)
+    assert (result.return_value, result.output) == (0, f"{good}: in order, 3 listeners\n")
+    result = CliRunner().invoke(command, ["--config", str(bad), "--check-config"])
+    assert isinstance(result.exception, InputError)
+    assert CliRunner().invoke(command, ["--check-config"], standalone_mode=False).return_value == 0
+
+
+def test_flags_that_belong_into_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(FULL)
+    arguments = ["--config", str(tmp_path / "r.yaml"), "--inbound-port", "1", "--workers", "3", "--dns-zone", "x"]
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, InputError)
+    assert [line.split(":")[0] for line in result.exception.problems] == ["--dns-zone", "--inbound-port"]
+    arguments = ["--config", str(tmp_path / "r.yaml"), "--workers", "0", "--check-config"]
+    assert isinstance(CliRunner().invoke(command, arguments).exception, InputError)

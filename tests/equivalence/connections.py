@@ -9,6 +9,7 @@ from random import Random
 
 from agent.decide import Connection, Direction, State
 from agent.policy import DNS_PORT, PASSTHROUGH6, Address, Family, Policy, Protocol
+from agent.rehearsal.cgroup import BELOW
 from agent.rehearsal.layout import (
     HOST_ADDRESS,
     HOST_LINK_LOCAL,
@@ -40,6 +41,10 @@ class Cast:
         self.remotes: list[Address] = [*ADDRESSES, *(s for s in servers if not layout.is_local(s))]
         self.own: list[Address] = [*HOST_ADDRESS.values(), *_OWN, *(s for s in servers if layout.is_local(s))]
         self.link_local: list[IPv6Address] = [PEER_LINK_LOCAL] if links else []
+        self.groups: list[str | None] = []
+        if policy.cgroup:
+            inside = policy.cgroup.path
+            self.groups = [inside, inside, f"{inside}/{BELOW}", inside.rpartition("/")[0], None]
 
     def connection(self, random: Random) -> Connection:
         """One connection of the host, the peer or a container, to somebody else."""
@@ -60,7 +65,7 @@ class Cast:
         connection = self.layout.outgoing(protocol, random.choice(targets), port, random.choice(UIDS))
         if connection.interface == LOOPBACK and random.random() < 0.3:
             connection = dataclasses.replace(connection, source=_PASSTHROUGH[family])
-        return connection
+        return dataclasses.replace(connection, cgroup=random.choice(self.groups)) if self.groups else connection
 
     def _arrives(self, random: Random, family: Family, protocol: Protocol, port: int) -> Connection:
         source = random.choice(_of(family, [*self.remotes, *self.members]))
@@ -80,11 +85,12 @@ class Cast:
         """
         arriving_port, leaving_port = ports
         found = []
+        inside = self.groups[0] if self.groups else None
         for family in sorted(self.layout.families):
             remote, layout = PEER_ADDRESS[family], self.layout
             found += [
                 layout.arriving(remote, HOST_ADDRESS[family], Protocol.TCP, arriving_port),
-                layout.outgoing(Protocol.TCP, remote, leaving_port, _APPLICATION),
+                dataclasses.replace(layout.outgoing(Protocol.TCP, remote, leaving_port, _APPLICATION), cgroup=inside),
                 *(
                     layout.arriving(each, remote, Protocol.TCP, port)
                     for each in _of(family, self.members)

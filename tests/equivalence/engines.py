@@ -1,19 +1,27 @@
 """The door through which an engine joins the suite: a name, and how to get the engine ready in a host's namespace.
 
 The suite asks nothing else of an engine than what `agent.engines.base.Engine` has: `plan` and `apply`. An engine that
-needs more around it than a namespace (a cgroup for the processes that open sockets, say) gives a `surroundings`.
+needs more around it than a namespace (a cgroup for the processes that open sockets, say) gives a `surroundings`, and
+one that refuses some policies says by `possible` what is left of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
 from agent.engines.registry import select
+from agent.policy import Policy
+from agent.rehearsal.cgroup import OwnPlace, own_place
+
+
+def as_it_is(policy: Policy) -> Policy:
+    """All of it."""
+    return policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +33,30 @@ class Door:
     """Called inside the host's namespace, once for each laboratory."""
     surroundings: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered around everything that is done with the engine."""
+    possible: Callable[[Policy], Policy] = as_it_is
+    """What an engine can carry out of a policy; the rest is refused, and tested elsewhere."""
 
 
 def _through(options: EngineOptions) -> Callable[[], Engine[Any]]:
     return lambda: select(options).engine
+
+
+def by_ebpf(policy: Policy) -> Policy:
+    """The policy without what the eBPF engine refuses."""
+    return replace(policy, virtual_networks=(), drop_invalid=False, log_level=None)
+
+
+def ebpf_door() -> Door:
+    """The eBPF engine, attached to a cgroup that only this process is in."""
+    places: list[OwnPlace] = []
+
+    @contextmanager
+    def surroundings() -> Iterator[None]:
+        with own_place() as place:
+            places.append(place)
+            yield
+
+    return Door("ebpf", lambda: places[-1].engine(), surroundings, by_ebpf)
 
 
 DOORS = {
@@ -37,5 +65,6 @@ DOORS = {
         Door("nftables", _through(EngineOptions(engine="nftables"))),
         Door("iptables-nft", _through(EngineOptions(engine="iptables", iptables_mode="nft"))),
         Door("iptables-legacy", _through(EngineOptions(engine="iptables", iptables_mode="legacy"))),
+        ebpf_door(),
     )
 }

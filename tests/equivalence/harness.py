@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from agent import loopback
 from agent.decide import Action, Connection, State, decide
 from agent.engines.base import Engine
-from agent.policy import Family, Policy, Protocol
+from agent.policy import Cgroup, Family, Policy, Protocol
+from agent.rehearsal.cgroup import OwnGroups, own_groups
 from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, member, stage
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, Staging, member, stage
 from agent.rehearsal.probes import Probe, probes
 from agent.rehearsal.rehearse import attempt
 from tests.equivalence.connections import random_connections, stateful_connections
@@ -73,8 +75,8 @@ def straight(engine: Engine[Any], policy: Policy) -> Any:
 class _Seat:
     """A laboratory with the engine loaded in its host."""
 
-    def __init__(self, layout: Layout, door: Door) -> None:
-        self.lab = Lab(layout)
+    def __init__(self, layout: Layout, door: Door, groups: OwnGroups) -> None:
+        self.lab = Lab(layout, groups)
         try:
             with self.lab.inside(HOST):
                 loopback.add(LOOPBACK)
@@ -97,15 +99,23 @@ class Bench:
         self.door = door
         self.score = Score()
         self._seats: dict[Layout, _Seat] = {}
-        self._around = door.surroundings()
+        self._around = ExitStack()
+        self.groups: OwnGroups
 
     def __enter__(self) -> Bench:
-        self._around.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(self.door.surroundings())
+            self.groups = stack.enter_context(own_groups())
+            self._around = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.start_afresh()
-        self._around.__exit__(None, None, None)
+        with self._around:
+            self.start_afresh()
+
+    def stage(self, policy: Policy) -> Staging:
+        """The policy made fit for a laboratory of this bench, and its topology."""
+        return stage(policy, cgroup=self.groups.service)
 
     def start_afresh(self) -> None:
         """Let all laboratories go."""
@@ -122,7 +132,7 @@ class Bench:
         *, first_only: bool = False,
     ) -> list[Disagreement]:  # fmt: skip
         """The disagreements on a policy's own probes and `more` connections. The policy is staged first."""
-        staging = stage(policy)
+        staging = self.stage(policy)
         random = [Probe("a connection besides the probes", each) for each in more(staging.policy, staging.layout)]
         wanted = [*probes(staging.policy, staging.layout), *random]
         return self.try_all(staging.policy, staging.layout, wanted, plan, first_only=first_only)
@@ -165,7 +175,7 @@ class Bench:
             return seat, _begin(seat, wanted)
 
     def _seat(self, layout: Layout) -> _Seat:
-        seat = self._seats.pop(layout, None) or _Seat(layout, self.door)
+        seat = self._seats.pop(layout, None) or _Seat(layout, self.door, self.groups)
         self._seats[layout] = seat
         while len(self._seats) > _KEPT_LABS:
             oldest = next(iter(self._seats))
@@ -219,6 +229,15 @@ class Bench:
                     Disagreement(policy, probe.connection, probe.label, words[arrives], words[got], verdict.rule)
                 )
         return found
+
+
+def relocated(connection: Connection, cgroup: Cgroup | None, now: Cgroup | None) -> Connection:
+    """A connection of a policy with `cgroup`, when another group stands for that now: each run has its own."""
+    if cgroup is None or now is None or connection.cgroup is None:
+        return connection
+    inside = cgroup.holds(connection.cgroup)
+    moved = now.path + connection.cgroup.removeprefix(cgroup.path) if inside else now.path.rpartition("/")[0]
+    return dataclasses.replace(connection, cgroup=moved)
 
 
 def _begin(seat: _Seat, wanted: Sequence[Probe]) -> list[Running]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from agent.errors import TpctlError
 from agent.policy import Policy
-from agent.rehearsal.layout import stage
 from tests.equivalence import mutations_iptables, mutations_nftables
 from tests.equivalence.connections import stateful_connections
 from tests.equivalence.engines import DOORS, Door
@@ -54,7 +53,7 @@ def mutants_of(door: Door, bench: Bench) -> list[tuple[Policy, Mutant]]:
     """Every mutation of every policy's plan."""
     found = []
     for policy in POLICIES:
-        staging = stage(policy)
+        staging = bench.stage(policy)
         plan = bench.plan(staging.policy, staging.layout)
         found += [(staging.policy, mutant) for mutant in _MAKERS[door.name](plan, staging.policy)]
     return found
@@ -93,7 +92,8 @@ def _try(bench: Bench, policy: Policy, mutant: Mutant, tally: Tally) -> None:
     if wrong:
         tally.caught[mutant.kind] += 1
     else:
-        tally.survivors.append(f"policy {[stage(each).policy for each in POLICIES].index(policy)}: {mutant}")
+        number = [bench.stage(each).policy for each in POLICIES].index(policy)
+        tally.survivors.append(f"policy {number}: {mutant}")
 
 
 def report(name: str, tally: Tally, seconds: float) -> Iterator[str]:
@@ -116,11 +116,11 @@ def main() -> int:
     """Run it; 1 when an engine's broken versions are not found out often enough."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mutants", type=int, nargs="?", default=400, help="at most so many for each engine")
-    parser.add_argument("--engine", action="append", choices=sorted(DOORS), help="only this engine; may be repeated")
+    parser.add_argument("--engine", action="append", choices=sorted(_MAKERS), help="only this engine; may be repeated")
     parser.add_argument("--show", action="store_true", help="name the mutants that nothing could show")
     arguments = parser.parse_args()
     good = True
-    for name in arguments.engine or DOORS:
+    for name in arguments.engine or _MAKERS:
         began = time.monotonic()
         tally = challenge(DOORS[name], arguments.mutants, arguments.show)
         print("\n".join(report(name, tally, time.monotonic() - began)), flush=True)

@@ -19,6 +19,7 @@ from agent.policy import (
     UidRange,
     VirtualNetwork,
 )
+from tests.equivalence.policies import SERVICE
 
 _DOCKER = (VirtualNetwork("docker0", ip_network("10.44.0.0/24")), VirtualNetwork("docker0", ip_network("fd44::/64")))
 _BRIDGES = (VirtualNetwork("br+", ip_network("172.30.0.0/16")), VirtualNetwork("br+", ip_network("fd01::/64")))
@@ -83,5 +84,12 @@ _OUTBOUND_OFF = Policy(
     log_level=7,
 )
 _PLAIN = Policy(proxy_uid=5678, virtual_networks=_DOCKER)
+_ONE_SERVICE = Policy(
+    proxy_uid=5678,
+    inbound=Inbound(include_ports=(PortRange(8080),)),
+    outbound=Outbound(insert=True),
+    dns=Dns(DnsCapture.LISTED, servers=_servers("10.0.0.53", "2001:db8::53"), tcp=True),
+    cgroup=SERVICE,
+)
 
-POLICIES = (_EXCLUSIONS, _INCLUSIONS, _INBOUND_OFF, _OUTBOUND_OFF, _PLAIN)
+POLICIES = (_EXCLUSIONS, _INCLUSIONS, _INBOUND_OFF, _OUTBOUND_OFF, _PLAIN, _ONE_SERVICE)

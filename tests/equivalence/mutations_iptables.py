@@ -12,10 +12,11 @@ from agent.engines.iptables.engine import IptablesPlan
 from agent.engines.iptables.parts import FamilyRules, Jump, TableRules
 from agent.engines.iptables.rule import Criterion, Match, Option, Rule
 from agent.policy import MAX_PORT, Family, Policy
+from agent.rehearsal.cgroup import BELOW
 from tests.equivalence.mutant import Mutant, Spot, name_of, unseen
 
 _CRITERIA = {"source": "source", "destination": "destination", "in_interface": "in", "out_interface": "out"}
-_PARTS = {"uid-owner": "owner", "tcp-flags": "SYN", "dst-type": "local", "ctstate": "state"}
+_PARTS = {"uid-owner": "owner", "tcp-flags": "SYN", "dst-type": "local", "ctstate": "state", "path": "cgroup"}
 _PORTS = ("dport", "dports", "sport")
 _SWAPPED_TARGETS = {
     "TPCTL_INBOUND_REDIRECT": "TPCTL_OUTBOUND_REDIRECT",
@@ -165,11 +166,19 @@ def _match(match: Match) -> Iterator[tuple[str, str, Match | None]]:
         rest = match.options[:place] + match.options[place + 1 :]
         if option.name not in _PORTS or rest:
             yield "drop a condition", part, dataclasses.replace(match, options=rest) if rest else None
-        if option.name in ("uid-owner", "dst-type"):
+        if option.name in ("uid-owner", "dst-type", "path"):
             yield "negate", part, _replaced(match, place, dataclasses.replace(option, negated=not option.negated))
+        if option.name == "path":
+            for path in other_groups(option.values[0]):
+                yield "wrong cgroup", part, _replaced(match, place, dataclasses.replace(option, values=(path,)))
         if option.name in _NUMBERED:
             for values in _numbers(option.values[0]):
                 yield "off by one", part, _replaced(match, place, dataclasses.replace(option, values=(values,)))
+
+
+def other_groups(path: str) -> tuple[str, str]:
+    """The group above, and one below: both are there in a rehearsal."""
+    return path.rpartition("/")[0], f"{path}/{BELOW}"
 
 
 def _replaced(match: Match, place: int, option: Option) -> Match:

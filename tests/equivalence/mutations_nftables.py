@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from ipaddress import ip_network
 
+from agent.engines.nftables import cgroup
 from agent.engines.nftables.engine import NftablesPlan
 from agent.engines.nftables.parts import SYN
 from agent.engines.nftables.table import Chain, Rule, Set, Table
-from agent.policy import Family, Policy
+from agent.policy import Cgroup, Family, Policy
 from tests.equivalence.mutant import Mutant, Spot, name_of, unseen
-from tests.equivalence.mutations_iptables import off_by_one, shifted
+from tests.equivalence.mutations_iptables import off_by_one, other_groups, shifted
 
 _CONDITIONS = {
     "SYN": re.escape(SYN),
@@ -26,6 +27,7 @@ _CONDITIONS = {
     "source": r"ip6? saddr (?:!= )?\S+",
     "destination": r"ip6? daddr (?:!= )?\S+",
     "state": r"ct state invalid",
+    "cgroup": r'socket cgroupv2 level \d+ "[^"]*"',
 }
 _NEEDED = "port"
 """A rule that redirects must name a transport protocol."""
@@ -39,6 +41,25 @@ def mutants(plan: NftablesPlan, policy: Policy) -> Iterator[Mutant]:
     for kind, spot, became, broken in (*_of_chains(table), *_of_sets(table)):
         reason = unseen(policy, kind, spot) or _nft_only(policy, kind, spot, table)
         yield Mutant(kind, spot, dataclasses.replace(plan, table=broken), became, reason)
+    if plan.cgroup:
+        for path in other_groups(plan.cgroup.path):
+            yield _for_another(plan, plan.cgroup, Cgroup(path, 0))
+
+
+def _for_another(plan: NftablesPlan, right: Cgroup, wrong: Cgroup) -> Mutant:
+    """All rules are for the same group: nft finds only one by its path (`agent.engines.nftables.cgroup`)."""
+    chains = tuple(
+        dataclasses.replace(
+            chain,
+            rules=tuple(
+                dataclasses.replace(rule, match=rule.match.replace(cgroup.match(right), cgroup.match(wrong)))
+                for rule in chain.rules
+            ),
+        )
+        for chain in plan.table.chains
+    )
+    broken = dataclasses.replace(plan, table=dataclasses.replace(plan.table, chains=chains), cgroup=wrong)
+    return Mutant("wrong cgroup", Spot("c1", "cgroup", text=cgroup.match(right)), broken, cgroup.match(wrong))
 
 
 def _of_chains(table: Table) -> Iterator[tuple[str, Spot, str, Table]]:

@@ -12,6 +12,7 @@ from agent.policy import (
     ALL_PORTS,
     MAX_UID,
     Address,
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -46,6 +47,8 @@ SERVERS = (
     NameServer(ip_address("fe80::53"), "wan0"),
     NameServer(ip_address("fe80::54"), "eth0"),
 )
+SERVICE = Cgroup("app.slice/app.service", 1)
+"""One of the rehearsal's own takes its place (`agent.rehearsal.layout.stage`)."""
 VNETS: tuple[tuple[VirtualNetwork, ...], ...] = (
     (VirtualNetwork("br+", ip_network("172.30.0.0/16")),),
     (VirtualNetwork("br+", ip_network("fd01::/64")),),
@@ -124,5 +127,7 @@ policies = st.builds(
     virtual_networks=subsets(VNETS, 2).map(lambda groups: tuple(vnet for group in groups for vnet in group)),
     drop_invalid=usually_off,
     log_level=st.sampled_from([None, None, 7]),
+    cgroup=st.sampled_from([None, None, None, SERVICE]),
 )
-"""Every field but `loopback`: a rehearsal always takes place on `lo`."""
+"""Every field but `loopback`, as a rehearsal always takes place on `lo`, and `when_proxy_down`, which most engines
+refuse."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from agent.decide import Connection
 from agent.policy import Policy
-from agent.rehearsal.layout import LOOPBACK, Layout, stage
+from agent.rehearsal.layout import LOOPBACK, Layout
 from agent.rehearsal.probes import Probe
 from tests.equivalence.engines import Door
 from tests.equivalence.harness import Bench, Disagreement, Score, usual
@@ -57,7 +57,7 @@ def run(door: Door, wanted: Sequence[Policy], report: Callable[[str], None] = la
     """Compare the engine with `decide()` on every policy."""
     with Bench(door) as bench:
         outcome = Outcome(bench.score)
-        for number, policy in enumerate(wanted, 1):
+        for number, policy in enumerate(map(door.possible, wanted), 1):
             wrong = bench.compare(policy, partial(usual, seed=number, count=CONNECTIONS))
             outcome.wrong += wrong
             if wrong and outcome.smallest is None:
@@ -88,14 +88,15 @@ def smallest(bench: Bench, wrong: Disagreement) -> Disagreement:
 
 def retried(bench: Bench, policy: Policy, wrong: Disagreement) -> list[Disagreement]:
     """The same connection under another policy, if it exists on that one's topology."""
-    staging = stage(policy)
+    staging = bench.stage(policy)
     layout, connection = staging.layout, wrong.connection
-    if not _possible(layout, connection):
+    if not exists_on(layout, connection):
         return []
     return bench.try_all(staging.policy, layout, [Probe(wrong.label, connection)])
 
 
-def _possible(layout: Layout, connection: Connection) -> bool:
+def exists_on(layout: Layout, connection: Connection) -> bool:
+    """Whether a topology has the interface of a connection."""
     uplinks, bridges = (link.name for link in layout.uplinks), (bridge.name for bridge in layout.bridges)
     return connection.interface in {LOOPBACK, *uplinks, *bridges}
 

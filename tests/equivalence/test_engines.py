@@ -10,8 +10,9 @@ import os
 import pytest
 
 from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, stage
+from agent.rehearsal.layout import HOST
 from tests.equivalence.engines import DOORS
+from tests.equivalence.harness import Bench
 from tests.equivalence.run import drawn, run
 
 pytestmark = pytest.mark.root
@@ -32,13 +33,15 @@ def test_engine_agrees_with_the_specification(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(DOORS))
 def test_the_kernel_holds_what_was_planned(name: str) -> None:
-    for policy in drawn(_INSPECTED, _SEED):
-        staging = stage(policy)
-        with Lab(staging.layout) as lab, lab.inside(HOST):
-            engine = DOORS[name].load()
-            plan = engine.plan(staging.policy)
-            engine.apply(plan)
-            engine.apply(plan)  # a replacement comes out like a first install
-            found = engine.inspect(plan)
-            assert not found.drift, "\n".join(found.drift)
-            assert found.families == tuple(sorted(map(int, staging.policy.families)))
+    door = DOORS[name]
+    with Bench(door) as bench:
+        for policy in map(door.possible, drawn(_INSPECTED, _SEED)):
+            staging = bench.stage(policy)
+            with Lab(staging.layout) as lab, lab.inside(HOST):
+                engine = door.load()
+                plan = engine.plan(staging.policy)
+                engine.apply(plan)
+                engine.apply(plan)  # a replacement comes out like a first install
+                found = engine.inspect(plan)
+                assert not found.drift, "\n".join(found.drift)
+                assert found.families == tuple(sorted(map(int, staging.policy.families)))

@@ -21,7 +21,6 @@ from agent.engines.ebpf import companion, syscall
 from agent.engines.ebpf import engine as engine_module
 from agent.engines.ebpf import place as ebpf_place
 from agent.engines.ebpf.engine import EbpfEngine, load
-from agent.engines.ebpf.installed import opened
 from agent.engines.ebpf.plan import EbpfPlan
 from agent.engines.ebpf.programs import PROGRAMS
 from agent.errors import ApplyError, HostError, InputError
@@ -85,11 +84,6 @@ class Scene:
     def figures(self) -> dict[str, int]:
         with self.lab.inside(HOST):
             return {figure.name: figure.value for figure in self.engine.inspect(None).figures}
-
-    def entries(self, name: str) -> int:
-        with self.lab.inside(HOST), opened(self.engine.where.folder) as found:
-            descriptor = found.maps[name]
-            return len(list(syscall.keys(descriptor, syscall.map_info(descriptor).shape.key_size)))
 
 
 @contextlib.contextmanager
@@ -518,34 +512,6 @@ def test_what_a_dead_namespace_left_is_cleared(place: OwnPlace) -> None:
             time.sleep(0.05)  # the kernel takes namespaces apart in its own time
         scene.apply(PLAIN)
     assert not folder.exists()
-
-
-def test_connections_leave_nothing_behind(scene: Scene) -> None:
-    scene.apply(PLAIN)
-    with scene.lab.inside(HOST, PROXY):
-        listener = listening("0.0.0.0", 15001)
-    with listener:
-        for _ in range(2000):
-            client = connected(scene, HOST, "203.0.113.10")
-            accepted, _ = listener.accept()
-            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-            accepted.close()
-            client.close()
-    assert scene.entries("in_flight") == 0
-
-
-def test_full_maps_misdirect_nothing(scene: Scene) -> None:
-    scene.apply(PLAIN)
-    scene.lab.serve_data_plane(PLAIN)
-    with scene.lab.inside(HOST), opened(scene.engine.where.folder) as found:
-        shape = syscall.map_info(found.maps["in_flight"]).shape
-        for number in range(shape.max_entries + 1000):
-            syscall.update(found.maps["in_flight"], struct.pack("=Q24x", number), bytes(shape.value_size))
-    for family in Family:
-        connection = scene.lab.layout.outgoing(Protocol.TCP, REMOTE[family], 8080, APP)
-        for _ in range(20):
-            answer = scene.lab.dial(connection)
-            assert (str(answer), answer.original) == ("host:15001", (REMOTE[family], 8080))
 
 
 def test_pins_are_for_root_only(scene: Scene) -> None:

@@ -72,11 +72,11 @@ class OwnPlace:
         """The directory of the group to which programs are attached."""
         return self.groups.home
 
-    def engine(self, options: EngineOptions | None = None) -> EbpfEngine:
+    def engine(self, options: EngineOptions | None = None, *, chooses_sockets: bool | None = None) -> EbpfEngine:
         """The eBPF engine for the current network namespace, kept to this place. Raises HostError."""
         from agent.engines.ebpf.engine import load
 
-        return load(options, top=self.cgroup, pins=self.pins)
+        return load(options, top=self.cgroup, pins=self.pins, chooses_sockets=chooses_sockets)
 
 
 def enter(directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
 from agent.engines.registry import select
-from agent.policy import Policy
+from agent.policy import Policy, WhenProxyDown
 from agent.rehearsal.cgroup import OwnPlace, own_place
 
 
@@ -43,11 +43,12 @@ def _through(options: EngineOptions) -> Callable[[], Engine[Any]]:
 
 def by_ebpf(policy: Policy) -> Policy:
     """The policy without what the eBPF engine refuses."""
-    return replace(policy, virtual_networks=(), drop_invalid=False, log_level=None)
+    bypass = policy.when_proxy_down is WhenProxyDown.BYPASS
+    return replace(policy, virtual_networks=() if bypass else policy.virtual_networks, log_level=None)
 
 
-def ebpf_door() -> Door:
-    """The eBPF engine, attached to a cgroup that only this process is in."""
+def ebpf_door(*, chooses_sockets: bool | None = None) -> Door:
+    """The eBPF engine, attached to a cgroup of our own; if so wished, as on a kernel without sk_lookup."""
     places: list[OwnPlace] = []
 
     @contextmanager
@@ -56,7 +57,7 @@ def ebpf_door() -> Door:
             places.append(place)
             yield
 
-    return Door("ebpf", lambda: places[-1].engine(), surroundings, by_ebpf)
+    return Door("ebpf", lambda: places[-1].engine(chooses_sockets=chooses_sockets), surroundings, by_ebpf)
 
 
 DOORS = {

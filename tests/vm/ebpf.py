@@ -1,56 +1,45 @@
-"""The eBPF engine under the kernels of Debian 11, 12 and 13, in virtual machines: `python -m tests.vm.ebpf [suite...]`.
+"""The eBPF engine under other kernels, in virtual machines: `python -m tests.vm.ebpf [--policies N] [release...]`.
 
-Needs qemu-system-x86 and a mirror of Debian in apt's sources. Kernels are kept under /var/tmp/tpctl-vm. A kernel takes
-two minutes.
+The kernels are those of Debian 11, 12 and 13. Needs qemu-system-x86 and a mirror of Debian in apt's sources. Kernels are
+kept under /var/tmp/tpctl-vm.
 """
 
 from __future__ import annotations
 
-import lzma
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.vm.debian import KEPT, RELEASES, apt
+from tests.vm.debian import RELEASES
 from tests.vm.initramfs import INTERPRETER, archive, files
+from tests.vm.kernels import kernel
 
-TIMEOUT_SECONDS = 900
+BOOT_SECONDS = 300.0
+POLICY_SECONDS = 60.0
+"""At most, on a machine that does something else too."""
 _REGULAR_EXECUTABLE = 0o100755
 _REGULAR = 0o100644
 
 
-def kernel(suite: str) -> tuple[Path, bytes]:
-    """A suite's kernel image, and its veth module."""
-    unpacked = KEPT / suite / "kernel"
-    if not list(unpacked.glob("boot/vmlinuz-*")):
-        apt(suite, "-q", "update")
-        depends = apt(suite, "depends", "linux-image-cloud-amd64", program="apt-cache")
-        package = re.findall(r"Depends: (linux-image-\S+)", depends)[0]
-        apt(suite, "-q", "download", package)
-        archive_file = max((KEPT / suite).glob(f"{package}_*.deb"))
-        subprocess.run(["dpkg", "-x", str(archive_file), str(unpacked)], check=True)
-    image = max(unpacked.glob("boot/vmlinuz-*"))
-    module = next(unpacked.glob("**/veth.ko*"))
-    raw = module.read_bytes()
-    return image, lzma.decompress(raw) if module.suffix == ".xz" else raw
-
-
-def boot(suite: str, root: bytes) -> str:
+def boot(release: str, root: bytes, policies: int, timeout: float) -> str:
     """Everything the machine said."""
-    image, module = kernel(suite)
+    chosen = kernel(release)
+    own = {f"modules/{at:02d}-{name}.ko": (_REGULAR, raw) for at, (name, raw) in enumerate(chosen.modules)}
     with tempfile.NamedTemporaryFile(prefix="tpctl-vm-") as memory:
         # Archives may follow each other.
-        memory.write(root + archive([], {"veth.ko": (_REGULAR, module)}))
+        memory.write(root + archive([], own))
         memory.flush()
         machine = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "3G", "-smp", "2"]
-        start = ["-kernel", str(image), "-initrd", memory.name, "-append", "console=ttyS0 quiet panic=-1 rdinit=/init"]
+        words = f"console=ttyS0 quiet panic=-1 rdinit=/init TPCTL_POLICIES={policies}"
+        start = ["-kernel", str(chosen.image), "-initrd", memory.name, "-append", words]
         done = subprocess.run(
             [*machine, "-nographic", "-no-reboot", *start],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=timeout,
             check=False,
         )
     return done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
@@ -58,19 +47,23 @@ def boot(suite: str, root: bytes) -> str:
 
 def main() -> int:
     """0 when every kernel agreed on every connection."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("releases", nargs="*", choices=[[], *RELEASES], default=[])
+    arguments.add_argument("--policies", type=int, default=12, help="random policies on each kernel")
+    given = arguments.parse_args()
     guest = Path(__file__).with_name("guest.py").read_bytes()
     init = f"#!{INTERPRETER} -B\n".encode() + guest
     passwd = b"root:x:0:0:root:/root:/bin/sh\n"
     root = archive(files().items(), {"init": (_REGULAR_EXECUTABLE, init), "etc/passwd": (_REGULAR, passwd)})
     failed = 0
-    for suite in sys.argv[1:] or RELEASES:
-        said = boot(suite, root)
-        verdict = re.search(r"VERDICT (\S+): (\d+) connections, (\d+) wrong", said)
-        if verdict and verdict[1].startswith(RELEASES[suite]) and verdict[3] == "0":
-            print(f"{suite}: Linux {verdict[1]}: {verdict[2]} connections, none wrong", flush=True)
+    for release in given.releases or RELEASES:
+        said = boot(release, root, given.policies, BOOT_SECONDS + given.policies * POLICY_SECONDS)
+        verdict = re.search(r"VERDICT (\S+): (.* (\d+) wrong)", said)
+        if verdict and verdict[1].startswith(RELEASES[release]) and verdict[3] == "0":
+            print(f"{release}: Linux {verdict[1]}: {verdict[2]}", flush=True)
         else:
             failed = 1
-            print(f"{suite}: failed\n{said[-5000:]}", flush=True)
+            print(f"{release}: failed\n{said[-5000:]}", flush=True)
     return failed
 
 

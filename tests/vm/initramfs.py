@@ -1,4 +1,4 @@
-"""A root file system in memory that holds this Python, bcc, this checkout, and what they load."""
+"""A root file system in memory that holds this Python, bcc, libnftables, this checkout, and what they load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERPRETER = Path(f"/usr/bin/python{sys.version_info.major}.{sys.version_info.m
 _DISTRIBUTION = Path("/usr/lib/python3/dist-packages")
 _LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 _MODULES = ("pyroute2", "click", "hypothesis", "sortedcontainers", "structlog", "_hypothesis_globals.py")
-_BCC = _LIBRARIES / "libbcc.so.0"
+_NATIVE = (_LIBRARIES / "libbcc.so.0", _LIBRARIES / "libnftables.so.1")
 _LOADED_BY_NAME = ("libpthread.so.0", "libdl.so.2", "librt.so.1")
 """What ctypes opens by name; no program is linked to them any more."""
 _LEFT_OUT = {"__pycache__", "test", "idlelib", "tkinter", "ensurepip", "config-3.11-x86_64-linux-gnu", ".git", ".venv"}
@@ -74,14 +74,15 @@ def files() -> dict[str, Path]:
     library = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
     found |= _tree(library, str(library)[1:])
-    found |= _tree(_DISTRIBUTION / "bcc", str(_DISTRIBUTION / "bcc")[1:])
+    for name in ("bcc", "nftables"):
+        found |= _tree(_DISTRIBUTION / name, str(_DISTRIBUTION / name)[1:])
     for name in _MODULES:
         path = packages / name
         found |= _tree(path, f"packages/{name}") if path.is_dir() else {f"packages/{name}": path}
     for name in ("agent", "bpf", "tests"):
         found |= _tree(CHECKOUT / name, f"checkout/{name}")
-    binaries = [INTERPRETER, _BCC, *(library / "lib-dynload").glob("*.so")]
-    linked = {path for binary in binaries for path in _linked(binary)} | {_BCC}
+    binaries = [INTERPRETER, *_NATIVE, *(library / "lib-dynload").glob("*.so")]
+    linked = {path for binary in binaries for path in _linked(binary)} | {*_NATIVE}
     linked |= {_LIBRARIES / name for name in _LOADED_BY_NAME}
     found |= {str(path)[1:]: path for path in linked if path.exists()}
     return found

@@ -173,7 +173,9 @@ class DnsForwarder:
     def _ask(self, query: Query) -> None:
         """Ask the next server; out of servers, the query has failed."""
         self._hang_up(query)
-        while query.tries < len(query.plan.servers):
+        # One answer is enough not to ask anybody twice.
+        tries = len(query.plan.servers) if query.fallback is None else query.plan.distinct
+        while query.tries < tries:
             server = query.plan.servers[query.tries]
             query.tries += 1
             try:

@@ -78,13 +78,13 @@ def parse_yaml_zone(text: str, zone: str) -> Zone:
         raise BadValueError(str(error)) from None
     reading = _Reading(zone)
     ttl = DEFAULT_TTL
-    with reading.at("it"):
-        tree = _mapping(tree, _KEYS)
+    with reading.at("the file"):
+        tree = _mapping({} if tree is None else tree, _KEYS)
         if "ttl" in tree:
             with reading.at("ttl"):
                 ttl = _ttl(tree["ttl"])
         with reading.at("names"):
-            for key, value in _mapping(tree.get("names") or {}).items():
+            for key, value in _mapping({} if tree.get("names") is None else tree["names"]).items():
                 with reading.at(f"names: {key}"):
                     _read_name(reading, reading.name(str(key)), value)
     return reading.zone(ttl)

@@ -2,121 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.relay.dns import MAX_PENDING
-from tests.netns import relay_net
+from tests.netns import dns_net, relay_net
+from tests.netns.dns_net import (
+    PEER_SECOND,
+    QUESTION,
+    SERVFAIL,
+    answer_to,
+    ask,
+    framed,
+    name_server,
+    query,
+    readable,
+    relay_for,
+)
 from tests.netns.relay_net import HOST4, HOST6, PEER4, PEER6, Net, Server
 
 pytestmark = pytest.mark.root
 
-QUESTION = b"\x07example\x03com\x00\x00\x01\x00\x01"
-PARAGRAPH = b"\x01\x20\x00\x01\x00\x00\x00\x00\x00\x00" + QUESTION
-ANSWER = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xcb\x00\x71"
-SERVFAIL = 2
-PEER_SECOND = "10.99.0.9"
 
-
-def query(identifier: int) -> bytes:
-    return identifier.to_bytes(2, "big") + PARAGRAPH
-
-
-def answer_to(message: bytes, last: int) -> bytes:
-    """An A record 203.0.113.<last>, which tells the name servers apart."""
-    return message[:2] + b"\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00" + message[12:] + ANSWER + bytes((last,))
-
-
-def framed(message: bytes) -> bytes:
-    return len(message).to_bytes(2, "big") + message
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with dns_net.network() as network:
+        yield network
 
 
 def answer_over_tcp(client: socket.socket, _peer: object) -> None:
     """Answers one query."""
     client.sendall(framed(answer_to(client.recv(4096)[2:], 3)))
-
-
-class NameServer:
-    """A UDP name server; `serve` gives the answers to a message, none to stay silent."""
-
-    def __init__(self, sock: socket.socket, serve: Callable[[bytes], list[bytes]]) -> None:
-        self.sock = sock
-        self.sock.settimeout(None)
-        self.serve = serve
-        self.seen: list[tuple[int, int]] = []
-        """The source port and id of each query."""
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                message, client = self.sock.recvfrom(4096)
-                if message == b"end":
-                    return
-                self.seen.append((client[1], int.from_bytes(message[:2], "big")))
-                for answer in self.serve(message):
-                    self.sock.sendto(answer, client)
-
-    def close(self, net: Net) -> None:
-        with net.datagram(net.peer, self.sock.family) as waker:
-            waker.sendto(b"end", self.sock.getsockname())
-        self.thread.join(relay_net.TIMEOUT)  # until then the socket keeps its port
-        self.sock.close()
-
-
-@pytest.fixture(scope="module")
-def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
-        relay_net.run("ip", "-n", network.peer, "addr", "add", f"{PEER_SECOND}/24", "dev", "eth0")
-        yield network
-    finally:
-        network.remove()
-
-
-@contextlib.contextmanager
-def name_server(net: Net, address: str, serve: Callable[[bytes], list[bytes]]) -> Iterator[NameServer]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    server = NameServer(net.datagram(net.peer, family, (address, 53)), serve)
-    try:
-        yield server
-    finally:
-        server.close(net)
-
-
-def resolv_conf(directory: Path, *servers: str) -> str:
-    """A resolv.conf that the relay's user can read; returns its path."""
-    path = Path(f"/tmp/tpctl-test-{os.getpid()}-{directory.name}.conf")
-    path.write_text("".join(f"nameserver {server}\n" for server in servers))
-    return str(path)
-
-
-@contextlib.contextmanager
-def relay_for(net: Net, directory: Path, *servers: str) -> Iterator[Path]:
-    path = Path(resolv_conf(directory, *servers))
-    try:
-        with relay_net.relay(net, directory, "--resolv-conf", str(path)):
-            yield path
-    finally:
-        path.unlink()
-
-
-def ask(net: Net, server: str, identifier: int = 0x1234) -> bytes:
-    """Ask a name server from our host; the socket is connected, so only an answer from the address asked is seen."""
-    family = socket.AF_INET6 if ":" in server else socket.AF_INET
-    with net.datagram(net.host, family) as client:
-        client.connect((server, 53))
-        client.send(query(identifier))
-        return client.recv(4096)
 
 
 @pytest.mark.parametrize("asked", [PEER4, PEER6, "127.0.0.53", "127.0.0.1", "::1", HOST4, HOST6, "192.0.2.77"])
@@ -202,7 +122,7 @@ def test_without_a_server_that_answers_the_query_fails(net: Net, tmp_path: Path)
 def test_changes_of_resolv_conf_are_followed(net: Net, tmp_path: Path) -> None:
     with (
         name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
-        relay_for(net, tmp_path) as path,
+        relay_for(net, tmp_path) as (path, _),
     ):
         assert ask(net, PEER4)[3] & 0x0F == SERVFAIL
         path.write_text(f"nameserver {PEER_SECOND}\n")
@@ -224,7 +144,7 @@ def test_queries_over_tcp_reach_a_server_that_listens(net: Net, tmp_path: Path, 
 
 def test_queries_that_come_back_to_the_relay_end(net: Net, tmp_path: Path) -> None:
     """Run as another user than the policy's, the relay would ask itself for ever."""
-    path = Path(resolv_conf(tmp_path, PEER4))
+    path = readable(tmp_path, "resolv.conf", f"nameserver {PEER4}\n")
     try:
         with relay_net.relay(net, tmp_path, "--resolv-conf", str(path), user="daemon") as running:
             with net.datagram(net.host, socket.AF_INET) as client:
@@ -243,7 +163,7 @@ def test_a_query_that_is_under_way_is_answered_while_draining(net: Net, tmp_path
         time.sleep(0.5)
         return [answer_to(message, 1)]
 
-    path = Path(resolv_conf(tmp_path, PEER4))
+    path = readable(tmp_path, "resolv.conf", f"nameserver {PEER4}\n")
     running = relay_net.Relay(net, tmp_path, "--resolv-conf", str(path))
     try:
         running.wait_for("ready")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from agent.policy import DnsCapture, Policy
+from agent.policy import DnsCapture, Policy, WhenProxyDown
 
 _PREFIXES = ("warning: ", "note: ")
 
@@ -45,6 +45,8 @@ def describe(policy: Policy) -> list[tuple[str, str]]:
         ("inbound TCP", _direction(inbound.enabled, inbound.port, inbound.include_ports, inbound.exclude_ports)),
         ("outbound TCP", _direction(outbound.enabled, outbound.port, outbound.include_ports, outbound.exclude_ports)),
         ("DNS", _dns(policy)),
+        ("only what is opened by", f"the control group {policy.cgroup}" if policy.cgroup else ""),
+        ("data plane away", "connections go straight" if policy.when_proxy_down is WhenProxyDown.BYPASS else ""),
         ("not from", _list(inbound.exclude_sources)),
         ("not to", _list(outbound.exclude_destinations)),
         ("not by users", "  ".join(map(str, outbound.exclude_uids))),

@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.policy import Policy
+from agent.rehearsal.cgroup import own_place
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
-from tests.netns.ebpf_place import own_place
 from tests.netns.lab import APP, PROXY, PROXY_USER, run
 from tests.netns.test_kumactl_defects import REMOTE
 
@@ -107,6 +108,30 @@ def test_bypass_lets_connections_pass_while_nothing_listens(lab: Lab, host: Host
     assert str(lab.dial(outbound)) == f"{HOST}:15001"
     with lab.inside(HOST):
         host.tpctl("uninstall")
+
+
+def test_kumactls_flags_of_its_ebpf_engine(lab: Lab, host: Host, tmp_path: Path) -> None:
+    outbound = lab.layout.outgoing("tcp", REMOTE, 8080, APP)
+    lab.serve(outbound)
+    lab.serve_data_plane(Policy(PROXY))
+    places = ["--ebpf-cgroup-path", f"{host.folder}/cgroup", "--ebpf-bpffs-path", "/sys/fs/bpf"]
+    ignored = ["--ebpf-instance-ip", "192.0.2.1", "--ebpf-programs-source-path", str(tmp_path)]
+    with lab.inside(HOST):
+        done = host.tpctl(
+            "install", "transparent-proxy", "--kuma-dp-user", PROXY_USER, "--experimental-transparent-proxy-engine",
+            "--ebpf-enabled", *places, *ignored, "--ebpf-tc-attach-iface", "eth0", "--vnet", "br0:172.30.0.0/16",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("has no effect") == 3
+        assert "virtual networks" in done.stderr
+        found = host.status()
+        assert (found["engine"], found["drift"], found["problems"]) == ("ebpf", [], [])
+        assert {"name": "listening sockets of the data plane", "value": 2, "most": 64} in found["figures"]
+    assert str(lab.dial(outbound)) == f"{HOST}:15001"
+    with lab.inside(HOST):
+        assert host.tpctl("uninstall").returncode == 0
+        assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
+    assert str(lab.dial(outbound)) == f"{PEER}:8080"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from select import EPOLLIN
 from typing import Any
@@ -29,32 +29,31 @@ class Acceptor:
         loop: Loop,
         complaints: Complaints,
         accepted: Callable[[socket.socket, Any, str], None],
-        is_full: Callable[[], bool],
+        is_full: Callable[[str], bool],
     ) -> None:
         self._loop = loop
         self._complaints = complaints
         self._accepted = accepted
         self._is_full = is_full
         self._sockets: dict[socket.socket, str] = {}
+        self._resting: set[socket.socket] = set()
         self._pause: Timer | None = None
-        self.pauses = 0
-        """How often accepting has been paused."""
+        self.paused: Callable[[], None] | None = None
+        """Called when accepting is paused."""
 
     def listen(self, sock: socket.socket, name: str) -> None:
         """Accept the connections of a listening socket."""
         self._sockets[sock] = name
-        if self._pause is None:
-            self._watch(sock)
+        self._watch(sock)
 
     def leave(self, sock: socket.socket) -> None:
         """Accept no more of its connections; they wait for whoever else has the socket. It is closed here."""
         self._sockets.pop(sock)
+        self._resting.discard(sock)
         self._loop.close(sock)
 
     def drain(self) -> None:
         """Accept what waits already, and then nothing more."""
-        if self._pause is not None:
-            self._pause.cancel()
         for sock in tuple(self._sockets):
             while self._accept_one(sock):
                 pass
@@ -62,8 +61,6 @@ class Acceptor:
 
     def stop(self) -> None:
         """Accept nothing more; what waits is for whoever else has the sockets."""
-        if self._pause is not None:
-            self._pause.cancel()
         for sock in tuple(self._sockets):
             self.leave(sock)
 
@@ -72,9 +69,9 @@ class Acceptor:
 
     def _on_waiting(self, sock: socket.socket, _mask: int) -> None:
         for _ in range(_BATCH):
-            if self._is_full():
-                self._complaints.warn("the limit of connections is reached, accepting is paused")
-                self._rest()
+            if self._is_full(self._sockets[sock]):
+                self._complaints.warn("the limit of connections is reached", listener=self._sockets[sock])
+                self._rest((sock,))
                 return
             if not self._accept_one(sock):
                 return
@@ -88,7 +85,7 @@ class Acceptor:
         except OSError as error:
             if error.errno in _EXHAUSTED:
                 self._complaints.warn("out of resources, accepting is paused", reason=error.strerror)
-                self._rest()
+                self._rest(self._sockets)
                 return False
             return True  # the client has gone already (accept(2))
         try:
@@ -97,15 +94,19 @@ class Acceptor:
             client.close()
         return True
 
-    def _rest(self) -> None:
+    def _rest(self, sockets: Iterable[socket.socket]) -> None:
         """Stop accepting for a moment: the waiting connections would wake the loop over and over."""
-        if self._pause is None:
-            self.pauses += 1
-            for sock in self._sockets:
+        for sock in sockets:
+            if sock not in self._resting:
+                self._resting.add(sock)
                 self._loop.forget(sock.fileno())
+        if self.paused is not None:
+            self.paused()
+        if self._pause is None:
             self._pause = self._loop.later(_PAUSE_SECONDS, self._resume)
 
     def _resume(self) -> None:
         self._pause = None
-        for sock in self._sockets:
+        for sock in self._resting:
             self._watch(sock)
+        self._resting.clear()

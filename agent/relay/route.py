@@ -59,10 +59,12 @@ class Surroundings:
 class Route:
     """One listener's rules."""
 
-    __slots__ = ("_from_passthrough", "_surroundings", "settings")
+    __slots__ = ("_from_passthrough", "_surroundings", "settings", "slot")
 
-    def __init__(self, settings: ListenerSettings, surroundings: Surroundings) -> None:
+    def __init__(self, settings: ListenerSettings, slot: int, surroundings: Surroundings) -> None:
         self.settings = settings
+        self.slot = slot
+        """Of its counters, see `agent.relay.tally`."""
         self._surroundings = surroundings
         self._from_passthrough = settings.source is Source.PASSTHROUGH
         if self._from_passthrough and isinstance(settings.upstream, FixedAddress):

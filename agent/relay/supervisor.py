@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from agent.relay.listen import show
@@ -11,6 +12,7 @@ from agent.relay.notify import notify, watchdog_interval
 from agent.relay.privileges import raise_descriptor_limit
 from agent.relay.settings import Settings
 from agent.relay.sockets import Sockets, deal, open_sockets
+from agent.relay.tally import Tally
 from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, Worker
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ def serve(settings: Settings, log: FilteringBoundLogger) -> int:
     addresses = {listener.name: show(listener.listen.address) for listener in settings.listeners}
     log.info("listening", workers=settings.workers, **addresses)
     if settings.workers == 1:
-        worker = Worker(settings, log)
+        worker = Worker(settings, Tally(1), log)
         worker.use(settings, opened)
         _announce(log)
         worker.run()
         log.info("ended")
         return 0
-    return _supervise(settings, opened, log)
+    return _supervise(settings, opened, Tally(settings.workers), log)
 
 
 def _announce(log: FilteringBoundLogger) -> None:
@@ -45,7 +47,7 @@ def _announce(log: FilteringBoundLogger) -> None:
     notify("READY=1")
 
 
-def _supervise(settings: Settings, opened: Sockets, log: FilteringBoundLogger) -> int:
+def _supervise(settings: Settings, opened: Sockets, counts: Tally, log: FilteringBoundLogger) -> int:
     watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD, signal.SIGALRM)
     # Blocked before the first fork, so that none is lost; sigwait takes them one by one.
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -55,7 +57,10 @@ def _supervise(settings: Settings, opened: Sockets, log: FilteringBoundLogger) -
         pid = os.fork()
         if pid == 0:
             os.close(alive_writer)
-            _work(settings, opened, number, log, alive_reader)
+            counts.be(number)
+            mine = {place: deal(sockets, number, settings.workers) for place, sockets in opened.items()}
+            _close_others(opened, mine)
+            _work(lambda: Worker(settings, counts, log, alive_reader), settings, mine, log)
         workers.add(pid)
     # Kept open here, the sockets would go on accepting for workers that have ended.
     for sockets in opened.values():
@@ -69,14 +74,12 @@ def _supervise(settings: Settings, opened: Sockets, log: FilteringBoundLogger) -
         os.close(alive_writer)
 
 
-def _work(settings: Settings, opened: Sockets, number: int, log: FilteringBoundLogger, supervisor: int) -> NoReturn:
+def _work(make: Callable[[], Worker], settings: Settings, mine: Sockets, log: FilteringBoundLogger) -> NoReturn:
     """The life of a forked worker; never returns into the supervisor's code."""
     code = 1
     try:
-        mine = {place: deal(sockets, number, settings.workers) for place, sockets in opened.items()}
-        _close_others(opened, mine)
         os.environ.pop("NOTIFY_SOCKET", None)
-        worker = Worker(settings, log, supervisor)
+        worker = make()
         worker.use(settings, mine)
         worker.run()
         code = 0

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from agent.relay import tally
 from agent.relay.acceptor import Acceptor
 from agent.relay.complaints import Complaints
 from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, Plan
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
+from agent.relay.dials import Dial
 from agent.relay.original_destination import Destination, recover, unmapped
 from agent.relay.route import Peer, Refusal, Route
+from agent.relay.settings import Limits
+from agent.relay.tally import Tally
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -28,20 +32,38 @@ _UNKNOWN = Destination("0.0.0.0", 0)
 """The original destination of what came to a unix socket."""
 
 
+class Guest:
+    """A client that was accepted: who it is, where it wanted to go, and when it came."""
+
+    __slots__ = ("counted", "destination", "peer", "route", "since", "socket")
+
+    def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
+        self.socket = sock
+        self.route = route
+        self.peer = peer
+        self.destination = destination
+        self.since = time.monotonic()
+        self.counted: str | None = None
+        """The source under which it is counted, if its connections are limited."""
+
+
 class TcpRelay:
     """Relays the connections of one worker."""
 
-    def __init__(self, context: Context, log: FilteringBoundLogger, *, access_log: bool = False) -> None:
+    def __init__(self, context: Context, counts: Tally, log: FilteringBoundLogger) -> None:
         self._context = context
         self._loop = context.exchange.loop
+        self._counts = counts
         self._log = log
         self._complaints = Complaints(log)
-        self._access_log = access_log
+        self._access_log = False
+        self._limit = 0
         self._routes: dict[str, Route] = {}
         self._dialling: dict[float, Deadlines[Dialling]] = {}
         self._connections: set[Connection] = set()
         self._checking = False
-        self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, lambda: False)
+        self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
+        self.acceptor.paused = partial(counts.add, tally.WORKER, tally.PAUSES)
         self.idle: Callable[[], None] | None = None
         """Called whenever the last connection has ended."""
 
@@ -50,15 +72,14 @@ class TcpRelay:
         """How many connections there are."""
         return len(self._connections)
 
-    def use(self, routes: Mapping[str, Route], *, access_log: bool) -> None:
+    def use(self, routes: Mapping[str, Route], limits: Limits, *, access_log: bool) -> None:
         """Treat new connections so from now on; `routes` are by the name of the listener."""
         self._routes = dict(routes)
+        self._limit = limits.connections
         self._access_log = access_log
         times = {route.settings.timeouts.connect for route in routes.values()} | {_ATTEMPT_SECONDS}
-        kept = {seconds: queue for seconds, queue in self._dialling.items() if seconds in times}
-        self._dialling = kept | {
-            seconds: Deadlines[Dialling](self._loop, seconds, Dialling.expire) for seconds in times - kept.keys()
-        }
+        for seconds in times - self._dialling.keys():
+            self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
         if not self._checking:
             self._check_quiet()
 
@@ -67,39 +88,63 @@ class TcpRelay:
         for connection in tuple(self._connections):
             connection.reset(error)
 
+    def _is_full(self, listener: str) -> bool:
+        """Whether no further connection may be accepted on a listener."""
+        if self._limit and self._counts.total(tally.WORKER, tally.ACTIVE) >= self._limit:
+            return True
+        route = self._routes[listener]
+        limit = route.settings.limits.connections
+        return bool(limit) and self._counts.total(route.slot, tally.ACTIVE) >= limit
+
     def _on_accepted(self, client: socket.socket, name: Any, listener: str) -> None:
         route = self._routes[listener]
+        self._counts.add(route.slot, tally.ACCEPTED)
         if isinstance(name, tuple):
             peer, destination = Peer(unmapped(name[0]), name[1]), recover(client, name[0])
         else:
             peer, destination = Peer(None, 0), _UNKNOWN
-        self._relay(client, route, peer, destination)
+        self._admit(Guest(client, route, peer, destination))
 
-    def _relay(self, client: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
-        dials = route.decide(peer, destination)
+    def _admit(self, guest: Guest) -> None:
+        """Dial for a client, or refuse it."""
+        route = guest.route
+        dials = route.decide(guest.peer, guest.destination)
+        limit = route.settings.limits.connections_per_source
+        if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
+            if self._counts.connections_of(route.slot, guest.peer.host) >= limit:
+                dials = Refusal.TOO_MANY
+            else:
+                guest.counted = guest.peer.host
         if isinstance(dials, Refusal):
-            self._refuse(client, route, peer, destination, dials)
-            return
-        done: Callable[[Connection], None] = self._forget
-        if self._access_log:
-            done = partial(self._report, route, peer, destination, time.monotonic())
-        timeouts = route.settings.timeouts
+            self._refuse(guest, dials)
+        else:
+            self._relay(guest, dials)
+
+    def _relay(self, guest: Guest, dials: Sequence[Dial]) -> None:
+        timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
         plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed)
-        connection = Connection(self._context, client, plan, done)
+        connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections.add(connection)
+        self._counts.add(guest.route.slot, tally.ACTIVE)
+        self._counts.add(tally.WORKER, tally.ACTIVE)
+        if guest.counted is not None:
+            self._counts.enter(guest.route.slot, guest.counted)
         try:
             connection.start()
         except OSError as error:
             connection.reset(error, Ending.NOT_REACHED)
 
-    def _refuse(self, client: socket.socket, route: Route, peer: Peer, destination: Destination, why: Refusal) -> None:
-        if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        client.close()
-        name = route.settings.name
-        self._complaints.warn(why, listener=name, client=str(peer), destination=str(destination))
+    def _refuse(self, guest: Guest, why: Refusal) -> None:
+        if guest.socket.family != socket.AF_UNIX:
+            guest.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        guest.socket.close()
+        self._counts.add(guest.route.slot, tally.REFUSED[why])
+        name, client, destination = guest.route.settings.name, str(guest.peer), str(guest.destination)
+        self._complaints.warn(why, listener=name, client=client, destination=destination)
+        if self._access_log:
+            self._write(guest, str(why), upstream=None)
 
     def _check_quiet(self) -> None:
         """Look for connections on which nothing moves; again and again, as long as any timeout asks for it."""
@@ -113,26 +158,44 @@ class TcpRelay:
             connection.check_quiet(now)
         self._loop.later(min(min(times) / _CHECKS, _LONGEST_CHECK), self._check_quiet)
 
-    def _forget(self, connection: Connection) -> None:
+    def _on_end(self, guest: Guest, connection: Connection) -> None:
+        slot = guest.route.slot
+        sent, received = connection.moved
+        self._counts.add(slot, tally.ACTIVE, -1)
+        self._counts.add(tally.WORKER, tally.ACTIVE, -1)
+        self._counts.add(slot, tally.SENT, sent)
+        self._counts.add(slot, tally.RECEIVED, received)
+        self._counts.add(slot, tally.ENDED[connection.ending])
+        if guest.counted is not None:
+            self._counts.leave(slot, guest.counted)
+        if self._access_log:
+            error = connection.error.strerror if connection.error else None
+            upstream = str(connection.upstream)
+            self._write(guest, str(connection.ending), upstream=upstream, moved=(sent, received), error=error)
         self._connections.discard(connection)
         if not self._connections and self.idle is not None:
             self.idle()
 
-    def _report(
-        self, route: Route, peer: Peer, destination: Destination, started: float, connection: Connection
+    def _write(
+        self,
+        guest: Guest,
+        reason: str,
+        *,
+        upstream: str | None,
+        moved: tuple[int, int] = (0, 0),
+        error: str | None = None,
     ) -> None:
-        sent, received = connection.moved
+        """A line of the access log."""
         self._log.info(
             "connection",
-            listener=route.settings.name,
-            role=str(route.settings.role),
-            client=str(peer),
-            destination=str(destination),
-            upstream=str(connection.upstream),
-            sent=sent,
-            received=received,
-            seconds=round(time.monotonic() - started, 6),
-            reason=str(connection.ending),
-            error=connection.error.strerror if connection.error else None,
+            listener=guest.route.settings.name,
+            role=str(guest.route.settings.role),
+            client=str(guest.peer),
+            destination=str(guest.destination),
+            upstream=upstream,
+            sent=moved[0],
+            received=moved[1],
+            seconds=round(time.monotonic() - guest.since, 6),
+            reason=reason,
+            error=error,
         )
-        self._forget(connection)

@@ -23,6 +23,7 @@ from agent.relay.pump import BUFFER_SIZE, PipePool
 from agent.relay.route import Route, Surroundings
 from agent.relay.settings import ListenerSettings, Role, Settings
 from agent.relay.sockets import Place, wanted
+from agent.relay.tally import Tally
 from agent.relay.tcp import TcpRelay
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Worker:
     gets one of its own beside the supervisor's.
     """
 
-    def __init__(self, settings: Settings, log: FilteringBoundLogger, supervisor: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings, counts: Tally, log: FilteringBoundLogger, supervisor: int | None = None
+    ) -> None:
         self._settings = settings
         self._log = log
         self._complaints = Complaints(log)
@@ -55,7 +58,7 @@ class Worker:
         own_dials: set[Link] = set()
         exchange = Exchange(self._loop, own_dials, self._missing_source, sock_diag.serves_every_address)
         context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
-        self._tcp = TcpRelay(context, log)
+        self._tcp = TcpRelay(context, counts, log)
         self._dns = DnsServer(self._loop, settings.dns, self._guard, log)
         self._surroundings = Surroundings(self._guard, own_dials, self._dns.upstreams, routes.is_local)
         self._sockets: dict[Place, Sequence[socket.socket]] = {}
@@ -68,7 +71,8 @@ class Worker:
         self._guard.watch(listener.listen for listener in settings.listeners)
         streams = [listener for listener in settings.listeners if listener.role is not Role.DNS]
         self._tcp.use(
-            {listener.name: Route(listener, self._surroundings) for listener in streams},
+            {listener.name: Route(listener, slot, self._surroundings) for slot, listener in enumerate(streams)},
+            settings.limits,
             access_log=settings.access_log,
         )
         for listener, place in wanted(settings):

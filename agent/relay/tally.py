@@ -1,0 +1,91 @@
+"""Numbers that all workers share, in memory that they inherit: each writes its own row, everybody may read the sum."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from agent.relay.check import MAX_LISTENERS
+from agent.relay.connection import Ending
+from agent.relay.route import Refusal
+
+ACCEPTED, ACTIVE, SENT, RECEIVED = range(4)
+"""Of a listener: connections accepted so far, connections now, bytes to upstreams, bytes to clients."""
+ENDED = {ending: number for number, ending in enumerate(Ending, RECEIVED + 1)}
+"""Connections by the reason of their end."""
+REFUSED = {refusal: number for number, refusal in enumerate(Refusal, RECEIVED + 1 + len(Ending))}
+"""Connections by the reason of their refusal."""
+WIDTH = RECEIVED + 1 + len(Ending) + len(Refusal)
+WORKER = MAX_LISTENERS
+"""The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
+PAUSES, FIRST_FREE = ACCEPTED, RECEIVED + 1
+"""In the slot `WORKER`: how often accepting was paused; the first of those that others may use."""
+
+_BUCKETS = 1 << 18
+_ROW = (MAX_LISTENERS + 1) * WIDTH
+
+
+class Tally:
+    """Counters by listener, and the connections of each source. Made before the workers are forked."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._numbers = memoryview(mmap.mmap(-1, workers * _ROW * 8)).cast("Q")
+        self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
+        self._sources: dict[tuple[int, str], int] = {}
+        self._base = 0
+        self._own_buckets = 0
+
+    def be(self, worker: int) -> None:
+        """Write the row of this worker from now on, from zero."""
+        self._base = worker * _ROW
+        self._own_buckets = worker * _BUCKETS
+        self._sources = {}
+
+    def add(self, slot: int, counter: int, amount: int = 1) -> None:
+        """Add to a counter of a listener. `amount` may be negative for what goes up and down."""
+        self._numbers[self._base + slot * WIDTH + counter] += amount
+
+    def put(self, slot: int, counter: int, value: int) -> None:
+        """Set a counter of this worker."""
+        self._numbers[self._base + slot * WIDTH + counter] = value
+
+    def total(self, slot: int, counter: int) -> int:
+        """The sum of a counter over all workers."""
+        return sum(self._numbers[slot * WIDTH + counter :: _ROW])
+
+    def row(self, slot: int) -> Sequence[int]:
+        """The sums of all counters of a slot."""
+        return [self.total(slot, counter) for counter in range(WIDTH)]
+
+    def enter(self, slot: int, source: str) -> None:
+        """A source has one connection more."""
+        key = (slot, source)
+        self._sources[key] = self._sources.get(key, 0) + 1
+        if self._workers > 1:
+            self._buckets[self._own_buckets + hash(key) % _BUCKETS] += 1
+
+    def leave(self, slot: int, source: str) -> None:
+        """A source has one connection less."""
+        key = (slot, source)
+        left = self._sources[key] - 1
+        if left:
+            self._sources[key] = left
+        else:
+            del self._sources[key]
+        if self._workers > 1:
+            self._buckets[self._own_buckets + hash(key) % _BUCKETS] -= 1
+
+    def connections_of(self, slot: int, source: str) -> int:
+        """The connections of a source at this moment.
+
+        Exact for this worker. For the others it is that of a bucket, which a few sources may share by chance; hashes
+        of texts are keyed, so nobody can choose with whom, and they are the same in all workers because those were
+        forked from one process.
+        """
+        key = (slot, source)
+        own = self._sources.get(key, 0)
+        if self._workers == 1:
+            return own
+        bucket = hash(key) % _BUCKETS
+        return own + sum(self._buckets[bucket::_BUCKETS]) - self._buckets[self._own_buckets + bucket]

@@ -23,10 +23,10 @@ from agent.engines.ebpf import syscall
 from agent.engines.ebpf.installed import opened
 from agent.engines.ebpf.maps import IN_FLIGHT
 from agent.policy import Family, Protocol, WhenProxyDown
+from agent.rehearsal.cgroup import own_place
 from agent.rehearsal.layout import HOST
 from agent.rehearsal.namespaces import write_sysctls
 from tests.netns import socket_storage
-from tests.netns.ebpf_place import own_place
 from tests.netns.test_ebpf_engine import APP, FAMILIES, PLAIN, PROXY, REMOTE, SERVER, Scene, laboratory, listening
 from tests.swap.traffic import Child
 

@@ -36,10 +36,10 @@ from agent.engines import registry
 from agent.engines.base import Engine
 from agent.errors import TpctlError
 from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange
+from agent.rehearsal.cgroup import OwnPlace, own_place
 from agent.rehearsal.namespaces import write_sysctls
 from tests.bench.wrk import CONNECTIONS, PORT, WORKLOADS, Figures, Standing, Workload, measure, server
 from tests.netns import relay_net
-from tests.netns.ebpf_place import OwnPlace, own_place
 from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
 from tests.netns.test_envoy import running_envoy
 

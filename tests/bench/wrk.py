@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.rehearsal.cgroup import enter
 from tests.netns import relay_net
-from tests.netns.ebpf_place import enter
 from tests.netns.relay_net import HOST, PEER, Net
 
 CONNECTIONS = 32

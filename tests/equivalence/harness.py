@@ -17,8 +17,9 @@ from agent import loopback
 from agent.decide import Action, Connection, State, decide
 from agent.engines.base import Engine
 from agent.policy import Cgroup, Family, Policy, Protocol
+from agent.rehearsal import lab as laboratory
 from agent.rehearsal.cgroup import OwnGroups, own_groups
-from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
+from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, Staging, member, stage
 from agent.rehearsal.probes import Probe, probes
 from agent.rehearsal.rehearse import attempt
@@ -28,6 +29,7 @@ from tests.equivalence.paste import as_code
 from tests.equivalence.segments import Running, is_answered
 from tests.equivalence.surroundings import IDLE_PORTS, Surroundings
 
+NEGATIVE_SECONDS = laboratory.NEGATIVE_SECONDS
 CONFIRM_SECONDS = 1.0
 HASTY_SECONDS = 0.3
 """For broken engines, nearly all of whose surprises are real."""
@@ -184,7 +186,7 @@ class Bench:
 
     def _new(self, seat: _Seat, policy: Policy, wanted: Sequence[Probe], first_only: bool) -> list[Disagreement]:
         found = []
-        for result in attempt(seat.lab, policy, wanted):
+        for result in attempt(seat.lab, policy, wanted, timeout=NEGATIVE_SECONDS):
             if result.ok:
                 continue
             seconds = HASTY_SECONDS if first_only else CONFIRM_SECONDS

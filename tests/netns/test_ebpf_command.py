@@ -126,7 +126,7 @@ def test_kumactls_flags_of_its_ebpf_engine(lab: Lab, host: Host, tmp_path: Path)
         assert "virtual networks" in done.stderr
         found = host.status()
         assert (found["engine"], found["drift"], found["problems"]) == ("ebpf", [], [])
-        assert {"name": "listening sockets of the data plane", "value": 2, "most": 64} in found["figures"]
+        assert {"name": "inbound listeners", "value": 2, "most": 64} in found["figures"]
     assert str(lab.dial(outbound)) == f"{HOST}:15001"
     with lab.inside(HOST):
         assert host.tpctl("uninstall").returncode == 0

@@ -17,8 +17,8 @@ import pytest
 
 from agent.engines.ebpf.engine import EbpfEngine
 from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange, WhenProxyDown
+from agent.rehearsal.cgroup import own_place
 from tests.netns import relay_net
-from tests.netns.ebpf_place import own_place
 from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
 from tests.netns.test_envoy import FAMILIES, PASSTHROUGH, running_envoy, serving
 

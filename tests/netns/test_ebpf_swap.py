@@ -11,8 +11,8 @@ import pytest
 
 from agent.engines.ebpf.engine import EbpfEngine
 from agent.policy import Policy
+from agent.rehearsal.cgroup import own_place
 from agent.rehearsal.namespaces import Namespace
-from tests.netns.ebpf_place import own_place
 from tests.swap.scene import inbound, outbound, prepared_namespaces
 from tests.swap.swaps import EXCLUDING, POLICIES
 from tests.swap.traffic import APP, FAMILIES, INBOUND, OUTBOUND, PROXY, REAL, REAL_PORT, Applications, Kept, Servers

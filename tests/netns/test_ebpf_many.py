@@ -180,6 +180,8 @@ def test_connections_leave_nothing_behind(scene: Scene) -> None:
         assert not run_clients(scene, CONNECTIONS)
     assert held(scene) == before
     assert (before["asked"], before["in_flight"]) == (0, 0)
+    figures = scene.figures()
+    assert (figures["outbound redirected"], figures["dns redirected"]) == (CONNECTIONS, QUERIES)
 
 
 def refused(scene: Scene, number: int) -> None:

@@ -12,7 +12,7 @@ from agent.relay.dns_counters import DnsCounters
 from agent.relay.dns_message import Question
 from agent.relay.dns_settings import DnsSettings
 from agent.relay.dns_vips import Vips
-from agent.relay.dns_zone import Zone
+from agent.relay.dns_zone import UDP_PAYLOAD_WITHOUT_EDNS, Zone
 from agent.relay.loop import Loop
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LocalZone:
         self._seen = self._signature()
         self._zone = read_zone(settings)
         self._answers: dict[bytes, bytes] = {}
-        """Answers over UDP by the query, both without the id. To build one takes dnspython a fifth of a millisecond."""
+        """Answers by the query, both without the id. To build one takes dnspython a fifth of a millisecond."""
         self._reader: threading.Thread | None = None
         self._read: Zone | InputError | None = None
         if self._zone is not None:
@@ -76,18 +76,16 @@ class LocalZone:
         if zone is None or not zone.covers(question.name):
             return None
         self._counters.local += 1
-        if not udp or len(query) > _MAX_CACHED_QUERY:
-            return zone.answer(query, question, udp=udp)
         key = query[2:]
         known = self._answers.get(key)
-        if known is None:
-            answer = zone.answer(query, question, udp=True)
-            if answer[6:8] <= b"\0\1":  # several addresses come in another order each time
-                if len(self._answers) >= _MAX_CACHED:
-                    self._answers.clear()
-                self._answers[key] = answer[2:]
-            return answer
-        return query[:2] + known
+        if known is not None:
+            return query[:2] + known
+        answer = zone.answer(query, question, udp=udp)
+        if len(query) <= _MAX_CACHED_QUERY and _is_lasting(answer):
+            if len(self._answers) >= _MAX_CACHED:
+                self._answers.clear()
+            self._answers[key] = answer[2:]
+        return answer
 
     def refresh(self) -> None:
         """Look after the file: begin to read it when it has changed, use it when it has been read."""
@@ -135,3 +133,12 @@ class LocalZone:
 
     def _is_settled(self, signature: tuple[int, int, int] | None) -> bool:
         return signature is None or not 0 <= self._clock() - signature[1] / 1e9 < SETTLED_SECONDS
+
+
+def _is_lasting(answer: bytes) -> bool:
+    """Whether the same query gets the same answer again, over UDP and over TCP.
+
+    Several addresses come in another order each time, and a long answer may be truncated over UDP.
+    """
+    truncated = answer[2] & 0x02
+    return answer[6:8] <= b"\0\1" and len(answer) <= UDP_PAYLOAD_WITHOUT_EDNS and not truncated

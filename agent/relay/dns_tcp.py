@@ -25,7 +25,8 @@ MAX_UNSENT = 256 * 1024
 """Octets of answers that the client has not taken; beyond that none of its queries are read."""
 IDLE_SECONDS = 10.0
 """RFC 7766, 6.2.3: of the order of seconds."""
-_CHUNK = 16384
+_CHUNK = 4096
+"""Read at a time. Some hundred queries at most, so that one client does not hold up the others."""
 _BATCH = 64
 _PAUSE_SECONDS = 0.1
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

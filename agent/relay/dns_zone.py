@@ -48,7 +48,7 @@ class Zone:
     vips: Vips = field(default_factory=Vips)
     _parents: frozenset[bytes] = field(init=False)
     """Names that exist only because others stand below them: NODATA, not NXDOMAIN (RFC 8020)."""
-    _serial: int = field(init=False)
+    _soa: dns.rrset.RRset = field(init=False)
 
     def __post_init__(self) -> None:
         parents = {self.origin}
@@ -59,7 +59,7 @@ class Zone:
         object.__setattr__(self, "_parents", frozenset(parents))
         # A zone without secondaries: the number need not grow, only change (RFC 1035, 3.3.13).
         content = repr(sorted(self.names.items())).encode()
-        object.__setattr__(self, "_serial", zlib.crc32(content))
+        object.__setattr__(self, "_soa", _soa(_text(self.origin), zlib.crc32(content), min(self.ttl, MAX_NEGATIVE_TTL)))
 
     def covers(self, name: bytes) -> bool:
         """Whether a name is the zone's or below it, and so must not be asked for elsewhere."""
@@ -114,7 +114,7 @@ class Zone:
             return
         if question.name not in self.names and question.name not in self._parents:
             response.set_rcode(dns.rcode.NXDOMAIN)
-        response.authority.append(self._soa())
+        response.authority.append(self._soa)
 
     def _records(self, owner: dns.name.Name, name: bytes, kind: int) -> list[dns.rrset.RRset]:
         import dns.rrset
@@ -126,19 +126,18 @@ class Zone:
                 found.append(dns.rrset.from_text_list(owner, self.ttl, "IN", rdtype, texts))
         if name == self.origin:
             if kind in (_SOA, _ANY):
-                found.append(self._soa())
+                found.append(self._soa)
             if kind in (_NS, _ANY):
                 found.append(dns.rrset.from_text(owner, self.ttl, "IN", "NS", _text(self.origin)))
         return found
 
-    def _soa(self) -> dns.rrset.RRset:
-        import dns.rrset
 
-        origin = _text(self.origin)
-        negative = min(self.ttl, MAX_NEGATIVE_TTL)
-        # The names of a server and of a mailbox that do not exist, and the intervals, are those of RFC 6303, 3.
-        rdata = f"{origin} nobody.invalid. {self._serial} 3600 1200 604800 {negative}"
-        return dns.rrset.from_text(origin, negative, "IN", "SOA", rdata)
+def _soa(origin: str, serial: int, ttl: int) -> dns.rrset.RRset:
+    import dns.rrset
+
+    # The names of a server and of a mailbox that do not exist, and the intervals, are those of RFC 6303, 3.
+    rdata = f"{origin} nobody.invalid. {serial} 3600 1200 604800 {ttl}"
+    return dns.rrset.from_text(origin, ttl, "IN", "SOA", rdata)
 
 
 def parent(name: bytes) -> bytes:

@@ -107,7 +107,7 @@ def test_connections_to_virtual_addresses_reach_their_upstreams(net: Net) -> Non
 def test_a_port_without_an_upstream_is_refused(net: Net, relay: Relay) -> None:
     with pytest.raises(ConnectionResetError), net.connect(net.host, ("240.0.0.2", 81)) as client:
         client.recv(1)
-    assert relay.wait_for("refused: the virtual address has no upstream")["destination"] == "240.0.0.2:81"
+    assert relay.wait_for("refused: a virtual address that has no upstream")["destination"] == "240.0.0.2:81"
 
 
 @pytest.mark.usefixtures("relay")

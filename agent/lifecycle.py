@@ -273,8 +273,8 @@ def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, kee
             return removal
         removal = remove_everything(record, dry_run=dry_run)
         if not keep_units:
-            units = in_step.remove_units(dry_run=dry_run)
-            removal = dataclasses.replace(removal, removed=(*removal.removed, *units))
+            files = in_step.remove_files(dry_run=dry_run)
+            removal = dataclasses.replace(removal, removed=(*removal.removed, *files))
         if pending and not dry_run:  # the way out is never barred, and whoever took it needs no way back
             confirm.drop(pending)
         return removal

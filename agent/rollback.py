@@ -43,7 +43,7 @@ def keep() -> Outcome:
             )
         confirm.drop(pending)
         if pending.command == "uninstall":
-            in_step.remove_units()
+            in_step.remove_files()
         return Outcome(pending.command, _installed(record))
 
 

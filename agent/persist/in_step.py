@@ -44,13 +44,15 @@ def remove(record: State | None, removed: list[str], *, dry_run: bool) -> str | 
     return None
 
 
-def remove_units(*, dry_run: bool = False) -> tuple[str, ...]:
-    """Take systemd's units of this host away, unless this is another network namespace; says what went."""
+def remove_files(*, dry_run: bool = False) -> tuple[str, ...]:
+    """Take this host's unit files and compiled programs away, unless this is another network namespace; says what."""
     if not in_first_namespace():
         return ()
+    from agent.engines.ebpf import build
     from agent.persist import systemd
 
-    return tuple(f"the unit file {path}" for path in systemd.remove(dry_run=dry_run))
+    units = tuple(f"the unit file {path}" for path in systemd.remove(dry_run=dry_run))
+    return (*units, *build.forget(dry_run=dry_run))
 
 
 def require_firewalld() -> None:

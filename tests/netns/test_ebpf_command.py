@@ -17,6 +17,7 @@ from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
 from tests.netns.lab import APP, PROXY, PROXY_USER, run
 from tests.netns.test_kumactl_defects import REMOTE
+from tests.netns.test_recovery import BLOCKS
 
 pytestmark = pytest.mark.root
 
@@ -39,9 +40,12 @@ class Host:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        around = ["unshare", "--cgroup", "--mount", "sh", "-c", OWN_ROOT, "sh", self.folder]
+        return run([*around, *words], check=False)
+
     def tpctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = ["unshare", "--cgroup", "--mount", "sh", "-c", OWN_ROOT, "sh", self.folder]
-        return run([*words, sys.executable, "-m", "agent.cli.main", *arguments], check=False)
+        return self.run(sys.executable, "-m", "agent.cli.main", *arguments)
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.tpctl("status", "--json").stdout)
@@ -132,6 +136,21 @@ def test_kumactls_flags_of_its_ebpf_engine(lab: Lab, host: Host, tmp_path: Path)
         assert host.tpctl("uninstall").returncode == 0
         assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
     assert str(lab.dial(outbound)) == f"{PEER}:8080"
+
+
+def test_by_hand_when_tpctl_itself_is_gone(lab: Lab, host: Host) -> None:
+    inbound = lab.layout.arriving(REMOTE, next(iter(HOST_ADDRESS.values())), "tcp", 8080)
+    lab.serve(inbound)
+    lab.serve_data_plane(Policy(PROXY))
+    with lab.inside(HOST):
+        host.tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "ebpf", "--drop-invalid-packets")
+    assert str(lab.dial(inbound)) == f"{HOST}:15006"
+    with lab.inside(HOST):
+        assert host.run("sh", "-ec", BLOCKS["ebpf"]).returncode == 0
+        assert "tpctl" not in run(["nft", "list", "ruleset"]).stdout
+        assert host.status()["installed"] is False
+        assert host.tpctl("uninstall").returncode == 0
+    assert str(lab.dial(inbound)) == f"{HOST}:8080"
 
 
 @pytest.mark.parametrize(

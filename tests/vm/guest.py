@@ -36,7 +36,8 @@ def compare(count: int) -> None:
     from tests.equivalence import harness, run
     from tests.equivalence.engines import ebpf_door
 
-    harness.NEGATIVE_SECONDS = harness.CONFIRM_SECONDS = harness.HASTY_SECONDS = _SECONDS
+    for patience in ("NEGATIVE_SECONDS", "CONFIRM_SECONDS", "HASTY_SECONDS"):
+        setattr(harness, patience, _SECONDS)
     harness._SETTLE_SECONDS *= 10
     policies = [
         dataclasses.replace(

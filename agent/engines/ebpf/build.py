@@ -127,6 +127,17 @@ def _keep(file: Path, built: Build) -> None:
                 other.unlink(missing_ok=True)
 
 
+def forget(*, dry_run: bool = False) -> tuple[str, ...]:
+    """Remove the cache; says what went."""
+    files = tuple(CACHE.glob("ebpf-*.json")) if CACHE.is_dir() else ()
+    if files and not dry_run:
+        for file in files:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            CACHE.rmdir()
+    return tuple(f"the compiled eBPF programs {file}" for file in files)
+
+
 def _compile(text: str, stubs: Path, offsets: Mapping[str, int]) -> Build:
     try:
         from bcc import BPF

@@ -114,7 +114,7 @@ class EbpfEngine:
         try:
             beside = companion.inspect(plan.companion if plan else None)
             with opened(self.where.folder) as found:
-                if not found.links and not beside:
+                if not found.links and not (beside and beside.installed):
                     return Inspection(self.name, None, installed=False)
                 drift = (*self._drift(plan, found), *(beside.drift if beside else ())) if plan else ()
                 counters = _counters(found)

@@ -10,7 +10,7 @@ from agent.engines.ebpf.installed import Installed
 
 OUTCOMES = ("redirected", "bypassed", "refused", "passed")
 _MAPS = {
-    "in_flight": "connections between their SYN and the data plane's accept",
+    "in_flight": "being accepted",  # between a SYN and what the data plane accepts
     "networks": "excluded networks",
     "users": "excluded users",
     "servers": "captured name servers",
@@ -21,14 +21,16 @@ _SOCKETS = 2 * listeners.SLOTS
 def figures(found: Installed, counters: Iterable[RuleCounter]) -> Iterator[Figure]:
     """The figures of an installation, from its open maps and its rules' counters. Raises OSError."""
     yield from outcomes(counters)
-    held = found.maps.get("listeners")
-    if held is not None:
-        yield Figure("listening sockets of the data plane", listeners.registered(held), _SOCKETS)
+    waiting = found.maps.get("listeners")
+    if waiting is not None:
+        yield Figure("inbound listeners", listeners.registered(waiting), _SOCKETS)
     for name, meaning in _MAPS.items():
         descriptor = found.maps.get(name)
         if descriptor is not None:
             shape = syscall.map_info(descriptor).shape
-            yield Figure(meaning, sum(1 for _ in syscall.keys(descriptor, shape.key_size)), shape.max_entries)
+            held = sum(1 for _ in syscall.keys(descriptor, shape.key_size))
+            if held or name == "in_flight":
+                yield Figure(meaning, held, shape.max_entries)
 
 
 def outcomes(counters: Iterable[RuleCounter]) -> Iterator[Figure]:

@@ -100,3 +100,13 @@ def test_every_program_and_map_is_in_the_c_text() -> None:
 @pytest.mark.parametrize(("possible", "count"), [("0\n", 1), ("0-1\n", 2), ("0-3,8-11\n", 12)])
 def test_processors_are_counted_as_the_kernel_does(possible: str, count: int) -> None:
     assert possible_cpus(possible) == count
+
+
+def test_an_uninstall_forgets_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    assert module.forget() == ()
+    module._keep(module.CACHE / "ebpf-1.json", built(b"12345678"))
+    assert len(module.forget(dry_run=True)) == 1
+    assert module.CACHE.exists()
+    assert len(module.forget()) == 1
+    assert not module.CACHE.exists()

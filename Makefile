@@ -62,9 +62,9 @@ bench-swap: venv ## connections that leak or fail while policies and engines are
 bench-scale: venv ## thousands of exclusions beside none, on each engine: install and new connections a second
 	@$(BIN)/python -m tests.bench.scale
 
-bench-engines: venv ## each engine's redirection through the same Envoy and the same relay (five minutes)
+bench-engines: venv ## each engine through the same Envoy and the same relay, in N rounds of a minute (N=5)
 	@.ci/packages $(BENCH_PACKAGES)
-	@$(BIN)/python -m tests.bench.engines
+	@$(BIN)/python -m tests.bench.engines $(if $(N),--rounds $(N))
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -84,7 +84,7 @@ class DnsForwarder:
         self._local_answer = local_answer
         self._counters = counters
         self._complaints = complaints
-        self._listeners: list[tuple[socket.socket, Callable[[str], bool]]] = []
+        self._listeners: dict[socket.socket, Callable[[str], bool]] = {}
         self._queries: dict[bytes, Query] = {}
         """By what stands behind the id: equal queries share a socket, or each would be one more to guess right."""
         self._own: set[tuple[str, int]] = set()
@@ -98,14 +98,27 @@ class DnsForwarder:
         return self._waiting
 
     def listen(self, listener: socket.socket, allows: Callable[[str], bool]) -> None:
-        """Serve the queries of a socket for which `packet_info.enable` was called, from addresses that are allowed."""
-        self._listeners.append((listener, allows))
-        self._loop.watch(listener.fileno(), EPOLLIN, partial(self._on_queries, listener, allows))
+        """Serve the queries of a socket for which `packet_info.enable` was called, from addresses that are allowed.
 
-    def drain(self) -> None:
-        """Take no more queries; the sockets stay open for the answers that are due."""
-        for listener, allows in self._listeners:
-            self._on_queries(listener, allows, EPOLLIN)
+        Once more for the same socket, to allow others.
+        """
+        if listener not in self._listeners:
+            self._loop.watch(listener.fileno(), EPOLLIN, partial(self._on_queries, listener))
+        self._listeners[listener] = allows
+
+    def leave(self, listener: socket.socket) -> None:
+        """Serve a socket no more. It is closed here."""
+        del self._listeners[listener]
+        self._loop.close(listener)
+
+    def drain(self, *, leave_waiting: bool) -> None:
+        """Take no more queries; the sockets stay open for the answers that are due.
+
+        `leave_waiting` leaves the queries that are not yet read to whoever else has the sockets.
+        """
+        for listener in self._listeners:
+            if not leave_waiting:
+                self._on_queries(listener, EPOLLIN)
             self._loop.forget(listener.fileno())
 
     def reset(self) -> None:
@@ -113,7 +126,8 @@ class DnsForwarder:
         for query in tuple(self._queries.values()):
             self._finish(query)
 
-    def _on_queries(self, listener: socket.socket, allows: Callable[[str], bool], _mask: int) -> None:
+    def _on_queries(self, listener: socket.socket, _mask: int) -> None:
+        allows = self._listeners[listener]
         for _ in range(_BATCH):
             try:
                 message, ancillary, flags, client = listener.recvmsg(MAX_QUERY, packet_info.ANCILLARY_SIZE)

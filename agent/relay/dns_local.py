@@ -13,13 +13,16 @@ from agent.relay.dns_message import Question
 from agent.relay.dns_settings import DnsSettings
 from agent.relay.dns_vips import Vips
 from agent.relay.dns_zone import UDP_PAYLOAD_WITHOUT_EDNS, Zone
-from agent.relay.loop import Loop
+from agent.relay.loop import Loop, Timer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
+Signature = tuple[int, int, int]
+"""What changes with a file: its inode, modification time and size."""
+_UNREAD: Signature = (-1, -1, -1)
 RECHECK_SECONDS = 1.0
 SETTLED_SECONDS = 0.2
 """A file that was written more recently may not be complete yet."""
@@ -56,14 +59,24 @@ class LocalZone:
         self._counters = counters
         self._log = log
         self._clock = clock
-        self._seen = self._signature()
+        self._seen: Signature | None = self._signature()
         self._zone = read_zone(settings)
         self._answers: dict[bytes, bytes] = {}
         """Answers by the query, both without the id. To build one takes dnspython a fifth of a millisecond."""
         self._reader: threading.Thread | None = None
-        self._read: Zone | InputError | None = None
-        if self._zone is not None:
-            loop.later(RECHECK_SECONDS, self.refresh)
+        self._read: tuple[DnsSettings, Zone | InputError] | None = None
+        self._timer: Timer | None = None
+        self._watch()
+
+    def use(self, settings: DnsSettings) -> None:
+        """Follow another file from now on; the present zone stays until that has been read."""
+        if settings != self._settings:
+            self._settings = settings
+            self._seen = _UNREAD
+            if settings.zone_file is None:
+                self._zone = None
+                self._answers = {}
+            self._watch()
 
     @property
     def vips(self) -> Vips:
@@ -89,40 +102,52 @@ class LocalZone:
 
     def refresh(self) -> None:
         """Look after the file: begin to read it when it has changed, use it when it has been read."""
-        self._loop.later(RECHECK_SECONDS, self.refresh)
         if self._reader is None:
             signature = self._signature()
             if signature != self._seen and self._is_settled(signature):
                 self._seen = signature
                 # In a thread: 10 000 names of YAML take 3 s, for which no connection should stand still.
-                self._reader = threading.Thread(target=self._reread, name="dns-zone", daemon=True)
+                self._reader = threading.Thread(target=self._reread, args=(self._settings,), name="zone", daemon=True)
                 self._reader.start()
         elif not self._reader.is_alive():
             self._reader = None
-            self._use(self._read)
+            if self._read is not None and self._read[0] == self._settings:
+                self._take(self._read[1])
 
-    def _use(self, read: Zone | InputError | None) -> None:
+    def _watch(self) -> None:
+        """Look after the file every now and then, as long as there is one."""
+        if self._timer is None and self._path is not None:
+            self._timer = self._loop.later(RECHECK_SECONDS, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self.refresh()
+        self._watch()
+
+    def _take(self, read: Zone | InputError) -> None:
         if isinstance(read, Zone):
             self._zone = read
             self._answers = {}
             self._counters.reloads += 1
             self._log.info("the DNS zone has been read again", file=str(self._path), names=len(read.names))
-        elif read is not None:
+        else:
             self._counters.rejected_reloads += 1
             self._log.warning("the DNS zone file is unusable; the last one stays", problems=list(read.problems))
 
-    def _reread(self) -> None:
+    def _reread(self, settings: DnsSettings) -> None:
         try:
-            self._read = read_zone(self._settings)
+            zone = read_zone(settings)
         except InputError as error:
-            self._read = error
+            self._read = (settings, error)
+        else:
+            self._read = (settings, zone) if zone is not None else None
 
     @property
     def _path(self) -> Path | None:
         return self._settings.zone_file
 
-    def _signature(self) -> tuple[int, int, int] | None:
-        """What changes with the file; None while there is none."""
+    def _signature(self) -> Signature | None:
+        """The file's; None while there is none."""
         if self._path is None:
             return None
         try:
@@ -131,7 +156,7 @@ class LocalZone:
             return None
         return (status.st_ino, status.st_mtime_ns, status.st_size)
 
-    def _is_settled(self, signature: tuple[int, int, int] | None) -> bool:
+    def _is_settled(self, signature: Signature | None) -> bool:
         return signature is None or not 0 <= self._clock() - signature[1] / 1e9 < SETTLED_SECONDS
 
 

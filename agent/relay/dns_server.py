@@ -39,11 +39,13 @@ class DnsServer:
         complaints = Complaints(log)
         self.counters = DnsCounters()
         self._zone = LocalZone(settings, loop, self.counters, log)
+        self._settings = settings
         resolv_conf = ResolvConf(settings.resolv_conf)
-        over_udp = Upstreams(resolv_conf, guard, complaints)
-        over_tcp = Shared(loop, Upstreams(resolv_conf, guard, complaints), self.counters, set())
-        self._udp = DnsForwarder(loop, over_udp, self._zone.answer, self.counters, complaints)
-        self._tcp = DnsStreams(over_tcp, self._zone.answer, complaints)
+        self._over_udp = Upstreams(resolv_conf, guard, complaints)
+        self._over_tcp = Upstreams(resolv_conf, guard, complaints)
+        self._udp = DnsForwarder(loop, self._over_udp, self._zone.answer, self.counters, complaints)
+        shared = Shared(loop, self._over_tcp, self.counters, set())
+        self._tcp = DnsStreams(shared, self._zone.answer, complaints)
         self._turn = itertools.count()
 
     @property
@@ -51,10 +53,20 @@ class DnsServer:
         """How many queries wait for an answer."""
         return self._udp.busy + self._tcp.busy
 
+    def use(self, settings: DnsSettings) -> None:
+        """Go on by other settings. A zone file is read in the background; when it is unusable, the last zone stays."""
+        if settings.resolv_conf != self._settings.resolv_conf:
+            resolv_conf = ResolvConf(settings.resolv_conf)
+            self._over_udp.use(resolv_conf)
+            self._over_tcp.use(resolv_conf)
+        self._zone.use(settings)
+        self._settings = settings
+
     def listen(self, listener: socket.socket, allows: Callable[[str], bool] = anybody) -> None:
         """Serve a listener, over UDP (for which `packet_info.enable` was called) or TCP.
 
-        `allows` says whether a client's address, as text and IPv4 in its own form, may ask.
+        `allows` says whether a client's address, as text and IPv4 in its own form, may ask. For a listener that is
+        served already, it replaces the rule.
         """
         if listener.type == socket.SOCK_DGRAM:
             self._udp.listen(listener, allows)
@@ -72,10 +84,20 @@ class DnsServer:
         first = next(self._turn) % len(found)
         return found[first:] + found[:first]
 
-    def drain(self, idle: Callable[[], None]) -> None:
-        """Take no more queries; `idle` is called whenever the last one has been answered."""
-        self._udp.drain()
-        self._tcp.drain()
+    def leave(self, listener: socket.socket) -> None:
+        """Serve a listener no more. It is closed here."""
+        if listener.type == socket.SOCK_DGRAM:
+            self._udp.leave(listener)
+        else:
+            self._tcp.leave(listener)
+
+    def drain(self, idle: Callable[[], None], *, leave_waiting: bool = False) -> None:
+        """Take no more queries; `idle` is called whenever the last one has been answered.
+
+        `leave_waiting` leaves what has not been read yet to whoever else has the listeners.
+        """
+        self._udp.drain(leave_waiting=leave_waiting)
+        self._tcp.drain(leave_waiting=leave_waiting)
         self._udp.idle = self._tcp.idle = idle
 
     def reset(self) -> None:

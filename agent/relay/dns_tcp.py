@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from agent.relay import dns_message
+from agent.relay.acceptor import Acceptor
 from agent.relay.complaints import Complaints
 from agent.relay.dns import MAX_QUERY, LocalAnswer
 from agent.relay.dns_message import Rcode
@@ -27,9 +26,6 @@ IDLE_SECONDS = 10.0
 """RFC 7766, 6.2.3: of the order of seconds."""
 _CHUNK = 4096
 """Read at a time. Some hundred queries at most, so that one client does not hold up the others."""
-_BATCH = 64
-_PAUSE_SECONDS = 0.1
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class DnsStream:
@@ -186,10 +182,10 @@ class DnsStreams:
         self._shared = shared
         self._local_answer = local_answer
         self._complaints = complaints
-        self._listeners: list[tuple[socket.socket, Callable[[str], bool]]] = []
+        self._acceptor = Acceptor(shared.loop, complaints, self._serve, lambda _name: False)
+        self._allows: dict[str, Callable[[str], bool]] = {}
         self._streams: dict[DnsStream, None] = {}
         """Least recently active first."""
-        self._pause: Timer | None = None
         self.idle: Callable[[], None] | None = None
         """Called whenever the last query has been answered."""
 
@@ -199,19 +195,26 @@ class DnsStreams:
         return sum(max(stream.pending, stream.busy) for stream in self._streams)
 
     def listen(self, listener: socket.socket, allows: Callable[[str], bool]) -> None:
-        """Accept the connections of a listener whose source addresses are allowed."""
-        self._listeners.append((listener, allows))
-        self._shared.loop.watch(listener.fileno(), EPOLLIN, partial(self._accept, listener, allows))
+        """Accept the connections of a listener whose source addresses are allowed; again, to allow others."""
+        name = str(listener.fileno())
+        if name not in self._allows:
+            self._acceptor.listen(listener, name)
+        self._allows[name] = allows
 
-    def drain(self) -> None:
-        """Accept and read nothing more; close each connection when its queries are answered."""
-        for listener, allows in self._listeners:
-            self._accept(listener, allows, EPOLLIN)
-            self._shared.loop.close(listener)
-        self._listeners.clear()
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
+    def leave(self, listener: socket.socket) -> None:
+        """Accept no more of its connections. It is closed here."""
+        del self._allows[str(listener.fileno())]
+        self._acceptor.leave(listener)
+
+    def drain(self, *, leave_waiting: bool) -> None:
+        """Accept and read nothing more; close each connection when its queries are answered.
+
+        `leave_waiting` leaves the connections that are not yet accepted to whoever else has the listeners.
+        """
+        if leave_waiting:
+            self._acceptor.stop()
+        else:
+            self._acceptor.drain()
         for stream in tuple(self._streams):
             stream.finish()
 
@@ -236,26 +239,9 @@ class DnsStreams:
         if self.idle is not None and not self.busy:
             self.idle()
 
-    def _accept(self, listener: socket.socket, allows: Callable[[str], bool], _mask: int) -> None:
-        for _ in range(_BATCH):
-            try:
-                client, peer = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._complaints.warn("out of resources, accepting is paused", reason=error.strerror)
-                    self._rest_listeners()
-                    return
-                continue  # the client has gone already (accept(2))
-            try:
-                self._serve(client, peer, allows)
-            except OSError:
-                client.close()
-
-    def _serve(self, client: socket.socket, peer: tuple[str, int], allows: Callable[[str], bool]) -> None:
+    def _serve(self, client: socket.socket, peer: tuple[str, int], name: str) -> None:
         host = unmapped(peer[0])
-        if not allows(host):
+        if not self._allows[name](host):
             client.close()
             return
         if (host, peer[1], recover(client, peer[0])) in self._shared.own:
@@ -268,15 +254,3 @@ class DnsStreams:
         while len(self._streams) >= MAX_CLIENTS:
             next(iter(self._streams)).close()
         self._streams[DnsStream(self, client, self._shared, self._local_answer)] = None
-
-    def _rest_listeners(self) -> None:
-        """Stop accepting for a moment: the waiting connections would wake the loop over and over."""
-        if self._pause is None:
-            for listener, _allows in self._listeners:
-                self._shared.loop.change(listener.fileno(), 0)
-            self._pause = self._shared.loop.later(_PAUSE_SECONDS, self._resume)
-
-    def _resume(self) -> None:
-        self._pause = None
-        for listener, _allows in self._listeners:
-            self._shared.loop.change(listener.fileno(), EPOLLIN)

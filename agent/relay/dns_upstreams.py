@@ -49,6 +49,10 @@ class Upstreams:
         self._avoided: dict[Destination, float] = {}
         self._turn = 0
 
+    def use(self, resolv_conf: ResolvConf) -> None:
+        """Ask the servers of another file from now on."""
+        self._resolv_conf = resolv_conf
+
     def plan(self) -> Plan:
         """What to do with the next query."""
         resolvers = self._resolv_conf.current()

@@ -172,3 +172,27 @@ def test_a_file_that_is_being_written_is_waited_for(zone: Zone) -> None:
 def test_an_unusable_file_at_the_start_is_bad_input(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         Zone(loop, tmp_path / "none")
+
+
+def test_other_settings_bring_another_file_or_none(zone: Zone, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("10.0.0.1 db.prod\n")
+    os.utime(other, (1, 1))
+    zone.local.use(DnsSettings(zone_file=other, zone="prod"))
+    assert zone.addresses() == ["240.0.0.1"], "until the other file has been read"
+    zone.follow()
+    assert zone.addresses("db.prod") == ["10.0.0.1"]
+    assert zone.answer(dns.message.make_query("db.mesh", "A")) is None
+    zone.local.use(DnsSettings())
+    assert zone.answer(dns.message.make_query("db.prod", "A")) is None
+    zone.follow()
+    assert zone.answer(dns.message.make_query("db.prod", "A")) is None
+
+
+def test_what_was_read_for_former_settings_is_not_used(zone: Zone) -> None:
+    zone.write("240.0.0.2 db.mesh\n")
+    zone.local.refresh()
+    zone.local.use(DnsSettings())
+    zone.follow()
+    assert zone.answer(dns.message.make_query("db.mesh", "A")) is None
+    assert zone.counters.reloads == 0

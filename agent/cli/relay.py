@@ -137,6 +137,9 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
 
     settings = load()
     if check_config:
+        from agent.relay.dns_local import read_zone
+
+        read_zone(settings.dns)
         click.echo(f"{config or 'the flags'}: in order, {len(settings.listeners)} listeners")
         return 0
     from agent.relay.privileges import become, needed_capabilities

@@ -40,9 +40,9 @@ class DnsServer:
         self.counters = DnsCounters()
         self._zone = LocalZone(settings, loop, self.counters, log)
         self._settings = settings
-        resolv_conf = ResolvConf(settings.resolv_conf)
-        self._over_udp = Upstreams(resolv_conf, guard, complaints)
-        self._over_tcp = Upstreams(resolv_conf, guard, complaints)
+        self._resolv_conf = ResolvConf(settings.resolv_conf)
+        self._over_udp = Upstreams(self._resolv_conf, guard, complaints)
+        self._over_tcp = Upstreams(self._resolv_conf, guard, complaints)
         self._udp = DnsForwarder(loop, self._over_udp, self._zone.answer, self.counters, complaints)
         shared = Shared(loop, self._over_tcp, self.counters, set())
         self._tcp = DnsStreams(shared, self._zone.answer, complaints)
@@ -56,9 +56,9 @@ class DnsServer:
     def use(self, settings: DnsSettings) -> None:
         """Go on by other settings. A zone file is read in the background; when it is unusable, the last zone stays."""
         if settings.resolv_conf != self._settings.resolv_conf:
-            resolv_conf = ResolvConf(settings.resolv_conf)
-            self._over_udp.use(resolv_conf)
-            self._over_tcp.use(resolv_conf)
+            self._resolv_conf = ResolvConf(settings.resolv_conf)
+        self._over_udp.use(self._resolv_conf)
+        self._over_tcp.use(self._resolv_conf)
         self._zone.use(settings)
         self._settings = settings
 

@@ -50,8 +50,9 @@ class Upstreams:
         self._turn = 0
 
     def use(self, resolv_conf: ResolvConf) -> None:
-        """Ask the servers of another file from now on."""
+        """Ask the servers of this file from now on, and look anew which of them are the relay itself."""
         self._resolv_conf = resolv_conf
+        self._known = None
 
     def plan(self) -> Plan:
         """What to do with the next query."""

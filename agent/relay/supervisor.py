@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from agent.relay.dns_local import read_zone
 from agent.relay.listen import show
 from agent.relay.notify import notify, watchdog_interval
 from agent.relay.privileges import raise_descriptor_limit
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def serve(settings: Settings, log: FilteringBoundLogger) -> int:
     """Run the relay until it is told to end; returns the exit code.
 
-    Raises HostError when a listener cannot be opened.
+    Raises HostError when a listener cannot be opened, InputError when the DNS zone file is unusable.
     """
     if os.geteuid() == 0:
         log.warning(
@@ -48,6 +49,7 @@ def _announce(log: FilteringBoundLogger) -> None:
 
 
 def _supervise(settings: Settings, opened: Sockets, counts: Tally, log: FilteringBoundLogger) -> int:
+    read_zone(settings.dns)  # what is wrong with it is said here, and not by each worker
     watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD, signal.SIGALRM)
     # Blocked before the first fork, so that none is lost; sigwait takes them one by one.
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)

@@ -69,6 +69,7 @@ class Worker:
         """Serve these sockets by these settings; connections that exist go on as they began."""
         self._settings = settings
         self._guard.watch(listener.listen for listener in settings.listeners)
+        self._dns.use(settings.dns)
         streams = [listener for listener in settings.listeners if listener.role is not Role.DNS]
         self._tcp.use(
             {listener.name: Route(listener, slot, self._surroundings) for slot, listener in enumerate(streams)},

@@ -166,10 +166,11 @@ def test_a_hosts_file_with_a_domain_of_ones_own(net: Net, tmp_path: Path) -> Non
         path.unlink()
 
 
-def test_a_bad_file_is_said_before_anything_starts(net: Net, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--workers", "2"), ("--check-config",)])
+def test_a_bad_file_is_said_before_anything_starts(net: Net, tmp_path: Path, options: tuple[str, ...]) -> None:
     path = readable(tmp_path, "hosts", "10.9.8.7 db.other\n")
     try:
-        relay = Relay(net, tmp_path, "--dns-zone-file", str(path), user=None)
+        relay = Relay(net, tmp_path, "--dns-zone-file", str(path), *options, user=None)
         assert relay.process.wait(relay_net.TIMEOUT) == 2
         said = next(tmp_path.glob("relay-*.log")).read_text()
         assert f"DNS zone file {path}: line 1: db.other is not a name in the zone mesh" in said

@@ -47,6 +47,11 @@ def storing(plan: IptablesPlan) -> Change | None:
     """What stores a plan; None when the file holds exactly that. Raises HostError: nothing was touched then."""
     from agent.persist import direct_xml
 
+    if plan.cgroup:
+        raise HostError(
+            f"--store-firewalld with --cgroup: the rules name the control group {plan.cgroup}, and whenever that is "
+            "not there, as at boot, firewalld could load none of its own rules; leave --store-firewalld out"
+        )
     path = DIRECTORY / "direct.xml"
     if not DIRECTORY.is_dir():
         raise HostError(f"there is no {DIRECTORY}: firewalld is not installed; leave out --store-firewalld")

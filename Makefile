@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
 	dnsutils curl util-linux strace procps
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
-TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd
+TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy
 BENCH_PACKAGES := nginx-common nginx-light wrk
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test-equivalence: venv ## every engine against the specification on N random pol
 
 test-mutations: venv ## deliberately broken engines: how many of them the suite finds out (root)
 	@$(BIN)/python -m tests.equivalence.mutate
+
+fuzz: venv ## random input for the relay's parsers (N=1000000 for each, a quarter of an hour)
+	@$(BIN)/python -m tests.fuzz $(or $(N),1000000)
 
 test-vm-ebpf: venv ## the eBPF engine against the specification under Linux 5.10, 6.1 and 6.12, in virtual machines (N=12)
 	@.ci/packages qemu-system-x86

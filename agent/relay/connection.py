@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     """Seconds without a byte, after which it ends; 0 is for ever."""
     half_closed: float = 0.0
     """The same once one side has ended."""
+    header: bytes = b""
+    """What the upstream is told first."""
 
 
 class Connection:
@@ -131,6 +133,8 @@ class Connection:
     def _on_reached(self, upstream: socket.socket) -> None:
         self._upstream = upstream
         self._since = time.monotonic()
+        if self._plan.header and not self._announce(upstream):
+            return
         loop = self._context.exchange.loop
         self._up = Flow(self._client, upstream, self._context.buffer, self._context.pool)
         self._down = Flow(upstream, self._client, self._context.buffer, self._context.pool)
@@ -141,6 +145,17 @@ class Connection:
         else:
             loop.change(self._client.fileno(), EPOLLIN)
         self._client_mask = EPOLLIN
+
+    def _announce(self, upstream: socket.socket) -> bool:
+        """Whether the upstream has taken the header: a socket that has just been connected has room for it."""
+        try:
+            if upstream.send(self._plan.header) == len(self._plan.header):
+                return True
+            error = OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        except OSError as failed:
+            error = failed
+        self.reset(error, Ending.NOT_REACHED)
+        return False
 
     def _on_client(self, mask: int) -> None:
         self._client_mask = self._on_event(mask, self._client, self._client_mask, (self._up, self._down))

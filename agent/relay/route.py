@@ -13,6 +13,7 @@ from agent.relay.access import is_metadata, reaches_loopback_from_afar
 from agent.relay.dialling import Link
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.original_destination import Destination
+from agent.relay.proxy_protocol import Header
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source
 
 
@@ -74,8 +75,6 @@ class Route:
     def decide(self, peer: Peer, destination: Destination) -> Sequence[Dial] | Refusal:
         """What to dial, best first, for a client that wanted to go to `destination`."""
         settings, around = self.settings, self._surroundings
-        if peer.host is not None and Link(peer.host, peer.port, destination) in around.own_dials:
-            return Refusal.COMES_BACK
         if settings.role is Role.INBOUND and peer.host and not settings.access.admits(peer.host):
             return Refusal.SOURCE
         if isinstance(settings.upstream, FixedAddress):
@@ -92,6 +91,23 @@ class Route:
         refusals = [self._refusal(peer, upstream) for upstream in upstreams]
         admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
         return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
+
+    def refuses_to_hear(self, peer: Peer, destination: Destination) -> Refusal | None:
+        """Why a connection from this very peer is refused, whatever it has to say."""
+        if peer.host is not None and Link(peer.host, peer.port, destination) in self._surroundings.own_dials:
+            return Refusal.COMES_BACK
+        if self.settings.listen.proxy_protocol and peer.host not in self.settings.trusted_ips:
+            return Refusal.UNTRUSTED
+        return None
+
+    def meant(self, destination: Destination, header: Header) -> Destination:
+        """Where a client wanted to go whose PROXY protocol header was read.
+
+        A redirected connection went to the address before the redirection; what the header names is then an address of
+        the proxy in front. One that was made to the listener itself goes where its header says.
+        """
+        direct = destination.port == 0 or self._surroundings.guard.refuses(destination)
+        return header.destination if direct and header.destination is not None else destination
 
     def _refusal(self, peer: Peer, destination: Destination) -> Refusal | None:
         settings, around = self.settings, self._surroundings

@@ -15,7 +15,9 @@ from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, 
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
+from agent.relay.greeting import Greeting
 from agent.relay.original_destination import Destination, recover, unmapped
+from agent.relay.proxy_protocol import Header, announce
 from agent.relay.route import Peer, Refusal, Route
 from agent.relay.settings import Limits
 from agent.relay.tally import Tally
@@ -35,7 +37,7 @@ _UNKNOWN = Destination("0.0.0.0", 0)
 class Guest:
     """A client that was accepted: who it is, where it wanted to go, and when it came."""
 
-    __slots__ = ("counted", "destination", "peer", "route", "since", "socket")
+    __slots__ = ("counted", "destination", "header", "peer", "route", "since", "socket")
 
     def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
         self.socket = sock
@@ -43,6 +45,8 @@ class Guest:
         self.peer = peer
         self.destination = destination
         self.since = time.monotonic()
+        self.header: Header | None = None
+        """What it began with, where the PROXY protocol is spoken."""
         self.counted: str | None = None
         """The source under which it is counted, if its connections are limited."""
 
@@ -60,6 +64,8 @@ class TcpRelay:
         self._limit = 0
         self._routes: dict[str, Route] = {}
         self._dialling: dict[float, Deadlines[Dialling]] = {}
+        self._greeting: dict[float, Deadlines[Greeting]] = {}
+        self._greetings: set[Greeting] = set()
         self._connections: set[Connection] = set()
         self._checking = False
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
@@ -70,7 +76,7 @@ class TcpRelay:
     @property
     def busy(self) -> int:
         """How many connections there are."""
-        return len(self._connections)
+        return len(self._connections) + len(self._greetings)
 
     def use(self, routes: Mapping[str, Route], limits: Limits, *, access_log: bool) -> None:
         """Treat new connections so from now on; `routes` are by the name of the listener."""
@@ -80,11 +86,15 @@ class TcpRelay:
         times = {route.settings.timeouts.connect for route in routes.values()} | {_ATTEMPT_SECONDS}
         for seconds in times - self._dialling.keys():
             self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
+        for seconds in {route.settings.timeouts.handshake for route in routes.values()} - self._greeting.keys():
+            self._greeting[seconds] = Deadlines[Greeting](self._loop, seconds, lambda late: late.end(Refusal.TIMED_OUT))
         if not self._checking:
             self._check_quiet()
 
     def reset(self, error: OSError) -> None:
         """Break every connection off."""
+        for greeting in tuple(self._greetings):
+            greeting.end(Refusal.GONE)
         for connection in tuple(self._connections):
             connection.reset(error)
 
@@ -103,7 +113,37 @@ class TcpRelay:
             peer, destination = Peer(unmapped(name[0]), name[1]), recover(client, name[0])
         else:
             peer, destination = Peer(None, 0), _UNKNOWN
-        self._admit(Guest(client, route, peer, destination))
+        guest = Guest(client, route, peer, destination)
+        self._counts.add(route.slot, tally.ACTIVE)
+        self._counts.add(tally.WORKER, tally.ACTIVE)
+        refusal = route.refuses_to_hear(peer, destination)
+        if refusal is not None:
+            self._refuse(guest, refusal)
+        elif route.settings.listen.proxy_protocol:
+            self._greet(guest)
+        else:
+            self._admit(guest)
+
+    def _greet(self, guest: Guest) -> None:
+        """Wait for the PROXY protocol header, and admit whom it names."""
+        deadlines = self._greeting[guest.route.settings.timeouts.handshake]
+
+        def done(refusal: Refusal | None) -> None:
+            deadlines.discard(greeting)
+            self._greetings.discard(greeting)
+            header = greeting.reader.header
+            if refusal is not None or header is None:
+                self._refuse(guest, refusal or Refusal.MALFORMED)
+                return
+            guest.header = header
+            guest.destination = guest.route.meant(guest.destination, header)
+            if header.source is not None:
+                guest.peer = Peer(header.source.host, header.source.port)
+            self._admit(guest)
+
+        greeting = Greeting(self._loop, guest.socket, done)
+        self._greetings.add(greeting)
+        deadlines.add(greeting)
 
     def _admit(self, guest: Guest) -> None:
         """Dial for a client, or refuse it."""
@@ -124,11 +164,9 @@ class TcpRelay:
         timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
-        plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed)
+        plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed, _header(guest))
         connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections.add(connection)
-        self._counts.add(guest.route.slot, tally.ACTIVE)
-        self._counts.add(tally.WORKER, tally.ACTIVE)
         if guest.counted is not None:
             self._counts.enter(guest.route.slot, guest.counted)
         try:
@@ -139,12 +177,13 @@ class TcpRelay:
     def _refuse(self, guest: Guest, why: Refusal) -> None:
         if guest.socket.family != socket.AF_UNIX:
             guest.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        guest.socket.close()
+        self._loop.close(guest.socket)
         self._counts.add(guest.route.slot, tally.REFUSED[why])
         name, client, destination = guest.route.settings.name, str(guest.peer), str(guest.destination)
         self._complaints.warn(why, listener=name, client=client, destination=destination)
         if self._access_log:
             self._write(guest, str(why), upstream=None)
+        self._left(guest)
 
     def _check_quiet(self) -> None:
         """Look for connections on which nothing moves; again and again, as long as any timeout asks for it."""
@@ -161,8 +200,6 @@ class TcpRelay:
     def _on_end(self, guest: Guest, connection: Connection) -> None:
         slot = guest.route.slot
         sent, received = connection.moved
-        self._counts.add(slot, tally.ACTIVE, -1)
-        self._counts.add(tally.WORKER, tally.ACTIVE, -1)
         self._counts.add(slot, tally.SENT, sent)
         self._counts.add(slot, tally.RECEIVED, received)
         self._counts.add(slot, tally.ENDED[connection.ending])
@@ -173,7 +210,12 @@ class TcpRelay:
             upstream = str(connection.upstream)
             self._write(guest, str(connection.ending), upstream=upstream, moved=(sent, received), error=error)
         self._connections.discard(connection)
-        if not self._connections and self.idle is not None:
+        self._left(guest)
+
+    def _left(self, guest: Guest) -> None:
+        self._counts.add(guest.route.slot, tally.ACTIVE, -1)
+        self._counts.add(tally.WORKER, tally.ACTIVE, -1)
+        if self.idle is not None and not self.busy:
             self.idle()
 
     def _write(
@@ -199,3 +241,14 @@ class TcpRelay:
             reason=reason,
             error=error,
         )
+
+
+def _header(guest: Guest) -> bytes:
+    """What the upstream is told of the client, if the listener tells it anything."""
+    version = guest.route.settings.send_proxy_protocol
+    if version is None:
+        return b""
+    host, port = guest.peer
+    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
+    source = Destination(host, port, family) if host is not None else None
+    return announce(guest.header, version, source, guest.destination)

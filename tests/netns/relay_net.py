@@ -221,12 +221,12 @@ class Relay:
         """What it has logged."""
         return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
 
-    def wait_for(self, event: str) -> dict[str, Any]:
-        """The first log line that begins with `event`."""
+    def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
+        """The first log line that begins with `event` and has these fields."""
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end:
             for line in self.lines():
-                if str(line["event"]).startswith(event):
+                if str(line["event"]).startswith(event) and fields.items() <= line.items():
                     return line
             if self.process.poll() is not None:
                 break

@@ -19,8 +19,9 @@ from agent.relay.listen import read_listen
 from agent.relay.loop import Loop
 from agent.relay.networks import NetworkSet
 from agent.relay.original_destination import Destination
+from agent.relay.proxy_protocol import Header
 from agent.relay.route import Peer, Refusal, Route, Surroundings
-from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source
+from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, TrustedSources
 from agent.relay.tally import Tally
 
 V6 = socket.AF_INET6
@@ -142,7 +143,6 @@ def test_services_of_a_dataplane() -> None:
         (CLIENT, SERVER, {"access": Access(deny=NetworkSet.of("192.0.2.0/24"))}, Refusal.DESTINATION),
         (CLIENT, Destination("169.254.169.254", 80), {}, Refusal.METADATA),
         (CLIENT, Destination("127.0.0.1", 22), {}, Refusal.LOOPBACK),
-        (CLIENT, SERVER, {"own": [Link("198.51.100.9", 40000, SERVER)]}, Refusal.COMES_BACK),
         (CLIENT, Destination("240.0.0.1", 81), {"vips": lambda _destination: ()}, Refusal.NO_UPSTREAM),
         (CLIENT, SERVER, {"vips": lambda _destination: [HERE._replace(port=15001)]}, Refusal.OWN_PORT),
         (CLIENT, SERVER, {"role": Role.INBOUND, "upstream": FixedAddress(HERE), "access": Access(default_allow=False)},
@@ -151,6 +151,27 @@ def test_services_of_a_dataplane() -> None:
 )  # fmt: skip
 def test_what_is_refused(peer: Peer, destination: Destination, settings: dict[str, object], refusal: Refusal) -> None:
     assert route(**settings).decide(peer, destination) is refusal  # type: ignore[arg-type]
+
+
+def test_who_is_refused_before_a_word_is_said() -> None:
+    looping = route(own=[Link("198.51.100.9", 40000, SERVER)])
+    assert looping.refuses_to_hear(CLIENT, SERVER) is Refusal.COMES_BACK
+    assert looping.refuses_to_hear(CLIENT, HERE) is None
+    proxied = route(
+        listen=read_listen("*:15006 proxy_protocol"), trusted_ips=TrustedSources(NetworkSet.of("10.0.0.0/8"))
+    )
+    assert proxied.refuses_to_hear(CLIENT, SERVER) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer(None, 0), SERVER) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), SERVER) is None
+
+
+def test_where_a_client_behind_a_proxy_wanted_to_go() -> None:
+    front = Destination("203.0.113.80", 443)
+    header = Header(2, source=SERVER, destination=front)
+    assert route().meant(HERE, header) == HERE
+    assert route().meant(HERE._replace(port=15001), header) == front
+    assert route().meant(Destination("0.0.0.0", 0), header) == front
+    assert route().meant(HERE._replace(port=15001), Header(2, local=True)) == HERE._replace(port=15001)
 
 
 def test_what_would_be_refused_and_is_allowed() -> None:

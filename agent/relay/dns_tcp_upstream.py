@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -104,7 +105,10 @@ class TcpUpstream:
         self._watch_time()
         self._out += framed(dns_message.with_id(message, identifier))
         if self._connected:
-            self._write()
+            try:
+                self._write()
+            except OSError:
+                self._on_end()
 
     def close(self) -> None:
         """Hang up, and forget what was asked."""
@@ -232,7 +236,8 @@ class TcpUpstream:
     def _write(self) -> None:
         assert self._sock is not None
         if self._out:
-            del self._out[: self._sock.send(self._out)]
+            with contextlib.suppress(BlockingIOError):
+                del self._out[: self._sock.send(self._out)]
         mask = EPOLLIN | EPOLLOUT if self._out else EPOLLIN
         if mask != self._mask:
             self._mask = mask

@@ -111,6 +111,28 @@ def test_a_server_that_answers_one_query_a_connection(net: Net, server: Start, t
     assert len(running.peers) == 10
 
 
+@pytest.mark.parametrize("at_once", [1, 20])
+def test_a_server_that_resets_the_connection_every_few_queries(
+    net: Net, server: Start, tmp_path: Path, at_once: int
+) -> None:
+    """As dnsmasq does after 100: it closes with queries unread."""
+
+    def serve(client: socket.socket, _peer: Any) -> None:
+        for _ in range(3):
+            client.sendall(framed(answer_to(read_framed(client), 1)))
+        time.sleep(0.01)
+
+    running = server(serve)
+    with relay_for(net, tmp_path, PEER4), net.connect(net.host, (PEER4, 53)) as client:
+        client.sendall(b"".join(framed(query(number)) for number in range(at_once)))
+        for number in range(at_once, 200):
+            assert read_framed(client)[3] & 0x0F == 0
+            client.sendall(framed(query(number)))
+        for _ in range(at_once):
+            assert read_framed(client)[3] & 0x0F == 0
+    assert len(running.peers) >= 200 / 3
+
+
 def test_more_queries_than_may_wait_are_all_answered(net: Net, server: Start, tmp_path: Path) -> None:
     server(in_order(1))
     count = MAX_PENDING_PER_CLIENT * 10

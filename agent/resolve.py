@@ -157,7 +157,7 @@ def _iptables_because(config: Config) -> str | None:
     given = [
         name
         for name in ("iptables_mode", "executables", "log_enabled", "store_firewalld")
-        if config.is_given(name) and getattr(config, name) not in (False, "auto")
+        if config.is_given(name) and getattr(config, name) not in (False, "auto", {})
     ]
     return f"{config.origin(given[0])} asks for iptables" if given else None
 

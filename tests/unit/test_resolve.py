@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 
+from agent.cli.print_config import as_yaml
 from agent.config import load
 from agent.errors import HostError, InputError
 from agent.host.facts import Host
@@ -84,6 +87,19 @@ def dns_socket(address: str, uid: int, inode: int = 1) -> Listener:
 
 def test_defaults_are_the_default_policy() -> None:
     assert resolved() == Resolved(Policy(proxy_uid=5678), resolved().options, ())
+
+
+@pytest.mark.parametrize("flags", [{}, {"engine": "nftables"}, {"iptables_mode": "legacy"}, {"dns_enabled": "true"}])
+def test_a_printed_configuration_comes_to_the_same(tmp_path: Path, flags: dict[str, str]) -> None:
+    # What is a default there is written down, and must not count as a wish: nobody asked for iptables.
+    printed = tmp_path / "config.yaml"
+    printed.write_text(as_yaml(load(flags={name: [value] for name, value in flags.items()})))
+    again, direct = resolve(load(files=[str(printed)]), FakeHost()), resolved(**flags)
+    assert again.policy == direct.policy
+    assert bool(again.options.iptables_because) == bool(direct.options.iptables_because)
+    assert dataclasses.replace(again.options, iptables_because=None) == dataclasses.replace(
+        direct.options, iptables_because=None
+    )
 
 
 def test_everything_arrives_in_the_policy_and_the_options() -> None:

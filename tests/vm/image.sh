@@ -17,7 +17,7 @@ cat >/etc/systemd/network/50-uplink.network <<'NETWORK'
 Driver=virtio_net
 [Network]
 Address=10.0.2.15/24
-Address=fec0::15/64
+Address=fd15::15/64
 IPv6AcceptRA=no
 [Route]
 Gateway=10.0.2.2

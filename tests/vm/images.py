@@ -1,6 +1,7 @@
 """Disk images of Debian with systemd, sshd, firewalld and what tpctl depends on.
 
-`python -m tests.vm.images [release...]` builds them and says where they are. An image is a directory that is kept under /var/tmp/tpctl-vm by the content of its recipe:
+`python -m tests.vm.images [release...]` builds them and says where they are. An image is a directory that is kept under
+/var/tmp/tpctl-vm by the content of its recipe:
 
     disk.raw   an ext4 file system without partitions, 3 GB, sparse
     vmlinuz    the release's own kernel, to be given to `qemu -kernel`

@@ -169,9 +169,10 @@ class Machine:
     def _command(self) -> list[str]:
         forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for there, here in self.forwarded.items())
         return [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", _MEMORY, "-smp", "2", "-nodefaults",
-            "-display", "none", "-serial", f"file:{self.folder}/console", "-kernel", str(self.image.kernel),
-            "-initrd", str(self.folder / "initrd"), "-append", f"root=/dev/vda {_SETTINGS}",
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", _MEMORY, "-smp", "2",
+            "-nodefaults", "-display", "none", "-serial", f"file:{self.folder}/console",
+            "-kernel", str(self.image.kernel), "-initrd", str(self.folder / "initrd"),
+            "-append", f"root=/dev/vda {_SETTINGS}",
             "-drive", f"file={self.image.disk},format=raw,if=virtio,snapshot=on",
             "-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",
             "-device", "virtio-rng-pci", "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off",
@@ -181,9 +182,7 @@ class Machine:
         self, options: list[str], command: str, *, check: bool, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         words = ["ssh", *self._ssh_options, *options, "root@127.0.0.1", command]
-        done = subprocess.run(
-            words, input=stdin, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
-        )
+        done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
         if check and done.returncode:
             raise AssertionError(f"{command} exited with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done

@@ -1,0 +1,68 @@
+"""A machine for each release that is asked for: one of bookworm, or what VM_RELEASES lists (`make test-vm`: all).
+
+With VM_PROVIDER=vagrant, Vagrant runs them (docs/vagrant.md).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.images import Recipe, image
+from tests.vm.machine import Machine
+from tests.vm.vagrant import VagrantMachine
+from tests.vm.wheel import wheel
+
+RELEASES = os.environ.get("VM_RELEASES", "bookworm").split()
+SERVICE_PORT = 8080
+"""A port of the machine that is reached from here."""
+FRESH = "fresh"
+_NEEDED = ("qemu-system-x86_64", "mmdebstrap", "ssh")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without root no image can be built, and without qemu nothing is booted."""
+    missing = [program for program in _NEEDED if not shutil.which(program)]
+    reason = "needs root: disk images are built" if os.geteuid() else f"not installed: {', '.join(missing)}"
+    if os.geteuid() or missing:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout as it would be released."""
+    return wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session", params=RELEASES)
+def running(
+    request: pytest.FixtureRequest, package: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    """A machine with tpctl installed, and nothing else changed."""
+    release = str(request.param)
+    with _machine(release, tmp_path_factory.mktemp(release)) as made:
+        made.copy(package, f"/root/{package.name}")
+        made.copy(Path(__file__).with_name("probing.py"), "/root/probing.py")
+        made.run(f"/opt/tpctl/bin/python -m pip install --quiet --no-index --no-deps /root/{package.name}")
+        made.run("tpctl --version")  # its modules are compiled
+        made.keep(FRESH)
+        yield made
+
+
+def _machine(release: str, folder: Path) -> Machine:
+    if os.environ.get("VM_PROVIDER") == "vagrant":
+        return VagrantMachine(release, folder)
+    return Machine(image(Recipe(release)), folder, ports=(SERVICE_PORT,))
+
+
+@pytest.fixture
+def machine(running: Machine) -> Machine:
+    """The same machine for every test, as it was when tpctl had just been installed."""
+    running.go_back(FRESH)
+    return running

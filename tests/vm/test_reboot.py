@@ -1,0 +1,71 @@
+"""Real reboots: what was installed is there again before anybody types a command, and what was removed stays away."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vm.capture import FLAGS, assert_captured, remember_policy, start_firewalld, world, write_config
+from tests.vm.machine import Machine
+
+pytestmark = pytest.mark.root
+
+
+def rules(machine: Machine) -> list[str]:
+    """Everything of ours in the kernel, sorted, without counters; firewalld's chains for direct rules are built in."""
+    listing = machine.said("nft --stateless list table inet tpctl 2>/dev/null; iptables-save; ip6tables-save")
+    ours = [line.replace("_direct", "") for line in listing.splitlines() if "TPCTL_" in line or "tpctl/" in line]
+    return sorted(line.split("[")[0] for line in ours)
+
+
+def assert_gone(machine: Machine, before: dict[str, str]) -> None:
+    """Uninstall and reboot: everything is as it was, and says so."""
+    machine.tpctl("uninstall")
+    machine.reboot()
+    after = world(machine)
+    assert after == before
+    status = machine.status()
+    assert (status["installed"], status["nextBoot"], status["problems"]) == (False, [], [])
+
+
+def assert_survives_firewalld(machine: Machine) -> None:
+    """Whatever firewalld does, there is one copy of each rule, and the rules do what they did."""
+    wanted = rules(machine)
+    assert wanted
+    for action in ("firewall-cmd --reload", "firewall-cmd --complete-reload", "systemctl restart firewalld"):
+        machine.run(action)
+        assert rules(machine) == wanted, action
+    assert machine.status()["drift"] == []
+    assert_captured(machine)
+
+
+def assert_captured_after_reboot(machine: Machine) -> None:
+    """What is installed now is at work at the first moment after a boot."""
+    remember_policy(machine)
+    machine.reboot()
+    assert_captured(machine)
+
+
+def test_firewalld_brings_the_rules_back(machine: Machine) -> None:
+    start_firewalld(machine)
+    before = world(machine)
+    machine.tpctl(f"install {FLAGS} --engine iptables --store-firewalld")
+    assert_captured_after_reboot(machine)
+    assert_survives_firewalld(machine)
+    assert_gone(machine, before)
+
+
+@pytest.mark.parametrize("engine", ["nftables", "iptables"])
+def test_the_unit_brings_the_rules_back(machine: Machine, engine: str) -> None:
+    if engine == "nftables":  # firewalld's reloads are no concern of its table
+        start_firewalld(machine)
+    before = world(machine)
+    write_config(machine, f"{FLAGS} --engine {engine}")
+    machine.tpctl("persist --systemd")
+    machine.run("systemctl start tpctl")
+    assert "tpctl.service" in machine.status()["nextBoot"][0]
+    assert_captured_after_reboot(machine)
+    assert machine.said("systemctl is-active tpctl") == "active"
+    assert machine.status()["engine"] == engine
+    if engine == "nftables":
+        assert_survives_firewalld(machine)
+    assert_gone(machine, before)

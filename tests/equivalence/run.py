@@ -90,13 +90,12 @@ def retried(bench: Bench, policy: Policy, wrong: Disagreement) -> list[Disagreem
     """The same connection under another policy, if it exists on that one's topology."""
     staging = bench.stage(policy)
     layout, connection = staging.layout, wrong.connection
-    if not exists_on(layout, connection):
+    if not _possible(layout, connection):
         return []
     return bench.try_all(staging.policy, layout, [Probe(wrong.label, connection)])
 
 
-def exists_on(layout: Layout, connection: Connection) -> bool:
-    """Whether a topology has the interface of a connection."""
+def _possible(layout: Layout, connection: Connection) -> bool:
     uplinks, bridges = (link.name for link in layout.uplinks), (bridge.name for bridge in layout.bridges)
     return connection.interface in {LOOPBACK, *uplinks, *bridges}
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 
 from agent.decide import Action, Direction, decide
+from agent.errors import HostError
+from agent.host import cgroups
 from agent.policy import (
+    Cgroup,
     Dns,
     DnsCapture,
     Family,
@@ -22,6 +26,7 @@ from agent.policy import (
     VirtualNetwork,
 )
 from agent.policy import Protocol as Transport
+from agent.rehearsal.cgroup import OwnGroups
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER, Layout, stage
 from agent.rehearsal.probes import application_uid, probes
 
@@ -141,3 +146,25 @@ def test_labels_tell_probes_apart() -> None:
     staging = stage(policy)
     labels = [probe.label for probe in probes(staging.policy, staging.layout)]
     assert len(labels) == len(set(labels))
+
+
+def test_another_cgroup_stands_for_the_policys() -> None:
+    theirs, ours = Cgroup("system.slice/app.service", 7), Cgroup("rehearsal/app.service", 8)
+    assert stage(Policy(PROXY), cgroup=ours).policy.cgroup is None
+    assert stage(Policy(PROXY, cgroup=theirs)).policy.cgroup == theirs
+    staging = stage(Policy(PROXY, cgroup=theirs, dns=Dns(DnsCapture.ALL)), cgroup=ours)
+    assert staging.policy.cgroup == ours
+    found = [probe.connection for probe in probes(staging.policy, staging.layout)]
+    leaving = [each for each in found if each.direction is Direction.OUTBOUND]
+    assert {each.cgroup for each in leaving} == {"rehearsal/app.service", "rehearsal/app.service/worker", "rehearsal"}
+    assert {each.cgroup for each in found if each.direction is Direction.INBOUND} == {None}
+    rules = {decide(staging.policy, each).rule for each in leaving if each.cgroup == "rehearsal"}
+    assert rules == {"c1"}
+
+
+def test_only_cgroups_of_the_rehearsal_are_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "root", lambda: tmp_path)
+    groups = OwnGroups(tmp_path / "home", Cgroup("home/app.service", 7))
+    for path in ("", "system.slice", "home2"):
+        with pytest.raises(HostError, match="none of this rehearsal"), groups.inside(path):
+            pytest.fail("entered")

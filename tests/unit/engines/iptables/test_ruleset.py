@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from ipaddress import ip_network
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.engines.iptables.backend import classify
 from agent.engines.iptables.parts import COMMENT_PREFIX, MULTIPORT_SLOTS, port_matches
+from agent.engines.iptables.rule import parse
 from agent.engines.iptables.ruleset import rules_for
-from agent.policy import Dns, DnsCapture, Family, Inbound, Outbound, Policy, PortRange, Protocol, VirtualNetwork
+from agent.errors import HostError, InputError
+from agent.policy import Cgroup, Dns, DnsCapture, Family, Inbound, Outbound, Policy, PortRange, Protocol, VirtualNetwork
+from agent.runner import Finished
 
 ports = st.integers(1, 65535)
 ranges = st.builds(lambda a, b: PortRange(min(a, b), max(a, b)), ports, ports)
@@ -84,3 +90,46 @@ def test_a_comment_is_cut_at_a_character_and_fits() -> None:
     for table in rules_for(policy, Family.IPV4).tables:
         for _, rules in table.chains:
             assert all(len((rule.comment or "").encode()) < 255 for rule in rules)
+
+
+ONE_SERVICE = dataclasses.replace(FULL, cgroup=Cgroup("system.slice/dev-a\\x2db my.service", 7))
+
+
+@pytest.mark.parametrize("insert", [False, True])
+def test_all_that_leaves_is_kept_to_one_service_and_comes_back_as_it_was_written(insert: bool) -> None:
+    policy = dataclasses.replace(ONE_SERVICE, outbound=Outbound(insert=insert))
+    for family in Family:
+        tables = {table.table: table for table in rules_for(policy, family).tables}
+        jumps = [jump.rule for jump in tables["nat"].jumps if jump.chain == "OUTPUT"]
+        confined = [rule for rule in jumps if "-m cgroup --path" in rule.render()]
+        assert {rule.target for rule in jumps} - {rule.target for rule in confined} == {"TPCTL_LOG_OUTPUT"}
+        (queries,) = [rules for name, rules in tables["raw"].chains if name == "TPCTL_ZONE_QUERY"]
+        assert [("cgroup" in rule.render(comments=False), rule.target_options[0].values) for rule in queries[-2:]] == [
+            (True, ("2",)),
+            (False, ("1",)),
+        ]
+        for rule in confined:
+            assert parse(rule.render()) == rule
+            assert ("path", ("system.slice/dev-a\\x2db my.service",)) in [
+                (option.name, option.values) for match in parse(rule.render()).matches for option in match.options
+            ]
+
+
+def test_a_path_the_kernel_cannot_hold() -> None:
+    rules_for(Policy(1, cgroup=Cgroup("a" * 511, 7)), Family.IPV4)
+    with pytest.raises(InputError, match="511"):
+        rules_for(Policy(1, cgroup=Cgroup("a" * 512, 7)), Family.IPV4)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'Warning: Extension cgroup revision 0 not supported, missing kernel module?\nunknown option "--path"',
+        "b'cgroup': no such parameter b'path'",
+    ],
+)
+def test_a_kernel_without_the_match(said: str) -> None:
+    """As iptables 1.8.9 and python-iptables say it, when the kernel says that it has no such revision."""
+    error = classify(Finished(("iptables-restore",), 4, "", said))
+    assert isinstance(error, HostError)
+    assert "xt_cgroup" in str(error)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 
+from agent.engines.nftables import cgroup
 from agent.engines.nftables.engine import NftablesPlan
 from agent.engines.nftables.parts import interface
 from agent.engines.nftables.probe import EVERYTHING
 from agent.engines.nftables.ruleset import table_for
 from agent.engines.nftables.table import COMMENT_LIMIT, Rule
 from agent.errors import InputError
-from agent.policy import Dns, DnsCapture, Family, NameServer, Outbound, Policy, PortRange, VirtualNetwork
+from agent.host import cgroups
+from agent.policy import Cgroup, Dns, DnsCapture, Family, NameServer, Outbound, Policy, PortRange, VirtualNetwork
 
 ALL_DNS = dataclasses.replace(EVERYTHING, dns=Dns(DnsCapture.ALL, tcp=True))
 POLICIES = (Policy(1), EVERYTHING, ALL_DNS, dataclasses.replace(EVERYTHING, families=frozenset({Family.IPV4})))
@@ -109,3 +112,31 @@ def test_servers_of_a_family_are_one_set() -> None:
     text = NftablesPlan(table_for(Policy(1, dns=Dns(DnsCapture.LISTED, servers=servers)))).render()
     assert "elements = { 9.9.9.9, 8.8.8.8 }" in text
     assert "elements = { 2620:fe::fe }" in text
+
+
+SERVICE = Cgroup("system.slice/app.service", 7)
+
+
+@pytest.mark.parametrize("insert", [False, True])
+def test_all_that_leaves_is_kept_to_one_service(insert: bool) -> None:
+    policy = dataclasses.replace(EVERYTHING, outbound=Outbound(insert=insert), cgroup=SERVICE)
+    rules = {chain.name: chain.rules for chain in table_for(policy).chains}
+    inside = 'socket cgroupv2 level 2 "system.slice/app.service"'
+    for rule in (*rules["output_first"], *rules["output_last"]):
+        assert (inside in rule.match) == rule.action.startswith("jump"), rule
+    assert [(rule.match, rule.action) for rule in rules["zone_query"][-2:]] == [
+        (inside, "ct zone set 2 accept"),
+        ("", "ct zone set 1 accept"),
+    ]
+    assert "cgroupv2 level 2 !=" not in table_for(policy).render()
+
+
+def test_nft_is_led_to_where_the_hierarchy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = table_for(Policy(1, cgroup=SERVICE)).render()
+    monkeypatch.setattr(cgroups, "find", lambda path: Cgroup(path, 7))
+    monkeypatch.setattr(cgroups, "root", lambda: Path("/sys/fs/cgroup"))
+    assert cgroup.found_by_nft(text, SERVICE) == text
+    monkeypatch.setattr(cgroups, "root", lambda: Path("/sys/fs/cgroup/unified"))
+    found = cgroup.found_by_nft(text, SERVICE)
+    assert found.count('level 2 "../../../sys/fs/cgroup/unified/system.slice/app.service"') == 1
+    assert f'level 2 "{SERVICE}"' not in found

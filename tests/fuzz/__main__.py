@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from tests.fuzz.relay import TARGETS, run
+from tests.fuzz import relay, relay_dns
 
 
 def main() -> None:
@@ -13,8 +13,8 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     print(f"seed {seed}")
-    for target in TARGETS:
-        print(run(target, count, seed), flush=True)
+    for target in (*relay.TARGETS, *relay_dns.TARGETS):
+        print(relay.run(target, count, seed), flush=True)
 
 
 if __name__ == "__main__":

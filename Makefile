@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
 	dnsutils curl util-linux strace procps
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
-TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy
+TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dnsmasq-base
 BENCH_PACKAGES := nginx-common nginx-light wrk
 
 .DEFAULT_GOAL := help
@@ -40,7 +40,7 @@ test-equivalence: venv ## every engine against the specification on N random pol
 test-mutations: venv ## deliberately broken engines: how many of them the suite finds out (root)
 	@$(BIN)/python -m tests.equivalence.mutate
 
-fuzz: venv ## random input for the relay's parsers (N=1000000 for each, a quarter of an hour)
+fuzz: venv ## random input for the relay's parsers (N=1000000 for each, hours for those of files)
 	@$(BIN)/python -m tests.fuzz $(or $(N),1000000)
 
 test-vm-ebpf: venv ## the eBPF engine against the specification under Linux 5.10, 6.1 and 6.12, in virtual machines (N=12)

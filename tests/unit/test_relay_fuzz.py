@@ -9,7 +9,7 @@ from tests.fuzz.mutate import mutations
 from tests.fuzz.relay import Target, run
 
 
-@pytest.mark.parametrize("target", (*relay.TARGETS, *relay_dns.TARGETS), ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*relay.TARGETS, *relay_dns.TARGETS], ids=lambda target: target.name)
 def test_random_input_is_read_or_refused(target: Target) -> None:
     assert "no crash" in run(target, 1000, seed=7)
 

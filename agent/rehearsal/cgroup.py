@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from agent.errors import HostError
 from agent.host import cgroups
 from agent.policy import Cgroup
+from agent.rehearsal.namespaces import own_mounts
 
 if TYPE_CHECKING:
     from agent.engine_options import EngineOptions
@@ -99,6 +100,7 @@ def own_groups() -> Iterator[OwnGroups]:
     if own is None:
         raise HostError("it cannot be told which control group this process is in: /proc/self/cgroup says nothing")
     before = cgroups.root() / own
+    _clear_abandoned(before)
     home = before / f"{NAME}-{os.getpid()}-{next(_numbers)}"
     below = home / SERVICE / BELOW
     try:
@@ -120,10 +122,13 @@ def own_groups() -> Iterator[OwnGroups]:
 
 @contextlib.contextmanager
 def own_place() -> Iterator[OwnPlace]:
-    """Groups and a BPF file system of our own, which go at the end with all that was attached. Raises HostError."""
+    """Groups and a BPF file system of our own, which go at the end with all that was attached. Raises HostError.
+
+    Only this thread, and what it starts, sees the file system; so it goes with this process even when that is killed.
+    """
     from agent.engines.ebpf.place import mount_bpffs
 
-    with own_groups() as groups:
+    with own_groups() as groups, own_mounts():
         pins = Path(tempfile.mkdtemp(prefix="tpctl-bpffs-"))
         try:
             mount_bpffs(pins)
@@ -131,6 +136,20 @@ def own_place() -> Iterator[OwnPlace]:
         finally:
             ctypes.CDLL(None).umount2(os.fsencode(pins), _MNT_DETACH)
             pins.rmdir()
+
+
+def _clear_abandoned(directory: Path) -> None:
+    """Remove what a rehearsal left that was killed: groups of that name, of a process that is gone, without any other.
+
+    The kernel removes none with people in it.
+    """
+    for home in directory.glob(f"{NAME}-*-*"):
+        owner = home.name.split("-")[-2]
+        if not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                for group_directory in sorted((path for path in home.rglob("*") if path.is_dir()), reverse=True):
+                    group_directory.rmdir()
+                home.rmdir()
 
 
 def _remove(directory: Path) -> None:

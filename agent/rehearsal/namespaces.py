@@ -17,6 +17,9 @@ from typing import Self
 from agent.errors import HostError
 
 CLONE_NEWNET = 0x40000000
+CLONE_NEWNS = 0x00020000
+_MS_REC = 0x4000
+_MS_SLAVE = 0x80000
 _HERE = "/proc/thread-self/ns/net"
 
 
@@ -28,7 +31,7 @@ def _libc() -> ctypes.CDLL:
 def _checked(result: int, call: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
-        raise HostError(f"{call}: {os.strerror(number)} (root, or CAP_SYS_ADMIN, is needed for network namespaces)")
+        raise HostError(f"{call}: {os.strerror(number)} (root, or CAP_SYS_ADMIN, is needed for namespaces)")
 
 
 def _enter(fd: int) -> None:
@@ -81,6 +84,30 @@ class Namespace:
     def close(self) -> None:
         """Let the kernel remove the namespace, with the links in it, once no socket of it is open."""
         os.close(self.fd)
+
+
+@contextlib.contextmanager
+def own_mounts() -> Iterator[None]:
+    """Run the block where whatever this thread mounts is seen by it alone, and by what it starts. Raises HostError.
+
+    Threads that are started in the block have to end in it: setns(2) takes none that shares its working directory.
+    """
+    with contextlib.ExitStack() as stack:
+        handles = []
+        for path in ("/proc/thread-self/ns/mnt", "/", "."):
+            handles.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            stack.callback(os.close, handles[-1])
+        back, root, working = handles
+        _checked(_libc().unshare(CLONE_NEWNS), "unshare")
+        try:
+            _checked(_libc().mount(None, b"/", None, _MS_REC | _MS_SLAVE, None), "mount")
+            yield
+        finally:
+            _checked(_libc().setns(back, CLONE_NEWNS), "setns")
+            # It puts the thread into the root directory of the namespace, which need not be where it was.
+            os.fchdir(root)
+            os.chroot(".")
+            os.fchdir(working)
 
 
 def write_sysctls(values: dict[str, str]) -> None:

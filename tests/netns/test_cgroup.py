@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -275,3 +276,24 @@ def test_an_nft_that_does_not_know_control_groups(service: Service, monkeypatch:
             engine.apply(engine.plan(Policy(PROXY, cgroup=group(service.directory))))
         assert not engine.inspect(None).installed
         engine.apply(engine.plan(Policy(PROXY)))  # only --cgroup needs it
+
+
+def test_a_rehearsal_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mount is gone at once; its control groups when the next one comes."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    script = (
+        "import os, signal\n"
+        "from agent.rehearsal.cgroup import own_place\n"
+        "with own_place() as place:\n"
+        "    print(place.cgroup, flush=True)\n"
+        "    assert str(place.pins) in open('/proc/thread-self/mounts').read()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with own_groups():
+        done = run([sys.executable, "-c", script], check=False)
+        left = Path(done.stdout.strip())
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert str(tmp_path) not in Path("/proc/1/mounts").read_text() + Path("/proc/self/mounts").read_text()
+        assert left.is_dir()
+        with own_groups():
+            assert not left.exists()

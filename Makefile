@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
 	dnsutils curl util-linux strace procps
+VM_PACKAGES := qemu-system-x86 mmdebstrap openssh-client
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
-TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dnsmasq-base
+TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dnsmasq-base $(VM_PACKAGES)
 BENCH_PACKAGES := nginx-common nginx-light wrk
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ test-mutations: venv ## deliberately broken engines: how many of them the suite 
 
 fuzz: venv ## random input for the relay's parsers (N=1000000 for each, hours for those of files)
 	@$(BIN)/python -m tests.fuzz $(or $(N),1000000)
+
+test-vm: venv ## reboots, firewalld, ssh and data planes in virtual machines of Debian 11, 12 and 13 (VM_RELEASES=...)
+	@.ci/packages $(VM_PACKAGES)
+	@VM_RELEASES="$(or $(VM_RELEASES),bullseye bookworm trixie)" $(BIN)/python -m pytest --verbose --durations=0 tests/vm
 
 test-vm-ebpf: venv ## the eBPF engine against the specification under Linux 5.10, 6.1 and 6.12, in virtual machines (N=12)
 	@.ci/packages qemu-system-x86

@@ -109,6 +109,11 @@ _OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
 )
 @click.option("--access-log", is_flag=True, help="Log a line for every connection when it ends.")
 @click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    help="Serve figures for Prometheus here, over HTTP: 127.0.0.1:9902, or unix:/run/tpctl-relay/metrics.sock.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["auto", "text", "json"]),
     default="auto",
@@ -140,6 +145,9 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
         from agent.relay.dns_local import read_zone
 
         read_zone(settings.dns)
+        from agent.relay.dns_local import read_zone
+
+        read_zone(settings.dns)
         click.echo(f"{config or 'the flags'}: in order, {len(settings.listeners)} listeners")
         return 0
     from agent.relay.privileges import become, needed_capabilities
@@ -148,7 +156,7 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
     configure(log_format)
     if settings.user is not None:
         become(settings.user, needed_capabilities(settings))
-    return serve(settings, get_logger())
+    return serve(load, settings, get_logger())
 
 
 def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> Settings:

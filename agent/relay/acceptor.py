@@ -42,9 +42,11 @@ class Acceptor:
         """Called when accepting is paused."""
 
     def listen(self, sock: socket.socket, name: str) -> None:
-        """Accept the connections of a listening socket."""
+        """Accept the connections of a listening socket. Once more for the same socket, to give it another name."""
+        is_new = sock not in self._sockets
         self._sockets[sock] = name
-        self._watch(sock)
+        if is_new:
+            self._watch(sock)
 
     def leave(self, sock: socket.socket) -> None:
         """Accept no more of its connections; they wait for whoever else has the socket. It is closed here."""

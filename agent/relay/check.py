@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from agent.relay.listen import Listen, show
-from agent.relay.settings import FixedAddress, ListenerSettings, OriginalDestination, Role, Settings, Source
+from agent.relay.settings import METRICS, FixedAddress, ListenerSettings, OriginalDestination, Role, Settings, Source
 
 MAX_LISTENERS = 64
 
@@ -26,6 +26,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         for problem in (*_of_dns(listener), *_of_any(listener)):
             yield f"listener {listener.name}: {problem}"
     if settings.metrics is not None:
+        if METRICS in names:
+            yield f"listeners: one of them is called {METRICS}, which is what the metrics are; choose another name"
         for listener in listeners:
             if listener.listen.overlaps(Listen(settings.metrics)):
                 yield f"metrics: {show(settings.metrics)} is also where listener {listener.name} listens"

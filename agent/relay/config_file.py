@@ -15,6 +15,7 @@ from agent.relay.dns_settings import DnsSettings
 from agent.relay.listen import Listen, read_address, read_listen
 from agent.relay.settings import (
     DEFAULT_DRAIN_SECONDS,
+    DIRECTIONS,
     MAX_WORKERS,
     Limits,
     ListenerSettings,
@@ -87,7 +88,7 @@ def _listener(section: ConfigSection, defaults: _Defaults) -> ListenerSettings:
         if key not in section:
             section.complain(key, "is missing")
     listen = section.take("listen", read_listen, _PLACEHOLDER)
-    role = Role(section.take("direction", read.one_of(*Role), Role.INBOUND))
+    role = Role(section.take("direction", read.one_of(*DIRECTIONS), Role.INBOUND))
     upstream = read_upstream(section)
     default_source = Source.PASSTHROUGH if role is Role.INBOUND else Source.KERNEL
     settings = ListenerSettings(

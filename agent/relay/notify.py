@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 
 
 def notify(state: str) -> bool:
@@ -17,6 +18,11 @@ def notify(state: str) -> bool:
         sender.sendto(state.encode(), address)
         return True
     return False
+
+
+def reloading() -> None:
+    """Say that the configuration is being read; "READY=1" must follow. The time is asked for by sd_notify(3)."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def watchdog_interval() -> float | None:

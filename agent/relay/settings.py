@@ -23,6 +23,11 @@ class Role(enum.StrEnum):
     INBOUND = "inbound"
     OUTBOUND = "outbound"
     DNS = "dns"
+    METRICS = "metrics"
+    """No direction that a listener may be given: that of the relay's own figures."""
+
+
+DIRECTIONS = (Role.INBOUND, Role.OUTBOUND, Role.DNS)
 
 
 class Source(enum.StrEnum):
@@ -55,6 +60,9 @@ class ServicePorts:
     services: Mapping[int, tuple[str | None, int]]
     """By the inbound's port: its service address (None: the address the client meant) and its service port."""
 
+
+METRICS = "metrics"
+"""The name under which the metrics are served."""
 
 Upstream = OriginalDestination | FixedAddress | ServicePorts
 
@@ -159,3 +167,10 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     """Over all listeners; only the total counts."""
     user: str | None = None
+
+    @property
+    def served(self) -> tuple[ListenerSettings, ...]:
+        """The listeners, and that of the metrics."""
+        if self.metrics is None:
+            return self.listeners
+        return (*self.listeners, ListenerSettings(METRICS, Role.METRICS, Listen(self.metrics)))

@@ -75,8 +75,8 @@ def open_sockets(
 
 
 def wanted(settings: Settings) -> Iterator[tuple[ListenerSettings, Place]]:
-    """Every place of every listener."""
-    for listener in settings.listeners:
+    """Every place of every listener, the metrics among them."""
+    for listener in settings.served:
         for place in places(listener):
             yield listener, place
 

@@ -1,142 +1,228 @@
-"""Starts the relay's workers and sees to it that they all serve, or none."""
+"""Starts the relay, alone or with workers, and sees to reloads, restarts and the end.
+
+A single worker is the process itself. Several are its children: they all serve, or none.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
+from agent.errors import TpctlError
+from agent.relay import activation, channel, signals, tally
 from agent.relay.dns_local import read_zone
+from agent.relay.handover import Successor, announce_readiness
 from agent.relay.listen import show
-from agent.relay.notify import notify, watchdog_interval
+from agent.relay.loop import Loop
+from agent.relay.notify import notify, reloading, watchdog_interval
 from agent.relay.privileges import raise_descriptor_limit
+from agent.relay.running import Running
 from agent.relay.settings import Settings
-from agent.relay.sockets import Sockets, deal, open_sockets
+from agent.relay.sockets import Sockets, deal
 from agent.relay.tally import Tally
-from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, Worker
+from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, ENDING_SIGNALS, Worker
 
 if TYPE_CHECKING:
+    import socket
+
     from structlog.typing import FilteringBoundLogger
 
+RELOAD, RESTART = signal.SIGHUP, signal.SIGUSR2
 
-def serve(settings: Settings, log: FilteringBoundLogger) -> int:
-    """Run the relay until it is told to end; returns the exit code.
 
-    Raises HostError when a listener cannot be opened, InputError when the DNS zone file is unusable.
+def serve(load: Callable[[], Settings], settings: Settings, log: FilteringBoundLogger) -> int:
+    """Run the relay until it is told to end; returns the exit code. `load` reads the configuration again.
+
+    Raises HostError when a socket cannot be opened, InputError when a file of the settings is unusable.
     """
     if os.geteuid() == 0:
         log.warning(
             "running as root: unless the policy's data plane user is root, the relay's own connections are captured"
         )
     raise_descriptor_limit()
-    opened, _new = open_sockets(settings)
-    addresses = {listener.name: show(listener.listen.address) for listener in settings.listeners}
+    read_zone(settings.dns)
+    held = activation.match(settings, activation.inherited(), log)
+    running = Running.begin(settings, held)
+    addresses = {listener.name: show(listener.listen.address) for listener in settings.served}
     log.info("listening", workers=settings.workers, **addresses)
-    if settings.workers == 1:
-        worker = Worker(settings, Tally(1), log)
-        worker.use(settings, opened)
-        _announce(log)
-        worker.run()
-        log.info("ended")
+    kind = Alone if settings.workers == 1 else Supervisor
+    return kind(running, load, log).run()
+
+
+class Life:
+    """What there is to do in a relay's life, however many workers it has."""
+
+    def __init__(self, running: Running, load: Callable[[], Settings], log: FilteringBoundLogger) -> None:
+        self._state = running
+        self._load = load
+        self._log = log
+        self._counts = Tally(running.settings.workers)
+        self._successor: Successor | None = None
+
+    def _announce(self) -> None:
+        """Tell everybody who waits for it that the relay serves."""
+        self._log.info("ready", pid=os.getpid())
+        notify("READY=1")
+        announce_readiness()
+
+    def _reload(self, use: Callable[[Running, Sockets], None]) -> None:
+        """Read the configuration again, and use it if it is in order. What is not leaves everything as it was."""
+        reloading()
+        try:
+            running, added = self._state.renewed(self._load())
+            read_zone(running.settings.dns)
+            use(running, added)
+        except TpctlError as error:
+            self._counts.add(tally.WORKER, tally.FAILED_RELOADS)
+            self._log.error("the configuration is not in order, the old one stays", problems=str(error).splitlines())
+        else:
+            self._state = running
+            self._counts.add(tally.WORKER, tally.RELOADS)
+            self._log.info("the configuration was reloaded", listeners=[one.name for one in running.settings.served])
+        notify("READY=1")
+
+    def _restart(self, loop: Loop, go: Callable[[], None]) -> None:
+        """Start a successor with the sockets; `go` when it serves. If it does not, everything stays as it was."""
+        if self._successor is not None:
+            self._log.warning("a restart is already under way")
+            return
+
+        def ended(pid: int | None) -> None:
+            self._successor = None
+            if pid is None:
+                self._log.error("the restart has failed, this process goes on")
+                return
+            self._log.info("handed over", successor=pid)
+            notify(f"MAINPID={pid}")
+            go()
+
+        sockets = activation.names_of(self._state.settings, self._state.sockets)
+        self._successor = Successor(loop, sockets, ended)
+
+
+class Alone(Life):
+    """A relay whose only worker is this process."""
+
+    def run(self) -> int:
+        """Serve until told to end."""
+        worker = Worker(self._state.settings, self._counts, self._log)
+        worker.use(self._state)
+        self._announce()
+        worker.run(
+            {
+                RELOAD: partial(self._reload, lambda running, _added: worker.use(running)),
+                RESTART: partial(self._restart, worker.loop, partial(worker.drain, "SIGUSR2", handed_over=True)),
+            }
+        )
+        self._log.info("ended")
         return 0
-    return _supervise(settings, opened, Tally(settings.workers), log)
 
 
-def _announce(log: FilteringBoundLogger) -> None:
-    log.info("ready", pid=os.getpid())
-    notify("READY=1")
+class Supervisor(Life):
+    """A relay with workers, which are its children."""
 
+    def run(self) -> int:
+        """Start the workers, and wait until the last one has ended."""
+        self._loop = Loop()
+        self._workers: dict[int, socket.socket] = {}
+        self._ending = False
+        self._code = 0
+        handlers: dict[int, Callable[[], None]] = {number: partial(self._end, number) for number in ENDING_SIGNALS}
+        handlers |= {
+            signal.SIGCHLD: self._bury,
+            RELOAD: partial(self._reload, self._tell_state),
+            RESTART: partial(self._restart, self._loop, partial(self._end, RESTART)),
+        }
+        # Blocked before the first fork, so that none is lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+        for number in range(self._state.settings.workers):
+            self._start(number)
+        self._counts.be(self._state.settings.workers)
+        with signals.handled(self._loop, handlers):
+            self._announce()
+            if interval := watchdog_interval():
+                self._show_life(interval)
+            self._loop.run()
+        self._loop.release()
+        self._log.info("ended", exit_code=self._code)
+        return self._code
 
-def _supervise(settings: Settings, opened: Sockets, counts: Tally, log: FilteringBoundLogger) -> int:
-    read_zone(settings.dns)  # what is wrong with it is said here, and not by each worker
-    watched = (*DRAINING_SIGNALS, AT_ONCE, signal.SIGCHLD, signal.SIGALRM)
-    # Blocked before the first fork, so that none is lost; sigwait takes them one by one.
-    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    alive_reader, alive_writer = os.pipe2(os.O_CLOEXEC)
-    workers: set[int] = set()
-    for number in range(settings.workers):
+    def _start(self, number: int) -> None:
+        mine, theirs = channel.pair()
         pid = os.fork()
         if pid == 0:
-            os.close(alive_writer)
-            counts.be(number)
-            mine = {place: deal(sockets, number, settings.workers) for place, sockets in opened.items()}
-            _close_others(opened, mine)
-            _work(lambda: Worker(settings, counts, log, alive_reader), settings, mine, log)
-        workers.add(pid)
-    # Kept open here, the sockets would go on accepting for workers that have ended.
-    for sockets in opened.values():
-        for sock in sockets:
-            sock.close()
-    os.close(alive_reader)
-    _announce(log)
-    try:
-        return _watch(workers, watched, log)
-    finally:
-        os.close(alive_writer)
+            mine.close()
+            for other in self._workers.values():
+                other.close()
+            self._work(number, theirs)
+        theirs.close()
+        self._workers[pid] = mine
 
+    def _work(self, number: int, supervisor: socket.socket) -> NoReturn:
+        """The life of a forked worker; never returns into the supervisor's code."""
+        code, log = 1, self._log
+        try:
+            self._loop.release()
+            share = self._state.share(number)
+            for place, sockets in self._state.sockets.items():
+                for sock in sockets:
+                    if sock not in share[place]:
+                        sock.close()
+            os.environ.pop("NOTIFY_SOCKET", None)
+            self._counts.be(number)
+            worker = Worker(self._state.settings, self._counts, log, supervisor)
+            worker.use(Running(self._state.settings, share, self._state.slots))
+            worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)})
+            code = 0
+        except Exception:
+            log.exception("a worker failed", pid=os.getpid())
+        finally:
+            os._exit(code)
 
-def _work(make: Callable[[], Worker], settings: Settings, mine: Sockets, log: FilteringBoundLogger) -> NoReturn:
-    """The life of a forked worker; never returns into the supervisor's code."""
-    code = 1
-    try:
-        os.environ.pop("NOTIFY_SOCKET", None)
-        worker = make()
-        worker.use(settings, mine)
-        worker.run()
-        code = 0
-    except Exception:
-        log.exception("a worker failed", pid=os.getpid())
-    finally:
-        os._exit(code)
+    def _show_life(self, interval: float) -> None:
+        notify("WATCHDOG=1")
+        self._loop.later(interval, partial(self._show_life, interval))
 
+    def _tell_state(self, running: Running, added: Sockets) -> None:
+        """Send the workers a state. The sockets of this process are only kept, for restarts and further workers."""
+        for number, worker in enumerate(self._workers.values()):
+            share = {place: deal(sockets, number, running.settings.workers) for place, sockets in added.items()}
+            channel.send(worker, running, share)
+        for place in self._state.sockets.keys() - running.sockets.keys():
+            _close(self._state.sockets[place])
 
-def _close_others(opened: Sockets, mine: Sockets) -> None:
-    for place, sockets in opened.items():
-        for sock in sockets:
-            if sock not in mine[place]:
-                sock.close()
-
-
-def _watch(workers: set[int], watched: tuple[signal.Signals, ...], log: FilteringBoundLogger) -> int:
-    """Pass signals on until the last worker has ended. One that ends unasked takes the others with it."""
-    code = 0
-    ending = False
-    # Not sigtimedwait: after SIGSTOP and SIGCONT, CPython 3.11 hands back a signal that never came.
-    if interval := watchdog_interval():
-        signal.setitimer(signal.ITIMER_REAL, interval, interval)
-    while workers:
-        number = signal.sigwait(watched)
-        if number == signal.SIGALRM:
-            notify("WATCHDOG=1")
-            continue
-        if number != signal.SIGCHLD:
+    def _end(self, number: int) -> None:
+        """Pass a signal on; a second one ends the workers at once."""
+        if number != RESTART:
             notify("STOPPING=1")
-            _tell(workers, AT_ONCE if ending else number)
-            ending = True
-            continue
-        for pid, status in _ended(workers):
-            workers.discard(pid)
-            if status or not ending:
-                code = 1
-                log.error("a worker has died", pid=pid, status=status)
-            if not ending:
-                ending = True
-                _tell(workers, AT_ONCE)
-    log.info("ended", exit_code=code)
-    return code
+        # Kept open here, the sockets would go on accepting for workers that have ended.
+        for sockets in self._state.sockets.values():
+            _close(sockets)
+        for pid in self._workers:
+            os.kill(pid, AT_ONCE if self._ending and number in DRAINING_SIGNALS else number)
+        self._ending = True
+
+    def _bury(self) -> None:
+        """Workers have ended. One that ends unasked takes the others with it."""
+        for pid in tuple(self._workers):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if not found:
+                continue
+            self._workers.pop(pid).close()
+            if status or not self._ending:
+                self._code = 1
+                self._log.error("a worker has died", pid=pid, status=os.waitstatus_to_exitcode(status))
+            if not self._ending:
+                self._ending = True
+                for other in self._workers:
+                    os.kill(other, AT_ONCE)
+        if not self._workers:
+            self._loop.stop()
 
 
-def _tell(workers: set[int], number: int) -> None:
-    for pid in workers:
-        os.kill(pid, number)
-
-
-def _ended(workers: set[int]) -> list[tuple[int, int]]:
-    """The workers that have ended, each with its exit code (negative: the signal that killed it)."""
-    ended = []
-    for pid in workers:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            ended.append((pid, os.waitstatus_to_exitcode(status)))
-    return ended
+def _close(sockets: list[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()

@@ -18,19 +18,22 @@ REFUSED = {refusal: number for number, refusal in enumerate(Refusal, RECEIVED + 
 WIDTH = RECEIVED + 1 + len(Ending) + len(Refusal)
 WORKER = MAX_LISTENERS
 """The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
-PAUSES, FIRST_FREE = ACCEPTED, RECEIVED + 1
-"""In the slot `WORKER`: how often accepting was paused; the first of those that others may use."""
+PAUSES, RELOADS, FAILED_RELOADS, DNS = ACCEPTED, SENT, RECEIVED, RECEIVED + 1
+"""In the slot `WORKER`: pauses of accepting, configurations taken into use and refused, the first counter of DNS."""
 
 _BUCKETS = 1 << 18
 _ROW = (MAX_LISTENERS + 1) * WIDTH
 
 
 class Tally:
-    """Counters by listener, and the connections of each source. Made before the workers are forked."""
+    """Counters by listener, and the connections of each source. Made before the workers are forked.
+
+    There is a row more than workers, for the supervisor.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._numbers = memoryview(mmap.mmap(-1, workers * _ROW * 8)).cast("Q")
+        self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
         self._sources: dict[tuple[int, str], int] = {}
         self._base = 0

@@ -37,7 +37,7 @@ _UNKNOWN = Destination("0.0.0.0", 0)
 class Guest:
     """A client that was accepted: who it is, where it wanted to go, and when it came."""
 
-    __slots__ = ("counted", "destination", "header", "peer", "route", "since", "socket")
+    __slots__ = ("counted", "destination", "header", "moved", "peer", "route", "since", "socket")
 
     def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
         self.socket = sock
@@ -47,6 +47,8 @@ class Guest:
         self.since = time.monotonic()
         self.header: Header | None = None
         """What it began with, where the PROXY protocol is spoken."""
+        self.moved = (0, 0)
+        """Bytes to the upstream and to the client that have been counted."""
         self.counted: str | None = None
         """The source under which it is counted, if its connections are limited."""
 
@@ -66,7 +68,7 @@ class TcpRelay:
         self._dialling: dict[float, Deadlines[Dialling]] = {}
         self._greeting: dict[float, Deadlines[Greeting]] = {}
         self._greetings: set[Greeting] = set()
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, Guest] = {}
         self._checking = False
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
         self.acceptor.paused = partial(counts.add, tally.WORKER, tally.PAUSES)
@@ -166,7 +168,7 @@ class TcpRelay:
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
         plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed, _header(guest))
         connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
-        self._connections.add(connection)
+        self._connections[connection] = guest
         if guest.counted is not None:
             self._counts.enter(guest.route.slot, guest.counted)
         try:
@@ -199,18 +201,28 @@ class TcpRelay:
 
     def _on_end(self, guest: Guest, connection: Connection) -> None:
         slot = guest.route.slot
-        sent, received = connection.moved
-        self._counts.add(slot, tally.SENT, sent)
-        self._counts.add(slot, tally.RECEIVED, received)
+        self._count_bytes(guest, connection)
         self._counts.add(slot, tally.ENDED[connection.ending])
         if guest.counted is not None:
             self._counts.leave(slot, guest.counted)
         if self._access_log:
             error = connection.error.strerror if connection.error else None
             upstream = str(connection.upstream)
-            self._write(guest, str(connection.ending), upstream=upstream, moved=(sent, received), error=error)
-        self._connections.discard(connection)
+            self._write(guest, str(connection.ending), upstream=upstream, error=error)
+        del self._connections[connection]
         self._left(guest)
+
+    def count_bytes(self) -> None:
+        """Count what has moved on the connections that exist."""
+        for connection, guest in self._connections.items():
+            self._count_bytes(guest, connection)
+
+    def _count_bytes(self, guest: Guest, connection: Connection) -> None:
+        moved = connection.moved
+        if moved != guest.moved:
+            self._counts.add(guest.route.slot, tally.SENT, moved[0] - guest.moved[0])
+            self._counts.add(guest.route.slot, tally.RECEIVED, moved[1] - guest.moved[1])
+            guest.moved = moved
 
     def _left(self, guest: Guest) -> None:
         self._counts.add(guest.route.slot, tally.ACTIVE, -1)
@@ -224,7 +236,6 @@ class TcpRelay:
         reason: str,
         *,
         upstream: str | None,
-        moved: tuple[int, int] = (0, 0),
         error: str | None = None,
     ) -> None:
         """A line of the access log."""
@@ -235,8 +246,8 @@ class TcpRelay:
             client=str(guest.peer),
             destination=str(guest.destination),
             upstream=upstream,
-            sent=moved[0],
-            received=moved[1],
+            sent=guest.moved[0],
+            received=guest.moved[1],
             seconds=round(time.monotonic() - guest.since, 6),
             reason=reason,
             error=error,

@@ -6,23 +6,28 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from select import EPOLLIN
 from typing import TYPE_CHECKING
 
-from agent.relay import routes, sock_diag
+from agent.errors import TpctlError
+from agent.relay import routes, signals, sock_diag, tally
+from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
 from agent.relay.dialling import Exchange, Link
 from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
 from agent.relay.loop import Loop
+from agent.relay.metrics import DNS_COUNTERS, render
+from agent.relay.metrics_server import MetricsServer
 from agent.relay.notify import notify, watchdog_interval
 from agent.relay.pump import BUFFER_SIZE, PipePool
 from agent.relay.route import Route, Surroundings
+from agent.relay.running import Running
 from agent.relay.settings import ListenerSettings, Role, Settings
-from agent.relay.sockets import Place, wanted
+from agent.relay.sockets import wanted
 from agent.relay.tally import Tally
 from agent.relay.tcp import TcpRelay
 
@@ -31,7 +36,8 @@ if TYPE_CHECKING:
 
 DRAINING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AT_ONCE = signal.SIGQUIT
-_SIGNALS = (*DRAINING_SIGNALS, AT_ONCE)
+ENDING_SIGNALS = (*DRAINING_SIGNALS, AT_ONCE)
+_PUBLISH_SECONDS = 2.0
 _ENDED = OSError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
 
 
@@ -39,83 +45,119 @@ class Worker:
     """Serves a share of the sockets until it is told to end.
 
     SIGTERM and SIGINT drain: nothing new is accepted, and what runs may end by itself for `drain_seconds`. SIGQUIT
-    ends everything at once, and so does the end of the supervisor, whose pipe `supervisor` is. A second SIGTERM or
+    ends everything at once, and so does the end of the supervisor, whose channel `supervisor` is. A second SIGTERM or
     SIGINT does so only without a supervisor: a terminal or service manager signals every process, so that a worker
     gets one of its own beside the supervisor's.
     """
 
     def __init__(
-        self, settings: Settings, counts: Tally, log: FilteringBoundLogger, supervisor: int | None = None
+        self, settings: Settings, counts: Tally, log: FilteringBoundLogger, supervisor: socket.socket | None = None
     ) -> None:
-        self._settings = settings
+        self._running: Running | None = None
         self._log = log
         self._complaints = Complaints(log)
-        self._loop = Loop()
+        self.loop = Loop()
         self._pool = PipePool()
         self._draining = False
         self._supervised = supervisor is not None
         self._guard = SelfDialGuard(frozenset(), routes.is_local)
         own_dials: set[Link] = set()
-        exchange = Exchange(self._loop, own_dials, self._missing_source, sock_diag.serves_every_address)
+        exchange = Exchange(self.loop, own_dials, self._missing_source, sock_diag.serves_every_address)
         context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
         self._tcp = TcpRelay(context, counts, log)
-        self._dns = DnsServer(self._loop, settings.dns, self._guard, log)
+        self._counts = counts
+        self._metrics = MetricsServer(self.loop, self._complaints, self._figures)
+        self._publishing = False
+        self._dns = DnsServer(self.loop, settings.dns, self._guard, log)
         self._surroundings = Surroundings(self._guard, own_dials, self._dns.upstreams, routes.is_local)
-        self._sockets: dict[Place, Sequence[socket.socket]] = {}
+        self._sockets: dict[socket.socket, Role] = {}
         if supervisor is not None:
-            self._loop.watch(supervisor, EPOLLIN, lambda _mask: self._end("the supervisor has gone"))
+            supervisor.setblocking(False)
+            self.loop.watch(supervisor.fileno(), EPOLLIN, partial(self._on_supervisor, supervisor))
 
-    def use(self, settings: Settings, sockets: Mapping[Place, Sequence[socket.socket]]) -> None:
+    def use(self, running: Running) -> None:
         """Serve these sockets by these settings; connections that exist go on as they began."""
-        self._settings = settings
-        self._guard.watch(listener.listen for listener in settings.listeners)
+        settings = running.settings
+        self._guard.watch(listener.listen for listener in settings.served)
         self._dns.use(settings.dns)
-        streams = [listener for listener in settings.listeners if listener.role is not Role.DNS]
-        self._tcp.use(
-            {listener.name: Route(listener, slot, self._surroundings) for slot, listener in enumerate(streams)},
-            settings.limits,
-            access_log=settings.access_log,
-        )
+        streams = [one for one in settings.listeners if one.role is not Role.DNS]
+        routes = {one.name: Route(one, running.slots[one.name], self._surroundings) for one in streams}
+        self._tcp.use(routes, settings.limits, access_log=settings.access_log)
+        sockets: dict[socket.socket, Role] = {}
         for listener, place in wanted(settings):
-            for sock in sockets[place]:
+            for sock in running.sockets[place]:
+                sockets[sock] = listener.role
                 self._listen(listener, sock)
-        self._sockets = dict(sockets)
+        for sock, role in self._sockets.items():
+            if sock not in sockets:
+                self._leave(role, sock)
+        self._sockets = sockets
+        self._running = running
 
     def _listen(self, listener: ListenerSettings, sock: socket.socket) -> None:
         if listener.role is Role.DNS:
             self._dns.listen(sock, listener.access.admits)
+        elif listener.role is Role.METRICS:
+            self._metrics.listen(sock)
+            if not self._publishing:
+                self._publish()
         else:
             self._tcp.acceptor.listen(sock, listener.name)
 
+    def _leave(self, role: Role, sock: socket.socket) -> None:
+        if role is Role.DNS:
+            self._dns.leave(sock)
+        elif role is Role.METRICS:
+            self._metrics.leave(sock)
+        else:
+            self._tcp.acceptor.leave(sock)
+
     def run(self, handlers: Mapping[int, Callable[[], None]] | None = None) -> None:
         """Serve; returns when everything has ended. `handlers` are for further signals, by their number."""
-        handlers = handlers or {}
-        reader, writer = socket.socketpair()
-        reader.setblocking(False)
-        writer.setblocking(False)
-        self._loop.watch(reader.fileno(), EPOLLIN, partial(self._on_signals, reader, handlers))
-        # The handlers do nothing: a signal may come between any two instructions, so the loop reads it from the
-        # socket when it is ready for it.
-        for number in (*_SIGNALS, *handlers):
-            signal.signal(number, lambda _number, _frame: None)
-        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_SIGNALS, *handlers))
+        own = {number: partial(self._on_ending_signal, number) for number in ENDING_SIGNALS}
         interval = None if self._supervised else watchdog_interval()
         if interval:
             self._show_life(interval)
         try:
-            self._loop.run()
+            with signals.handled(self.loop, own | dict(handlers or {})):
+                self.loop.run()
         finally:
-            signal.set_wakeup_fd(previous)
-            self._loop.release()
+            self.loop.release()
             self._pool.close()
-            reader.close()
-            writer.close()
+
+    def _figures(self) -> str:
+        assert self._running is not None
+        self._tell_figures()
+        return render(self._counts, self._running.slots, self._running.settings.workers)
+
+    def _publish(self) -> None:
+        """Bring the counters that all workers share up to date, again and again, once somebody wants to read them."""
+        self._publishing = True
+        self._tell_figures()
+        self.loop.later(_PUBLISH_SECONDS, self._publish)
+
+    def _tell_figures(self) -> None:
+        self._tcp.count_bytes()
+        for number, name in enumerate(DNS_COUNTERS):
+            self._counts.put(tally.WORKER, tally.DNS + number, getattr(self._dns.counters, name))
+
+    def _on_supervisor(self, channel: socket.socket, _mask: int) -> None:
+        """Another state, or the supervisor's end."""
+        assert self._running is not None
+        running = receive(channel, self._running.sockets)
+        if running is None:
+            self.loop.forget(channel.fileno())
+            self._end("the supervisor has gone")
+            return
+        try:
+            self.use(running)
+        except TpctlError as error:  # the supervisor has checked it; a file may have changed since
+            self._log.error("a worker keeps its old configuration", pid=os.getpid(), reason=str(error))
 
     def _show_life(self, interval: float) -> None:
         """Tell the watchdog that the loop turns, again and again."""
         notify("WATCHDOG=1")
-        self._loop.later(interval, partial(self._show_life, interval))
+        self.loop.later(interval, partial(self._show_life, interval))
 
     def _missing_source(self, source: str) -> None:
         self._complaints.warn(
@@ -125,43 +167,49 @@ class Worker:
             pid=os.getpid(),
         )
 
-    def _on_signals(self, reader: socket.socket, handlers: Mapping[int, Callable[[], None]], _mask: int) -> None:
-        for number in reader.recv(4096):
-            name = signal.Signals(number).name
-            if number in handlers:
-                handlers[number]()
-            elif number == AT_ONCE:
-                self._end(name)
-            elif number in DRAINING_SIGNALS and not self._draining:
-                self.drain(name)
-            elif number in DRAINING_SIGNALS and not self._supervised:
-                self._end(f"a second signal, {name}")
+    def _on_ending_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == AT_ONCE:
+            self._end(name)
+        elif not self._draining:
+            notify("STOPPING=1")
+            self.drain(name)
+        elif not self._supervised:
+            self._end(f"a second signal, {name}")
 
-    def drain(self, why: str) -> None:
-        """Accept nothing new, and end with the last connection or when the drain timeout has passed."""
+    def drain(self, why: str, *, handed_over: bool = False) -> None:
+        """Accept nothing new, and end with the last connection or when the drain timeout has passed.
+
+        What waits in the sockets is accepted first, unless they are `handed_over` to another process.
+        """
+        assert self._running is not None
+        drain_seconds = self._running.settings.drain_seconds
         self._draining = True
-        notify("STOPPING=1")
-        self._tcp.acceptor.drain()
-        self._dns.drain(self._stop_when_idle)
+        self._metrics.stop()
+        if handed_over:
+            self._tcp.acceptor.stop()
+        else:
+            self._tcp.acceptor.drain()
+        self._dns.drain(self._stop_when_idle, leave_waiting=handed_over)
         self._log.info(
             "draining",
             reason=why,
             connections=self._tcp.busy,
             queries=self._dns.busy,
-            seconds=self._settings.drain_seconds,
+            seconds=drain_seconds,
         )
         self._tcp.idle = self._stop_when_idle
-        self._loop.later(self._settings.drain_seconds, lambda: self._end("the drain timeout has passed"))
+        self.loop.later(drain_seconds, lambda: self._end("the drain timeout has passed"))
         self._stop_when_idle()
 
     def _stop_when_idle(self) -> None:
         if not self._tcp.busy and not self._dns.busy:
-            self._loop.stop()
+            self.loop.stop()
 
     def _end(self, why: str) -> None:
         if self._tcp.busy or self._dns.busy:
             self._log.warning("ending what still runs", reason=why, connections=self._tcp.busy, queries=self._dns.busy)
-        self._loop.stop()
+        self.loop.stop()
         self._tcp.acceptor.drain()
         self._tcp.reset(_ENDED)
         self._dns.reset()

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -182,6 +183,14 @@ def digest_service(size: int) -> Callable[[socket.socket, Any], None]:
         client.sendall(read_digest(client) + pattern(size))
 
     return serve
+
+
+@contextlib.contextmanager
+def public_directory() -> Iterator[Path]:
+    """A directory that the relay's user may read, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="tpctl-relay-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 def pattern(size: int) -> bytes:

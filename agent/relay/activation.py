@@ -1,0 +1,98 @@
+"""Listening sockets that somebody else has opened: systemd's socket units and descriptor store, or a predecessor.
+
+The protocol is that of sd_listen_fds(3): descriptors from 3 on, their number in LISTEN_FDS, their names in
+LISTEN_FDNAMES, meant for the process in LISTEN_PID.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from agent.relay.listen import show
+from agent.relay.original_destination import from_socket_name
+from agent.relay.settings import Settings
+from agent.relay.sockets import Place, Sockets, wanted
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+FIRST = 3
+"""SD_LISTEN_FDS_START."""
+VARIABLES = ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID")
+MAX_NAME = 255
+"""sd_pid_notify_with_fds(3), FDNAME=."""
+
+
+class Inherited(NamedTuple):
+    """A socket and what it was called."""
+
+    name: str
+    socket: socket.socket
+
+
+def count(environ: Mapping[str, str], pid: int) -> int:
+    """How many descriptors a process was given."""
+    number = environ.get("LISTEN_FDS", "")
+    if environ.get("LISTEN_PID") != str(pid) or not number.isdecimal():
+        return 0
+    return int(number)
+
+
+def inherited() -> list[Inherited]:
+    """The sockets this process was given. They are not passed on to others, and asked for once only."""
+    number, names = count(os.environ, os.getpid()), os.environ.get("LISTEN_FDNAMES", "").split(":")
+    for variable in VARIABLES:
+        os.environ.pop(variable, None)
+    found = []
+    for at in range(number):
+        os.set_inheritable(FIRST + at, False)
+        name = names[at] if at < len(names) else ""
+        try:
+            found.append(Inherited(name, socket.socket(fileno=FIRST + at)))
+        except OSError:  # no socket at all
+            os.close(FIRST + at)
+    return found
+
+
+def match(settings: Settings, given: Iterable[Inherited], log: FilteringBoundLogger) -> Sockets:
+    """The sockets by the place they serve: the one they are bound to, or else that of the listener of their name.
+
+    With systemd, where a listener listens is said in the socket unit. What belongs to no listener is closed.
+    """
+    places = {place: listener.name for listener, place in wanted(settings)}
+    found: Sockets = {}
+    for one in given:
+        own = Place(_address(one.socket), one.socket.type)
+        named = [place for place, name in places.items() if name == one.name and place.kind == own.kind]
+        place = own if own in places else named[0] if named else None
+        if place is None:
+            log.warning("a socket that was handed over belongs to no listener", name=one.name, address=own.address)
+            one.socket.close()
+        else:
+            found.setdefault(place, []).append(one.socket)
+    return found
+
+
+def _address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if isinstance(name, tuple):
+        return show(from_socket_name(name[:2] if sock.family == socket.AF_INET else name))
+    return f"unix:{name}"
+
+
+def names_of(settings: Settings, sockets: Sockets) -> list[Inherited]:
+    """Every socket with the name of its listener, to be handed over."""
+    return [
+        Inherited(listener.name[:MAX_NAME], sock)
+        for listener, place in wanted(settings)
+        for sock in sockets.get(place, ())
+    ]
+
+
+def environment(given: Sequence[Inherited], pid: int) -> dict[str, str]:
+    """The variables with which a process is told of its sockets."""
+    names = ":".join(one.name for one in given)
+    return {"LISTEN_FDS": str(len(given)), "LISTEN_FDNAMES": names, "LISTEN_PID": str(pid)}

@@ -1,0 +1,46 @@
+"""How a supervisor tells its workers of another state: the state in a memory file, the new sockets as descriptors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+
+from agent.relay.running import Running
+from agent.relay.sockets import Sockets, wanted
+
+_MAX_SOCKETS = 253
+"""SCM_MAX_FD (net/scm.h)."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The supervisor's end and the worker's. A worker sees the end of a supervisor as the end of the channel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, running: Running, added: Sockets) -> None:
+    """Tell a worker of a state; `added` are its sockets that the worker does not have yet."""
+    order = [(place, len(sockets)) for place, sockets in added.items()]
+    memory = os.memfd_create("tpctl-relay", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(memory), "wb") as file:
+            pickle.dump((running.settings, running.slots, order), file)
+        descriptors = [sock.fileno() for sockets in added.values() for sock in sockets]
+        socket.send_fds(channel, [b"!"], [memory, *descriptors])
+    finally:
+        os.close(memory)
+
+
+def receive(channel: socket.socket, known: Sockets) -> Running | None:
+    """The state that was sent, of which the worker has some sockets already; None when the supervisor has gone."""
+    message, descriptors, _flags, _address = socket.recv_fds(channel, 1, _MAX_SOCKETS)
+    if not message:
+        return None
+    with os.fdopen(descriptors[0], "rb") as file:
+        file.seek(0)
+        settings, slots, order = pickle.load(file)  # noqa: S301 - from the process that has forked this one
+    left = iter(descriptors[1:])
+    sockets = {place: known[place] for _listener, place in wanted(settings) if place in known}
+    for place, number in order:
+        sockets[place] = [socket.socket(fileno=next(left)) for _ in range(number)]
+    return Running(settings, sockets, slots)

@@ -1,0 +1,81 @@
+"""Starting a successor that takes the listening sockets over, so that a restart refuses and resets nothing.
+
+The sockets themselves are passed on, with the connections that wait in them. Two processes that overlap by SO_REUSEPORT
+would each have queues of their own: those of the one that ends are reset (tcp_migrate_req, off by default, aside).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from select import EPOLLIN
+
+from agent.relay.activation import FIRST, Inherited, environment
+from agent.relay.loop import Loop
+
+PREDECESSOR = "TPCTL_RELAY_PREDECESSOR"
+"""The descriptor on which a successor says that it serves."""
+_READY = b"1"
+
+
+def announce_readiness() -> None:
+    """Tell the process that started this one that it can go; nothing without one."""
+    descriptor = os.environ.pop(PREDECESSOR, "")
+    if descriptor.isdecimal():
+        with suppress(OSError):
+            os.write(int(descriptor), _READY)
+            os.close(int(descriptor))
+
+
+class Successor:
+    """A process that is being started. Calls `ended` once: with its pid when it serves, with None when it does not."""
+
+    def __init__(self, loop: Loop, sockets: Sequence[Inherited], ended: Callable[[int | None], None]) -> None:
+        self._loop = loop
+        self._ended = ended
+        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become_successor(sockets, writer)
+        os.close(writer)
+        loop.watch(self._reader, EPOLLIN, self._on_word)
+
+    def _on_word(self, _mask: int) -> None:
+        word = os.read(self._reader, 1)
+        self._loop.forget(self._reader)
+        os.close(self._reader)
+        if word == _READY:
+            self._ended(self._pid)
+            return
+        with suppress(OSError):
+            os.waitpid(self._pid, 0)
+        self._ended(None)
+
+
+def _become_successor(sockets: Sequence[Inherited], writer: int) -> None:
+    """What the forked process does; never comes back."""
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.set_wakeup_fd(-1)
+        # First out of the way of the numbers that they will have, then to these numbers.
+        above = FIRST + len(sockets) + 1
+        copies = [_copy_above(number, above) for number in (*(one.socket.fileno() for one in sockets), writer)]
+        for at, copy in enumerate(copies):
+            os.dup2(copy, FIRST + at, inheritable=True)
+        pid = os.getpid()
+        variables = {**os.environ, **environment(sockets, pid), PREDECESSOR: str(FIRST + len(sockets))}
+        if "WATCHDOG_PID" in variables:
+            variables["WATCHDOG_PID"] = str(pid)
+        os.execve(sys.executable, sys.orig_argv, variables)  # noqa: S606 - no shell is the point
+    except OSError as error:
+        os.write(2, f"{sys.executable} cannot be started: {error.strerror}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def _copy_above(number: int, lowest: int) -> int:
+    return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest)

@@ -1,0 +1,74 @@
+"""The relay's figures in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from agent.relay import tally
+from agent.relay.connection import Ending
+from agent.relay.dns_counters import DnsCounters
+from agent.relay.route import Refusal
+from agent.relay.tally import Tally
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DNS_COUNTERS = tuple(field.name for field in fields(DnsCounters))
+_PREFIX = "tpctl_relay_"
+
+_BY_LISTENER = (
+    ("connections_accepted_total", "counter", "Connections accepted.", tally.ACCEPTED, {}),
+    ("connections_active", "gauge", "Connections at this moment.", tally.ACTIVE, {}),
+    ("bytes_total", "counter", "Bytes passed on.", tally.SENT, {"to": "upstream"}),
+    ("bytes_total", "counter", "Bytes passed on.", tally.RECEIVED, {"to": "client"}),
+    *(
+        ("connections_ended_total", "counter", "Connections that ended, by reason.", tally.ENDED[ending],
+         {"reason": str(ending)})
+        for ending in Ending
+    ),
+    *(
+        ("connections_refused_total", "counter", "Connections refused, by reason.", tally.REFUSED[refusal],
+         {"reason": refusal.name.lower()})
+        for refusal in Refusal
+    ),
+)  # fmt: skip
+
+
+def render(counts: Tally, slots: Mapping[str, int], workers: int) -> str:
+    """Everything that is counted; `slots` are those of the listeners."""
+    return "\n".join((*_listeners(counts, slots), *_whole(counts, workers), ""))
+
+
+def _listeners(counts: Tally, slots: Mapping[str, int]) -> Iterator[str]:
+    rows = {name: counts.row(slot) for name, slot in slots.items()}
+    described = ""
+    for metric, kind, text, counter, labels in _BY_LISTENER:
+        if metric != described:
+            yield from _head(metric, kind, text)
+            described = metric
+        for name, row in rows.items():
+            yield _line(metric, {"listener": name, **labels}, row[counter])
+
+
+def _whole(counts: Tally, workers: int) -> Iterator[str]:
+    row = counts.row(tally.WORKER)
+    yield from _head("accept_pauses_total", "counter", "How often accepting was paused for want of room.")
+    yield _line("accept_pauses_total", {}, row[tally.PAUSES])
+    yield from _head("configuration_reloads_total", "counter", "Configurations read again, by result.")
+    yield _line("configuration_reloads_total", {"result": "used"}, row[tally.RELOADS])
+    yield _line("configuration_reloads_total", {"result": "refused"}, row[tally.FAILED_RELOADS])
+    yield from _head("workers", "gauge", "Processes that share the work.")
+    yield _line("workers", {}, workers)
+    yield from _head("dns_total", "counter", "What happened to DNS queries, by kind.")
+    for number, name in enumerate(DNS_COUNTERS):
+        yield _line("dns_total", {"kind": name}, row[tally.DNS + number])
+
+
+def _head(metric: str, kind: str, text: str) -> Iterator[str]:
+    yield f"# HELP {_PREFIX}{metric} {text}"
+    yield f"# TYPE {_PREFIX}{metric} {kind}"
+
+
+def _line(metric: str, labels: Mapping[str, str], value: int) -> str:
+    """Names of listeners are plain and reasons are our own, so nothing has to be escaped."""
+    inner = ",".join(f'{name}="{text}"' for name, text in labels.items())
+    return f"{_PREFIX}{metric}{{{inner}}} {value}" if inner else f"{_PREFIX}{metric} {value}"

@@ -230,6 +230,10 @@ class Relay:
         """What it has logged."""
         return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
 
+    def log_text(self) -> str:
+        """All that it has written."""
+        return self._log.read_text()
+
     def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
         """The first log line that begins with `event` and has these fields."""
         end = time.monotonic() + TIMEOUT

@@ -1,0 +1,172 @@
+"""Restarts under load: the listening sockets go from process to process, and nobody is refused or reset."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns import relay_net
+from tests.netns.relay_net import HOST4, PEER4, Net, Relay
+from tests.netns.test_relay_listeners import serving
+
+pytestmark = pytest.mark.root
+RESTARTS = 20
+CLIENTS = 8
+TEXT = """
+workers: {workers}
+drain_timeout: 300s
+metrics: 127.0.0.1:9902
+listeners:
+  - {{listen: "*:1101{reuseport}", direction: outbound, upstream: "{peer}:7001"}}
+  - {{listen: "127.0.0.1:1102", direction: outbound, upstream: "{peer}:7001"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    network = Net()
+    try:
+        network.create(redirect=False)
+        yield network
+    finally:
+        network.remove()
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """What the successors read when they run as the relay's user."""
+    with relay_net.public_directory() as directory:
+        yield directory
+
+
+def patient_echo(client: socket.socket, peer: object) -> None:
+    """For a connection that outlives twenty processes."""
+    client.settimeout(300)
+    relay_net.echo(client, peer)
+
+
+class Load:
+    """Clients that connect, say something, read it back and hang up, over and over."""
+
+    def __init__(self, net: Net, port: int) -> None:
+        self.results: collections.Counter[str] = collections.Counter()
+        self._net = net
+        self._address = (HOST4, port)
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._work) for _ in range(CLIENTS)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        message = os.urandom(3000)
+        with self._net.inside(self._net.host):
+            while not self._over.is_set():
+                try:
+                    with socket.create_connection(self._address, timeout=30) as client:
+                        client.sendall(message)
+                        client.shutdown(socket.SHUT_WR)
+                        self.results["right" if relay_net.read_all(client) == message else "wrong"] += 1
+                except OSError as error:
+                    self.results[type(error).__name__] += 1
+
+
+def serving_pid(running: Relay, count: int) -> int:
+    """The pid of the `count`th process that has served."""
+    end = time.monotonic() + 30
+    while len(pids := [line["pid"] for line in running.lines() if line["event"] == "ready"]) < count:
+        assert time.monotonic() < end, running.log_text()[-3000:]
+        time.sleep(0.02)
+    return int(pids[count - 1])
+
+
+@contextlib.contextmanager
+def ended_at_last(running: Relay, restarts: int) -> Iterator[None]:
+    """Successors are no children of the test."""
+    try:
+        yield
+    finally:
+        pid = serving_pid(running, restarts + 1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGQUIT)
+        end = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        running.stop(signal.SIGQUIT)
+
+
+@pytest.mark.parametrize(("workers", "reuseport"), [(1, ""), (2, " reuseport")])
+def test_restarts_under_load_lose_nothing(net: Net, tmp_path: Path, workers: int, reuseport: str) -> None:
+    path = tmp_path / "relay.yaml"
+    path.write_text(TEXT.format(workers=workers, reuseport=reuseport, peer=PEER4))
+    running = Relay(net, tmp_path, "--config", str(path))
+    with serving(net, net.peer, (PEER4, 7001), patient_echo), ended_at_last(running, RESTARTS):
+        serving_pid(running, 1)
+        with net.connect(net.host, (HOST4, 1101)) as lasting, Load(net, 1101) as load:
+            lasting.sendall(b"first")
+            assert lasting.recv(5) == b"first"
+            for number in range(1, RESTARTS + 1):
+                os.kill(serving_pid(running, number), signal.SIGUSR2)
+                serving_pid(running, number + 1)
+            time.sleep(0.3)
+            lasting.sendall(b"still")
+            assert lasting.recv(5) == b"still"  # the first process serves it, twenty later
+        assert running.process.wait(10) == 0
+    assert load.results.keys() == {"right"}, load.results
+    assert load.results["right"] > RESTARTS
+    assert not [line for line in running.lines() if line["event"].startswith("a socket that was handed over")]
+
+
+def test_a_successor_that_does_not_start_changes_nothing(net: Net, tmp_path: Path) -> None:
+    path = tmp_path / "relay.yaml"
+    text = TEXT.format(workers=2, reuseport="", peer=PEER4)
+    path.write_text(text)
+    running = Relay(net, tmp_path, "--config", str(path))
+    with serving(net, net.peer, (PEER4, 7001), patient_echo), ended_at_last(running, 1):
+        pid = serving_pid(running, 1)
+        path.write_text(text.replace("outbound", "sideways"))
+        with Load(net, 1101) as load:
+            os.kill(pid, signal.SIGUSR2)
+            running.wait_for("the restart has failed, this process goes on")
+            path.write_text(text.replace("workers: 2", "workers: 3"))  # which takes a restart
+            os.kill(pid, signal.SIGUSR2)
+            successor = serving_pid(running, 2)
+            time.sleep(0.3)
+        children = Path(f"/proc/{successor}/task/{successor}/children").read_text().split()
+        assert len(children) == 3
+        assert load.results.keys() == {"right"}
+
+
+def test_systemd_learns_who_the_successor_is(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-restart-{os.getpid()}")
+    monkeypatch.setenv("WATCHDOG_USEC", "60000000")
+    path = tmp_path / "relay.yaml"
+    path.write_text(TEXT.format(workers=1, reuseport="", peer=PEER4))
+    with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0tpctl-restart-{os.getpid()}")
+        manager.settimeout(relay_net.TIMEOUT)
+        running = Relay(net, tmp_path, "--config", str(path))
+        with ended_at_last(running, 1):
+            os.kill(serving_pid(running, 1), signal.SIGUSR2)
+            successor = serving_pid(running, 2)
+            running.process.wait(10)
+            said = [manager.recv(1000) for _ in range(5)]
+    assert said[:2] == [b"READY=1", b"WATCHDOG=1"]
+    assert sorted(said[2:]) == sorted([b"READY=1", f"MAINPID={successor}".encode(), b"WATCHDOG=1"])
+    assert b"STOPPING=1" not in said

@@ -151,6 +151,7 @@ def carry_out(
 ) -> InstallReport:
     """Install what `record` says in place of `previous`, all or nothing. To be called under the lock."""
     policy = record.policy
+    older = _older(engine, record, previous)
     in_file = in_step.change(record, previous)
     state.save(dataclasses.replace(record, phase=state.INSTALLING))
     added = False
@@ -169,10 +170,15 @@ def carry_out(
     if in_file:
         in_file.carry_out()
     state.save(dataclasses.replace(record, phase=state.INSTALLED))
-    older = previous is not None and previous.version != record.version
-    upgraded = (f"what tpctl {previous.version} installed",) if previous and older else ()
+    upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *replaced)
     return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices))
+
+
+def _older(engine: Engine[Any], record: state.State, previous: state.State | None) -> str | None:
+    """The other version of tpctl that installed what stands there now: by the record, or else by the rules."""
+    found = previous.version if previous else engine.inspect(None).version
+    return found if found != record.version else None
 
 
 def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:

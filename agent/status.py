@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import agent
 from agent import confirm, draining, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
@@ -144,7 +145,13 @@ def _problems(record: state.State | None, inspection: Inspection, ports: Iterabl
     if record and not inspection.installed:
         yield "tpctl is on record, but the kernel holds none of its rules; `tpctl apply` brings them back"
     if inspection.installed and not record:
-        yield "rules of tpctl are installed, but there is no record of the policy; run `tpctl install` again"
+        by = f" {inspection.version}" if inspection.version else ""
+        yield f"rules of tpctl{by} are installed, but there is no record of the policy; run `tpctl install` again"
+    elif inspection.version and inspection.version != agent.__version__:
+        yield (
+            f"tpctl {inspection.version} installed the rules, and this is tpctl {agent.__version__}: `tpctl apply` "
+            "replaces them without a gap"
+        )
     if inspection.drift:
         yield "the kernel's rules differ from the plan: see drift; `tpctl apply` puts them right"
     yield from (port.problem for port in ports if port.problem)

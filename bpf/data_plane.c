@@ -5,26 +5,44 @@ static __always_inline int is_zero(struct address *address) {
   return !address->word[0] && !address->word[1] && !address->word[2] && !address->word[3];
 }
 
-/* The SYN is about to leave: now the client's port is known. */
+static __always_inline int is_data_planes(struct settings *set, u32 port) {
+  return port == set->outbound_port || port == set->inbound_port || port == set->dns_port;
+}
+
+/* The SYN is about to leave: now the client's port is known. A connection that dials the data plane itself may have the
+ * port of one that was refused, whose entry is still there and must not speak for it. */
 static __always_inline void departs(struct bpf_sock_ops *ctx) {
   struct bpf_sock *sk = ctx->sk;
-  if (!sk)
+  int zero = 0;
+  struct settings *set = settings.lookup(&zero);
+  u32 port;
+  LOAD(port, ctx->remote_port);
+  port = ntohl(port);
+  if (!sk || !set)
     return;
   struct asked *kept = asked.sk_storage_get(sk, 0, 0);
-  if (!kept || kept->role != ROLE_CLIENT)
+  int redirected = kept && kept->role == ROLE_CLIENT;
+  if (!redirected && !is_data_planes(set, port))
     return;
-  struct in_flight_key key = {};
+  struct in_flight_key key = {.netns = netns_of(address_of(sk)), .port = port};
+  u32 local4;
+  LOAD(local4, ctx->local_ip4);
+  struct address remote = {};
+  LOAD(remote.word[0], ctx->remote_ip6[0]);
+  LOAD(remote.word[1], ctx->remote_ip6[1]);
+  LOAD(remote.word[2], ctx->remote_ip6[2]);
   LOAD(key.client.word[0], ctx->local_ip6[0]);
   LOAD(key.client.word[1], ctx->local_ip6[1]);
   LOAD(key.client.word[2], ctx->local_ip6[2]);
   LOAD(key.client.word[3], ctx->local_ip6[3]);
-  u32 local4;
-  LOAD(local4, ctx->local_ip4);
-  if (!kept->address.word[0] && !kept->address.word[1] && kept->address.word[2] == MAPPED)
-    map4(&key.client, local4); /* the socket may be of IPv6 all the same */
-  key.netns = netns_of(address_of(sk));
+  /* A socket of IPv6 may go to an address of IPv4. */
+  if (ctx->family == AF_INET || (!remote.word[0] && !remote.word[1] && remote.word[2] == MAPPED))
+    map4(&key.client, local4);
   key.client_port = ctx->local_port;
-  key.port = ntohl(ctx->remote_port);
+  if (!kept || !redirected) {
+    in_flight.delete(&key);
+    return;
+  }
   struct asked value = *kept;
   value.role = ROLE_SERVER;
   in_flight.update(&key, &value);
@@ -35,7 +53,7 @@ static __always_inline void arrives(struct bpf_sock_ops *ctx) {
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
   u32 port = ctx->local_port;
-  if (!set || (port != set->outbound_port && port != set->inbound_port && port != set->dns_port))
+  if (!set || !is_data_planes(set, port))
     return;
   struct bpf_sock *sk = ctx->sk;
   if (!sk)

@@ -55,7 +55,7 @@ struct settings {
   u16 inbound_port;
   u16 outbound_port;
   u16 dns_port;
-  u16 unused;
+  u16 version; /* of tpctl; for people */
 };
 
 enum {

@@ -5,10 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from agent import state
 from tests.netns.lab import TOUCHED
+
+# How long an example takes says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("tpctl", deadline=None)
+hypothesis.settings.load_profile("tpctl")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,7 @@ def _document(report: Report) -> dict[str, Any]:
         "families": list(found.families),
         "since": record.installed_at if record else None,
         "version": record.version if record else None,
+        "rulesVersion": found.version,
         "phase": record.phase if record else None,
         "policy": to_document(record.policy) if record else None,
         "draining": report.draining,

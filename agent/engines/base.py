@@ -5,10 +5,12 @@ An engine never decides anything: it carries out a `Policy` so that the kernel a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import agent
 from agent.policy import Policy
 
 
@@ -34,6 +36,17 @@ class Figure:
     most: int | None = None
 
 
+SIGNATURE = f"(tpctl {agent.__version__})"
+"""What one rule's comment ends with, in every installation that has comments: who made it is known without a record."""
+_SIGNATURE = re.compile(r"\(tpctl (\S+)\)$")
+
+
+def signed_by(counters: Iterable[RuleCounter]) -> str | None:
+    """The version of tpctl that made the rules, where they tell."""
+    found = (_SIGNATURE.search(counter.rule) for counter in counters)
+    return next((each[1] for each in found if each), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What the kernel holds, compared with a plan."""
@@ -49,6 +62,8 @@ class Inspection:
     foreign: tuple[str, ...] = ()
     """Installations of other tools (kumactl) found, in words."""
     figures: tuple[Figure, ...] = ()
+    version: str | None = None
+    """The tpctl that installed it, as far as what is installed tells."""
 
 
 @dataclass(frozen=True, slots=True)

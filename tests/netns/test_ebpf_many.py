@@ -204,7 +204,6 @@ def test_connections_that_nobody_accepts_fill_a_map_and_misdirect_nothing(scene:
     assert counts["in_flight"] <= IN_FLIGHT
 
 
-@pytest.mark.xfail(strict=False, reason="departs() in bpf/data_plane.c leaves such an entry where it is")
 def test_an_entry_of_a_refused_connection_speaks_for_no_other(scene: Scene) -> None:
     """Somebody dials the data plane itself, from the port that a refused connection had."""
     with scene.lab.inside(HOST, APP), socket.socket() as first:

@@ -284,3 +284,27 @@ def test_what_an_older_version_installed_is_reported_and_replaced(lab: Lab, engi
         assert status()["problems"] == []
         assert "unchanged" in tpctl(*INSTALL, *engine).stdout
         tpctl("uninstall")
+
+
+RULES = {
+    "nftables": ("nft list table inet tpctl", "(echo delete table inet tpctl; cat) | nft -f -"),
+    "nft": ("iptables-nft-save -t nat", "iptables-nft-restore"),
+    "legacy": ("iptables-legacy-save -t nat", "iptables-legacy-restore"),
+}
+
+
+@pytest.mark.parametrize("made_by", list(RULES))
+def test_rules_tell_which_version_made_them(lab: Lab, made_by: str) -> None:
+    chosen = ("--engine", "nftables") if made_by == "nftables" else ("--iptables-mode", made_by)
+    flags = (*INSTALL, *chosen, "--ip-family-mode", "ipv4")
+    show, put = RULES[made_by]
+    with lab.inside(HOST):
+        tpctl(*flags)
+        assert status()["rulesVersion"] == agent.__version__
+        run(["sh", "-ec", f"{show} | sed 's/(tpctl {agent.__version__})/(tpctl 0.0.9)/' | ({put})"])
+        assert any("tpctl 0.0.9 installed the rules" in problem for problem in status()["problems"])
+        state.clear()
+        assert any("rules of tpctl 0.0.9 are installed" in problem for problem in status()["problems"])
+        assert "what tpctl 0.0.9 installed" in tpctl(*flags).stdout
+        assert (status()["rulesVersion"], status()["problems"]) == (agent.__version__, [])
+        tpctl("uninstall")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.engine_options import EngineOptions
+from agent.engines.base import SIGNATURE
 from agent.engines.nftables import drain, nft, probe, scratch
 from agent.engines.nftables.engine import NftablesEngine, load
 from agent.engines.nftables.nft import LibraryNft, Nft, NftError, ProgramNft
@@ -130,7 +131,7 @@ def test_invalid_packets_are_dropped_only_in_the_families_of_the_policy() -> Non
         with lab.inside(HOST):
             counted = {counter.rule: counter.packets for counter in engine.inspect(None).counters}
     assert counted["tpctl/i1: invalid packets are dropped"] == 1
-    assert counted["tpctl/i0: new connections to this host"] == 0
+    assert counted[f"tpctl/i0: new connections to this host {SIGNATURE}"] == 0
 
 
 def test_the_program_is_used_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, summarize_address_range
 
+import agent
 from agent.errors import InputError
 from agent.policy import (
     DNS_PORT,
@@ -48,18 +49,31 @@ class Settings:
     inbound_port: int
     outbound_port: int
     dns_port: int
+    version: str = agent.__version__
+    """The tpctl that wrote them."""
 
     def pack(self, netns: int) -> bytes:
         """The map's one value; `netns` is what the kernel knows the network namespace by."""
         flags = sum(1 << number for number, name in enumerate(_FLAGS) if name in self.flags)
-        return _SETTINGS.pack(netns, self.proxy_uid, flags, self.inbound_port, self.outbound_port, self.dns_port, 0)
+        ports = (self.inbound_port, self.outbound_port, self.dns_port)
+        return _SETTINGS.pack(netns, self.proxy_uid, flags, *ports, _packed_version(self.version))
 
     @classmethod
     def unpack(cls, raw: bytes) -> tuple[Settings, int]:
         """The opposite of `pack`."""
-        netns, uid, bits, inbound, outbound, dns, _ = _SETTINGS.unpack(raw)
+        netns, uid, bits, inbound, outbound, dns, version = _SETTINGS.unpack(raw)
         flags = frozenset(name for number, name in enumerate(_FLAGS) if bits >> number & 1)
-        return cls(uid, flags, inbound, outbound, dns), netns
+        return cls(uid, flags, inbound, outbound, dns, _version(version)), netns
+
+
+def _packed_version(version: str) -> int:
+    """Four bits, six and six: 1.2.3 is 0x1083."""
+    major, minor, patch = (int(part) for part in version.split("."))
+    return major << 12 | minor << 6 | patch
+
+
+def _version(packed: int) -> str:
+    return f"{packed >> 12}.{packed >> 6 & 63}.{packed & 63}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +198,7 @@ def describe(name: str, key: bytes, value: bytes) -> str:
         settings = replace(settings, flags=frozenset(settings.flags))
         return (
             f"netns {netns} proxy_uid {settings.proxy_uid} ports {settings.inbound_port} {settings.outbound_port} "
-            f"{settings.dns_port} flags {' '.join(sorted(settings.flags))}"
+            f"{settings.dns_port} tpctl {settings.version} flags {' '.join(sorted(settings.flags))}"
         )
     if name == "ports":
         (number,) = _INDEX.unpack(key)

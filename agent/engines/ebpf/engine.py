@@ -126,6 +126,7 @@ class EbpfEngine:
                     drift=drift,
                     counters=(*counters, *(beside.counters if beside else ())),
                     figures=tuple(figures(found, counters)),
+                    version=next((one.version for one in _settings(found)), None),
                 )
         except OSError as error:
             raise HostError(f"the eBPF programs cannot be read: {error}") from error
@@ -226,9 +227,13 @@ def _read(found: Installed, name: str) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
 
 
+def _settings(found: Installed) -> Iterator[Settings]:
+    return (Settings.unpack(value)[0] for _, value in _read(found, "settings"))
+
+
 def _families(found: Installed) -> tuple[int, ...]:
-    settings = [Settings.unpack(value)[0] for _, value in _read(found, "settings")]
-    return tuple(number for number in (4, 6) if settings and f"ipv{number}" in settings[0].flags)
+    flags = next((one.flags for one in _settings(found)), frozenset())
+    return tuple(number for number in (4, 6) if f"ipv{number}" in flags)
 
 
 def _counters(found: Installed) -> tuple[RuleCounter, ...]:

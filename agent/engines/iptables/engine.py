@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from agent.engine_options import EngineOptions
-from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
+from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter, signed_by
 from agent.engines.iptables import nft_hooks, saved, tools
 from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError, read_tables
 from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
@@ -114,7 +114,8 @@ class IptablesEngine:
         if len(holding) > 1:
             drift += ("rules of tpctl are in both variants, nft and legacy",)
         families = tuple(int(family) for family in tables if _owners([tables[family]]))
-        return Inspection(self.name, variant, True, families, drift, tuple(_counters(tables)), foreign)
+        counters = tuple(_counters(tables))
+        return Inspection(self.name, variant, True, families, drift, counters, foreign, version=signed_by(counters))
 
     def footprint(self) -> Footprint:
         """The tables and base chains of nf_tables that exist: iptables-nft makes them and never removes them."""

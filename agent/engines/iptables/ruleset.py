@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agent.engines.base import SIGNATURE
 from agent.engines.iptables.parts import (
     SYN,
     FamilyRules,
@@ -91,7 +92,7 @@ class NatRules(Parts):
         if networks:
             jumps.append(Rule(VIRTUAL_NETWORKS, comment=comment("connections of virtual networks")))
         local = match("addrtype", ("dst-type", "LOCAL"))
-        text = "i0: new connections to this host"
+        text = f"i0: new connections to this host {SIGNATURE}"
         jumps.append(Rule(INBOUND, protocol="tcp", matches=(SYN, local), comment=comment(text)))
         insert = networks or self.policy.inbound.insert
         return (Jump("PREROUTING", rule, place if insert else None) for place, rule in enumerate(jumps, 1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.engine_options import EngineOptions
-from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter
+from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter, signed_by
 from agent.engines.nftables import cgroup, drain, nft, probe, scratch
 from agent.engines.nftables.nft import Nft, NftError, Objects
 from agent.engines.nftables.ruleset import table_for
@@ -122,7 +122,8 @@ class NftablesEngine:
             return Inspection(self.name, None, installed=False)
         families = _families(current)
         drift = tuple(self._drift(plan)) if plan else ()
-        return Inspection(self.name, None, True, families, drift, tuple(_counters(current, families, self.where)))
+        counters = tuple(_counters(current, families, self.where))
+        return Inspection(self.name, None, True, families, drift, counters, version=signed_by(counters))
 
     def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
         """Remove our table, in one transaction.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agent.engines.base import SIGNATURE
 from agent.engines.nftables.intervals import ports_by_uids
 from agent.engines.nftables.parts import ADDRESS, QUERY, SYN, TCP, Parts, arrives_at, interface, join, redirect_to
 from agent.engines.nftables.table import Chain, Hook, Rule, Table
@@ -67,7 +68,7 @@ class _Builder(Parts):
     def _arriving(self, families: tuple[Family, ...]) -> Iterator[Rule]:
         if families:
             local = join(self.guard(families), SYN, "fib daddr type local")
-            yield Rule(local, "jump inbound", "i0: new connections to this host")
+            yield Rule(local, "jump inbound", f"i0: new connections to this host {SIGNATURE}")
 
     def _virtual_network(self, family: Family, vnet: VirtualNetwork) -> Iterator[Rule]:
         dns, outbound = self.policy.dns, self.policy.outbound

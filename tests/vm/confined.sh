@@ -3,8 +3,8 @@
 #
 # libvirt makes bridges, packet filter rules, control groups and files under /var/lib and /run. Here all of that happens
 # in namespaces of the network, of mounts and of processes that end with the command; the machine that runs this keeps
-# nothing but what is under $KEPT: Vagrant's boxes, and the disks of machines that were not destroyed. Machines can
-# only outlive the command when they are halted. Without KVM. Needs root.
+# nothing but what is under $KEPT: Vagrant's boxes, and the disks of machines that were not destroyed. A machine that
+# is running when the command ends loses its power. Without KVM. Needs root.
 set -eu
 KEPT=${KEPT:-/var/tmp/tpctl-vm/vagrant}
 export KEPT
@@ -15,10 +15,13 @@ if [ "${1:-}" != --inside ]; then
     [ -d $group ] || group=/sys/fs/cgroup
     group=$group/tpctl-vagrant.$$
     mkdir "$group"
-    trap 'rmdir "$group"' EXIT
+    exec 3<&0 # a command in the background would read nothing
     # The group is entered by a child: this shell must be outside when it is removed.
     sh -c 'echo $$ >"$0/cgroup.procs" && exec unshare --net --mount --pid --ipc --fork --kill-child --mount-proc "$@"' \
-        "$group" "$0" --inside "$@" && status=0 || status=$?
+        "$group" "$0" --inside "$@" <&3 &
+    trap 'kill -KILL $!' HUP INT TERM # and with it everything in its namespace of processes
+    wait $! && status=0 || status=$?
+    until rmdir "$group" 2>/dev/null; do sleep 0.1; done
     exit $status
 fi
 shift
@@ -54,7 +57,7 @@ cat >/etc/libvirt/libvirtd.conf <<'CONF'
 auth_unix_rw = "none"
 log_outputs = "2:file:/var/log/libvirt/libvirtd.log"
 CONF
-libvirtd --config /etc/libvirt/libvirtd.conf &
+libvirtd --config /etc/libvirt/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid &
 until virsh --connect qemu:///system version >/dev/null 2>&1; do
     kill -0 $! # or it has gone
     sleep 0.2

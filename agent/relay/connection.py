@@ -15,8 +15,12 @@ from typing import NamedTuple
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling, Exchange
 from agent.relay.dials import Dial
+from agent.relay.end_flow import EndFlow
+from agent.relay.ends import End, PlainEnd, TlsEnd
+from agent.relay.handshake import Handshake
 from agent.relay.original_destination import Destination
 from agent.relay.pump import DONE, READ, WRITE, Flow, PipePool
+from agent.relay.tls import Tls
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _UNWATCHED = -1
@@ -28,6 +32,7 @@ class Ending(enum.StrEnum):
     """Why a connection ended, as the access log says it."""
 
     CLOSED = "closed"
+    UPSTREAM_TLS = "the TLS handshake with the upstream failed"
     CLIENT_RESET = "reset by the client"
     UPSTREAM_RESET = "reset by the upstream"
     NOT_REACHED = "the upstream was not reached"
@@ -44,6 +49,13 @@ class Context(NamedTuple):
     buffer: memoryview
 
 
+class UpstreamTls(NamedTuple):
+    """How TLS to an upstream is begun."""
+
+    tls: Tls
+    deadlines: Deadlines[Handshake]
+
+
 class Plan(NamedTuple):
     """What becomes of a connection."""
 
@@ -55,14 +67,17 @@ class Plan(NamedTuple):
     """The same once one side has ended."""
     header: bytes = b""
     """What the upstream is told first."""
+    client: TlsEnd | None = None
+    """The client's end, if there is TLS on it."""
+    upstream_tls: UpstreamTls | None = None
 
 
 class Connection:
     """Relays between a client that was accepted and the first of several dials that succeeds."""
 
     __slots__ = (
-        "_client", "_client_mask", "_context", "_dialling", "_done", "_down", "_plan", "_seen", "_since", "_up",
-        "_upstream", "_upstream_mask", "ending", "error",
+        "_client", "_client_mask", "_context", "_dialling", "_done", "_down", "_plan", "_seen", "_shaking", "_since",
+        "_up", "_upstream", "_upstream_mask", "ending", "error",
     )  # fmt: skip
 
     def __init__(self, context: Context, client: socket.socket, plan: Plan, done: Callable[[Connection], None]) -> None:
@@ -72,8 +87,9 @@ class Connection:
         self._done: Callable[[Connection], None] | None = done
         self._dialling = Dialling(context.exchange, plan.dials, plan.deadlines, self._on_reached, self._on_failed)
         self._upstream: socket.socket | None = None
-        self._up: Flow | None = None
-        self._down: Flow | None = None
+        self._shaking: Handshake | None = None
+        self._up: Flow | EndFlow | None = None
+        self._down: Flow | EndFlow | None = None
         self._client_mask = 0
         self._upstream_mask = EPOLLIN
         self._seen = 0
@@ -135,9 +151,48 @@ class Connection:
         self._since = time.monotonic()
         if self._plan.header and not self._announce(upstream):
             return
+        secure = self._plan.upstream_tls
+        if secure is not None:
+            self._shake_hands(upstream, secure)
+        elif self._plan.client is not None:
+            self._flow_between(self._plan.client, PlainEnd(upstream))
+        else:
+            self._up = Flow(self._client, upstream, self._context.buffer, self._context.pool)
+            self._down = Flow(upstream, self._client, self._context.buffer, self._context.pool)
+            self._begin(upstream)
+
+    def _shake_hands(self, upstream: socket.socket, secure: UpstreamTls) -> None:
+        """Begin TLS with the upstream; whoever it is must show a certificate before it hears of the client's bytes."""
+        name = secure.tls.server_name or self._dialling.destination.host
+
+        def done(error: OSError | None) -> None:
+            secure.deadlines.discard(shaking)
+            self._shaking = None
+            if error is None:
+                self._flow_between(self._plan.client or PlainEnd(self._client), shaking.end)
+            else:
+                self.reset(error, Ending.UPSTREAM_TLS)
+
         loop = self._context.exchange.loop
-        self._up = Flow(self._client, upstream, self._context.buffer, self._context.pool)
-        self._down = Flow(upstream, self._client, self._context.buffer, self._context.pool)
+        shaking = self._shaking = Handshake(loop, upstream, TlsEnd(upstream, secure.tls, name), done)
+        secure.deadlines.add(shaking)
+        shaking.start()
+
+    def _flow_between(self, client: End, upstream: End) -> None:
+        assert self._upstream is not None
+        self._up, self._down = EndFlow(client, upstream), EndFlow(upstream, client)
+        self._begin(self._upstream)
+        # What OpenSSL has read together with the end of a handshake is not in the socket any more.
+        try:
+            self._up.move()
+            self._down.move()
+        except OSError as error:
+            self.reset(error, self._who_reset())
+        self._arm()
+
+    def _begin(self, upstream: socket.socket) -> None:
+        """Wait for bytes of either side."""
+        loop = self._context.exchange.loop
         loop.watch(upstream.fileno(), EPOLLIN, self._on_upstream)
         self._upstream_mask = EPOLLIN
         if self._client_mask == _UNWATCHED:
@@ -166,7 +221,9 @@ class Connection:
         self._upstream_mask = self._on_event(mask, self._upstream, self._upstream_mask, (self._down, self._up))
         self._arm()
 
-    def _on_event(self, mask: int, sock: socket.socket, watched: int, flows: tuple[Flow | None, Flow | None]) -> int:
+    def _on_event(
+        self, mask: int, sock: socket.socket, watched: int, flows: tuple[Flow | EndFlow | None, Flow | EndFlow | None]
+    ) -> int:
         """Move what the event allows: `flows` are the one that reads the socket and the one that writes it.
 
         Returns the mask the socket is watched with.
@@ -227,6 +284,8 @@ class Connection:
         if self._done is None:
             return
         done, self._done = self._done, None
+        if self._shaking is not None and self._plan.upstream_tls is not None:
+            self._plan.upstream_tls.deadlines.discard(self._shaking)
         for flow in (self._up, self._down):
             if flow is not None:
                 flow.abandon()

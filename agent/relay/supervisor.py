@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from agent.errors import TpctlError
-from agent.relay import activation, channel, signals, tally
+from agent.relay import activation, channel, signals, tally, tls
 from agent.relay.dns_local import read_zone
 from agent.relay.handover import Successor, announce_readiness
 from agent.relay.listen import show
@@ -44,6 +44,7 @@ def serve(load: Callable[[], Settings], settings: Settings, log: FilteringBoundL
         )
     raise_descriptor_limit()
     read_zone(settings.dns)
+    tls.load(settings)
     held = activation.match(settings, activation.inherited(), log)
     running = Running.begin(settings, held)
     addresses = {listener.name: show(listener.listen.address) for listener in settings.served}
@@ -74,6 +75,7 @@ class Life:
         try:
             running, added = self._state.renewed(self._load())
             read_zone(running.settings.dns)
+            tls.load(running.settings)
             use(running, added)
         except TpctlError as error:
             self._counts.add(tally.WORKER, tally.FAILED_RELOADS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 from agent.relay import tally
 from agent.relay.acceptor import Acceptor
 from agent.relay.complaints import Complaints
-from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, Plan
+from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, Plan, UpstreamTls
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
+from agent.relay.ends import TlsEnd
 from agent.relay.greeting import Greeting
+from agent.relay.handshake import Handshake
 from agent.relay.original_destination import Destination, recover, unmapped
 from agent.relay.proxy_protocol import Header, announce
 from agent.relay.route import Peer, Refusal, Route
 from agent.relay.settings import Limits
 from agent.relay.tally import Tally
+from agent.relay.tls import ListenerTls
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -37,7 +42,7 @@ _UNKNOWN = Destination("0.0.0.0", 0)
 class Guest:
     """A client that was accepted: who it is, where it wanted to go, and when it came."""
 
-    __slots__ = ("counted", "destination", "header", "moved", "peer", "route", "since", "socket")
+    __slots__ = ("counted", "destination", "end", "header", "moved", "peer", "route", "since", "socket")
 
     def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
         self.socket = sock
@@ -47,6 +52,8 @@ class Guest:
         self.since = time.monotonic()
         self.header: Header | None = None
         """What it began with, where the PROXY protocol is spoken."""
+        self.end: TlsEnd | None = None
+        """Its end of the connection, where it speaks TLS."""
         self.moved = (0, 0)
         """Bytes to the upstream and to the client that have been counted."""
         self.counted: str | None = None
@@ -68,6 +75,9 @@ class TcpRelay:
         self._dialling: dict[float, Deadlines[Dialling]] = {}
         self._greeting: dict[float, Deadlines[Greeting]] = {}
         self._greetings: set[Greeting] = set()
+        self._shaking: dict[float, Deadlines[Handshake]] = {}
+        self._handshakes: set[Handshake] = set()
+        self._tls: Mapping[str, ListenerTls] = {}
         self._connections: dict[Connection, Guest] = {}
         self._checking = False
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
@@ -78,10 +88,13 @@ class TcpRelay:
     @property
     def busy(self) -> int:
         """How many connections there are."""
-        return len(self._connections) + len(self._greetings)
+        return len(self._connections) + len(self._greetings) + len(self._handshakes)
 
-    def use(self, routes: Mapping[str, Route], limits: Limits, *, access_log: bool) -> None:
-        """Treat new connections so from now on; `routes` are by the name of the listener."""
+    def use(
+        self, routes: Mapping[str, Route], tls: Mapping[str, ListenerTls], limits: Limits, *, access_log: bool
+    ) -> None:
+        """Treat new connections so from now on; `routes` and `tls` are by the name of the listener."""
+        self._tls = tls
         self._routes = dict(routes)
         self._limit = limits.connections
         self._access_log = access_log
@@ -90,6 +103,9 @@ class TcpRelay:
             self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
         for seconds in {route.settings.timeouts.handshake for route in routes.values()} - self._greeting.keys():
             self._greeting[seconds] = Deadlines[Greeting](self._loop, seconds, lambda late: late.end(Refusal.TIMED_OUT))
+        timeouts = [route.settings.timeouts for route in routes.values()]
+        for seconds in {part for one in timeouts for part in (one.connect, one.handshake)} - self._shaking.keys():
+            self._shaking[seconds] = Deadlines[Handshake](self._loop, seconds, Handshake.expire)
         if not self._checking:
             self._check_quiet()
 
@@ -97,6 +113,8 @@ class TcpRelay:
         """Break every connection off."""
         for greeting in tuple(self._greetings):
             greeting.end(Refusal.GONE)
+        for handshake in tuple(self._handshakes):
+            handshake.finish(error)
         for connection in tuple(self._connections):
             connection.reset(error)
 
@@ -124,7 +142,7 @@ class TcpRelay:
         elif route.settings.listen.proxy_protocol:
             self._greet(guest)
         else:
-            self._admit(guest)
+            self._secure(guest)
 
     def _greet(self, guest: Guest) -> None:
         """Wait for the PROXY protocol header, and admit whom it names."""
@@ -141,11 +159,34 @@ class TcpRelay:
             guest.destination = guest.route.meant(guest.destination, header)
             if header.source is not None:
                 guest.peer = Peer(header.source.host, header.source.port)
-            self._admit(guest)
+            self._secure(guest)
 
         greeting = Greeting(self._loop, guest.socket, done)
         self._greetings.add(greeting)
         deadlines.add(greeting)
+
+    def _secure(self, guest: Guest) -> None:
+        """Begin TLS with a client, where the listener has it, and admit it then."""
+        tls = self._tls[guest.route.settings.name].clients
+        if tls is None:
+            self._admit(guest)
+            return
+        deadlines = self._shaking[guest.route.settings.timeouts.handshake]
+
+        def done(error: OSError | None) -> None:
+            deadlines.discard(handshake)
+            self._handshakes.discard(handshake)
+            if error is None:
+                guest.end = handshake.end
+                self._admit(guest)
+            else:
+                timed_out = error.errno == errno.ETIMEDOUT
+                self._refuse(guest, Refusal.TIMED_OUT if timed_out else Refusal.TLS, reason=_told(error))
+
+        handshake = Handshake(self._loop, guest.socket, TlsEnd(guest.socket, tls), done)
+        self._handshakes.add(handshake)
+        deadlines.add(handshake)
+        handshake.start()
 
     def _admit(self, guest: Guest) -> None:
         """Dial for a client, or refuse it."""
@@ -166,7 +207,16 @@ class TcpRelay:
         timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
-        plan = Plan(dials, self._dialling[patience], timeouts.idle, half_closed, _header(guest))
+        tls = self._tls[guest.route.settings.name].upstream
+        plan = Plan(
+            dials,
+            self._dialling[patience],
+            timeouts.idle,
+            half_closed,
+            header=_header(guest),
+            client=guest.end,
+            upstream_tls=UpstreamTls(tls, self._shaking[timeouts.connect]) if tls is not None else None,
+        )
         connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections[connection] = guest
         if guest.counted is not None:
@@ -176,15 +226,15 @@ class TcpRelay:
         except OSError as error:
             connection.reset(error, Ending.NOT_REACHED)
 
-    def _refuse(self, guest: Guest, why: Refusal) -> None:
+    def _refuse(self, guest: Guest, why: Refusal, reason: str | None = None) -> None:
         if guest.socket.family != socket.AF_UNIX:
             guest.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         self._loop.close(guest.socket)
         self._counts.add(guest.route.slot, tally.REFUSED[why])
         name, client, destination = guest.route.settings.name, str(guest.peer), str(guest.destination)
-        self._complaints.warn(why, listener=name, client=client, destination=destination)
+        self._complaints.warn(why, listener=name, client=client, destination=destination, reason=reason)
         if self._access_log:
-            self._write(guest, str(why), upstream=None)
+            self._write(guest, str(why), upstream=None, error=reason)
         self._left(guest)
 
     def _check_quiet(self) -> None:
@@ -206,7 +256,7 @@ class TcpRelay:
         if guest.counted is not None:
             self._counts.leave(slot, guest.counted)
         if self._access_log:
-            error = connection.error.strerror if connection.error else None
+            error = _told(connection.error) if connection.error else None
             upstream = str(connection.upstream)
             self._write(guest, str(connection.ending), upstream=upstream, error=error)
         del self._connections[connection]
@@ -252,6 +302,13 @@ class TcpRelay:
             reason=reason,
             error=error,
         )
+
+
+def _told(error: OSError) -> str:
+    """An error as the log shows it. OpenSSL's carry more than the text of a number."""
+    if isinstance(error, ssl.SSLError):
+        return str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.args[-1])
+    return error.strerror or str(error)
 
 
 def _header(guest: Guest) -> bytes:

@@ -12,7 +12,7 @@ from select import EPOLLIN
 from typing import TYPE_CHECKING
 
 from agent.errors import TpctlError
-from agent.relay import routes, signals, sock_diag, tally
+from agent.relay import routes, signals, sock_diag, tally, tls
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
@@ -78,11 +78,12 @@ class Worker:
     def use(self, running: Running) -> None:
         """Serve these sockets by these settings; connections that exist go on as they began."""
         settings = running.settings
+        contexts = tls.load(settings)
         self._guard.watch(listener.listen for listener in settings.served)
         self._dns.use(settings.dns)
         streams = [one for one in settings.listeners if one.role is not Role.DNS]
         routes = {one.name: Route(one, running.slots[one.name], self._surroundings) for one in streams}
-        self._tcp.use(routes, settings.limits, access_log=settings.access_log)
+        self._tcp.use(routes, contexts, settings.limits, access_log=settings.access_log)
         sockets: dict[socket.socket, Role] = {}
         for listener, place in wanted(settings):
             for sock in running.sockets[place]:

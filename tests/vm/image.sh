@@ -34,11 +34,21 @@ printf 'UseDNS no\nPermitRootLogin prohibit-password\n' >/etc/ssh/sshd_config.d/
 # Installed, but a scenario's own to start.
 systemctl disable --quiet firewalld.service nftables.service 2>/dev/null || true
 # None of this is looked at by a test, and an emulated processor takes seconds for it.
-systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
-    e2scrub_reap.service fstrim.timer getty@tty1.service serial-getty@ttyS0.service logrotate.timer man-db.timer \
-    modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service modprobe@dm_mod.service \
-    modprobe@loop.service sys-kernel-debug.mount sys-kernel-tracing.mount systemd-binfmt.service \
-    systemd-timesyncd.service systemd-udev-settle.service systemd-pstore.service
+systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer dev-hugepages.mount dev-mqueue.mount \
+    dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer getty@tty1.service \
+    kmod-static-nodes.service logrotate.timer man-db.timer modprobe@configfs.service modprobe@dm_mod.service \
+    modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service modprobe@loop.service \
+    serial-getty@ttyS0.service sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
+    systemd-binfmt.service systemd-journal-flush.service systemd-network-generator.service systemd-pstore.service \
+    systemd-random-seed.service systemd-sysusers.service systemd-timesyncd.service systemd-udev-settle.service \
+    systemd-update-utmp.service systemd-update-utmp-runlevel.service
+# Nor is it needed that udev looks at every device there is.
+mkdir -p /etc/systemd/system/systemd-udev-trigger.service.d
+cat >/etc/systemd/system/systemd-udev-trigger.service.d/few.conf <<'TRIGGER'
+[Service]
+ExecStart=
+ExecStart=udevadm trigger --action=add --subsystem-match=pci --subsystem-match=virtio --subsystem-match=net --subsystem-match=block
+TRIGGER
 
 [ ! -d /seed/python ] || cp -a /seed/python/. /
 python=/usr/bin/python3

@@ -18,12 +18,13 @@ from agent.persist import files
 ROOT = Path("/")
 UNITS = Path("etc/systemd/system")
 CONFIG = Path("etc/tpctl/config.yaml")
-SERVICE, RELAY = "tpctl.service", "tpctl-relay.service"
+SERVICE, RELAY, RELAY_SOCKET = "tpctl.service", "tpctl-relay.service", "tpctl-relay.socket"
 DROP_IN = "kuma-dp.service.d/10-tpctl.conf"
 WANTED = "multi-user.target.wants"
 SHIPPED_COMMAND = "/usr/bin/tpctl"
 """The path in the unit files as they are shipped."""
-PLACES = (UNITS, Path("run/systemd/system"), Path("usr/local/lib/systemd/system"), Path("usr/lib/systemd/system"),
+RUNTIME_UNITS = Path("run/systemd/system")
+PLACES = (UNITS, RUNTIME_UNITS, Path("usr/local/lib/systemd/system"), Path("usr/lib/systemd/system"),
           Path("lib/systemd/system"))  # fmt: skip
 """systemd.unit(5), the strongest first."""
 FILE_MODE = 0o644
@@ -42,28 +43,51 @@ def install(root: Path = ROOT, *, command: str | None = None) -> tuple[str, ...]
     if not any((root / place / "multi-user.target").exists() for place in PLACES):
         raise HostError(f"there is no systemd below {root}")
     path = command or own_path()
-    done = [_write(root, SERVICE, path), _write(root, RELAY, path)]
+    done = [_write(root, unit, path) for unit in (SERVICE, RELAY, RELAY_SOCKET)]
     if kuma_dp_exists(root):
         done.append(_write(root, DROP_IN, path))
     done.append(_enable(root))
-    _reload(root)
+    reload(root)
     return tuple(line for line in done if line)
 
 
 def remove(root: Path = ROOT, *, dry_run: bool = False) -> tuple[str, ...]:
     """Take away every unit, link and drop-in of ours; says what went. Raises ApplyError."""
     folder = root / UNITS
-    ours = [folder / WANTED / SERVICE, folder / WANTED / RELAY, folder / SERVICE, folder / RELAY, folder / DROP_IN]
+    links = [WANTED + "/" + SERVICE, WANTED + "/" + RELAY, f"sockets.target.wants/{RELAY_SOCKET}"]
+    ours = [folder / name for name in (*links, SERVICE, RELAY, RELAY_SOCKET, DROP_IN)]
+    running = {unit for unit in (RELAY, RELAY_SOCKET) if root == ROOT and _is_active(unit)}
+    ours += [root / RUNTIME_UNITS / unit for unit in (RELAY, RELAY_SOCKET) if unit not in running]
     there = [path for path in ours if path.is_symlink() or path.exists()]
     if dry_run or not there:
         return tuple(map(str, there))
     for path in there:
+        if path.name in running and path.parent == folder:
+            _keep_until_reboot(path)
         files.remove(path)
     drop_ins = (folder / DROP_IN).parent
     if drop_ins.is_dir() and not any(drop_ins.iterdir()):
         drop_ins.rmdir()
-    _reload(root)
+    reload(root)
     return tuple(map(str, there))
+
+
+def _is_active(unit: str) -> bool:
+    if not Path("/run/systemd/system").is_dir():
+        return False
+    try:
+        return runner.run(["systemctl", "is-active", "--quiet", unit]).ok
+    except FileNotFoundError:
+        return False
+
+
+def _keep_until_reboot(path: Path) -> None:
+    """Leave a running service its definition: without it systemd hears neither its watchdog nor its end."""
+    copy = ROOT / RUNTIME_UNITS / path.name
+    content = files.read(path)
+    assert content is not None
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(copy, content, mode=FILE_MODE)
 
 
 def is_enabled(root: Path = ROOT) -> bool:
@@ -130,7 +154,7 @@ def _enable(root: Path) -> str | None:
     return f"enabled {SERVICE}"
 
 
-def _reload(root: Path) -> None:
+def reload(root: Path = ROOT) -> None:
     """Let a running systemd see the change."""
     if root != ROOT or not Path("/run/systemd/system").is_dir():
         return

@@ -60,14 +60,23 @@ def inherited() -> list[Inherited]:
 def match(settings: Settings, given: Iterable[Inherited], log: FilteringBoundLogger) -> Sockets:
     """The sockets by the place they serve: the one they are bound to, or else that of the listener of their name.
 
-    With systemd, where a listener listens is said in the socket unit. What belongs to no listener is closed.
+    With systemd, where a listener listens is said in the socket unit. What belongs to no listener is closed, and so is
+    what came twice: by the socket unit, and by the store of descriptors.
     """
     places = {place: listener.name for listener, place in wanted(settings)}
     found: Sockets = {}
+    known: set[int] = set()
     for one in given:
+        inode = os.fstat(one.socket.fileno()).st_ino
+        if inode in known:
+            one.socket.close()
+            continue
+        known.add(inode)
         own = Place(_address(one.socket), one.socket.type)
         named = [place for place, name in places.items() if name == one.name and place.kind == own.kind]
-        place = own if own in places else named[0] if named else None
+        # Without IPv6, systemd listens on the wildcard of IPv4 in its place.
+        other = Place(own.address.replace("0.0.0.0", "[::]"), own.kind)
+        place = next((place for place in (own, *named, other) if place in places), None)
         if place is None:
             log.warning("a socket that was handed over belongs to no listener", name=one.name, address=own.address)
             one.socket.close()

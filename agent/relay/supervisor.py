@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from agent.errors import TpctlError
 from agent.relay import activation, channel, signals, tally, tls
+from agent.relay.activation import MAX_NAME
 from agent.relay.dns_local import read_zone
 from agent.relay.handover import Successor, announce_readiness
 from agent.relay.listen import show
 from agent.relay.loop import Loop
-from agent.relay.notify import notify, reloading, watchdog_interval
+from agent.relay.notify import notify, reloading, store, unstore, watchdog_interval
 from agent.relay.privileges import raise_descriptor_limit
 from agent.relay.running import Running
 from agent.relay.settings import Settings
-from agent.relay.sockets import Sockets, deal
+from agent.relay.sockets import Place, Sockets, deal, wanted
 from agent.relay.tally import Tally
 from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, ENDING_SIGNALS, Worker
 
@@ -65,6 +66,8 @@ class Life:
 
     def _announce(self) -> None:
         """Tell everybody who waits for it that the relay serves."""
+        for listener, place in wanted(self._state.settings):
+            store(_stored_name(listener.name, place), *self._state.sockets[place])
         self._log.info("ready", pid=os.getpid())
         notify("READY=1")
         announce_readiness()
@@ -81,10 +84,20 @@ class Life:
             self._counts.add(tally.WORKER, tally.FAILED_RELOADS)
             self._log.error("the configuration is not in order, the old one stays", problems=str(error).splitlines())
         else:
-            self._state = running
+            self._remember(running)
             self._counts.add(tally.WORKER, tally.RELOADS)
             self._log.info("the configuration was reloaded", listeners=[one.name for one in running.settings.served])
         notify("READY=1")
+
+    def _remember(self, running: Running) -> None:
+        """Go on with another state; the service manager keeps other sockets from now on."""
+        names = {place: _stored_name(listener.name, place) for listener, place in wanted(self._state.settings)}
+        for place in names.keys() - running.sockets.keys():
+            unstore(names[place])
+        for listener, place in wanted(running.settings):
+            if place not in names:
+                store(_stored_name(listener.name, place), *running.sockets[place])
+        self._state = running
 
     def _restart(self, loop: Loop, go: Callable[[], None]) -> None:
         """Start a successor with the sockets; `go` when it serves. If it does not, everything stays as it was."""
@@ -223,6 +236,11 @@ class Supervisor(Life):
                     os.kill(other, AT_ONCE)
         if not self._workers:
             self._loop.stop()
+
+
+def _stored_name(listener: str, place: Place) -> str:
+    """Under which the service manager keeps the sockets of a place. Names of listeners may be exchanged by a reload."""
+    return f"{listener}.{place.kind}.{place.address}".replace(":", "_")[-MAX_NAME:]
 
 
 def _close(sockets: list[socket.socket]) -> None:

@@ -216,7 +216,13 @@ class Relay:
     """A `tpctl relay` on our host."""
 
     def __init__(
-        self, net: Net, directory: Path, *options: str, user: str | None = RELAY_USER, prefix: Sequence[str] = ()
+        self,
+        net: Net,
+        directory: Path,
+        *options: str,
+        user: str | None = RELAY_USER,
+        prefix: Sequence[str] = (),
+        close_fds: bool = True,
     ) -> None:
         self._log = directory / f"relay-{next(_numbers)}.log"
         self._net = net
@@ -224,7 +230,9 @@ class Relay:
         if user is not None:
             argv += ["--user", user]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(["nsenter", f"--net=/run/netns/{net.host}", *prefix, *argv], stderr=log)
+            self.process = subprocess.Popen(
+                ["nsenter", f"--net=/run/netns/{net.host}", *prefix, *argv], stderr=log, close_fds=close_fds
+            )
 
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged."""

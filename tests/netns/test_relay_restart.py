@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -170,3 +171,72 @@ def test_systemd_learns_who_the_successor_is(net: Net, tmp_path: Path, monkeypat
     assert said[:2] == [b"READY=1", b"WATCHDOG=1"]
     assert sorted(said[2:]) == sorted([b"READY=1", f"MAINPID={successor}".encode(), b"WATCHDOG=1"])
     assert b"STOPPING=1" not in said
+
+
+def test_systemd_keeps_the_sockets_and_gives_them_back(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash and a restart with the store of descriptors in between: clients wait, none is refused."""
+    path = tmp_path / "relay.yaml"
+    path.write_text(TEXT.format(workers=2, reuseport=" reuseport", peer=PEER4))
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-store-{os.getpid()}")
+    monkeypatch.setenv("FDSTORE", "512")
+    kept: list[tuple[str, socket.socket]] = []
+    with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0tpctl-store-{os.getpid()}")
+        manager.settimeout(relay_net.TIMEOUT)
+        running = Relay(net, tmp_path, "--config", str(path))
+        while (received := socket.recv_fds(manager, 1000, 10))[0] != b"READY=1":
+            name = received[0].decode().partition("FDNAME=")[2]
+            kept += [(name, socket.socket(fileno=descriptor)) for descriptor in received[1]]
+        path.write_text(path.read_text().replace("127.0.0.1:1102", "127.0.0.1:1103"))
+        running.process.send_signal(signal.SIGHUP)
+        said = b"".join(manager.recv(1000) + b"\n" for _ in range(4)).decode()
+    assert [name for name, _sock in kept] == [
+        "outbound-1101.1.0.0.0.0_1101", "outbound-1101.1.0.0.0.0_1101", "outbound-1102.1.127.0.0.1_1102",
+        "metrics.1.127.0.0.1_9902",
+    ]  # fmt: skip
+    assert "FDSTOREREMOVE=1\nFDNAME=outbound-1102.1.127.0.0.1_1102" in said
+    assert "FDSTORE=1\nFDNAME=outbound-1103.1.127.0.0.1_1103" in said
+    running.process.kill()
+    running.process.wait(10)
+    with serving(net, net.peer, (PEER4, 7001), patient_echo), net.connect(net.host, (HOST4, 1101)) as waiting:
+        waiting.sendall(b"early")
+        again = restarted(net, tmp_path, path, kept)
+        try:
+            assert waiting.recv(5) == b"early"
+            assert not [line for line in again.lines() if "belongs to no listener" in line["event"] and
+                        line["address"] != "127.0.0.1:1102"]  # fmt: skip
+            assert len(net.on_host("ss", "-Hltn", "sport = :1101").splitlines()) == 2
+        finally:
+            assert again.stop(signal.SIGQUIT) == 0
+            for _name, sock in kept:
+                sock.close()
+
+
+GIVE = """
+import os, sys
+given, arguments = sys.argv[1].split(","), sys.argv[2:]
+for at, number in enumerate(given):
+    os.dup2(int(number), 200 + at)
+for at in range(len(given)):
+    os.dup2(200 + at, 3 + at)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execvp(arguments[0], arguments)
+"""
+
+
+def restarted(net: Net, directory: Path, path: Path, kept: list[tuple[str, socket.socket]]) -> Relay:
+    """A relay that gets these sockets as systemd would give them."""
+    for _name, sock in kept:
+        sock.set_inheritable(True)
+    os.environ |= {"LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(name for name, _sock in kept)}
+    numbers = ",".join(str(sock.fileno()) for _name, sock in kept)
+    try:
+        running = Relay(
+            net, directory, "--config", str(path), prefix=(sys.executable, "-c", GIVE, numbers), close_fds=False
+        )
+    finally:
+        del os.environ["LISTEN_FDS"], os.environ["LISTEN_FDNAMES"]
+    running.wait_for("ready")
+    return running

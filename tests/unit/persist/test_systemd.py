@@ -50,16 +50,16 @@ def test_installed_enabled_and_taken_away_again(root: Path, kuma: bool) -> None:
     done = systemd.install(root, command="/opt/tpctl/bin/tpctl")
     assert systemd.is_enabled(root)
     assert systemd.has_drop_in(root) is kuma
-    assert len(done) == 3 + kuma
+    assert len(done) == 4 + kuma
     units = "".join(text for name, text in tree(root).items() if name not in before)
     assert "ExecStart=/opt/tpctl/bin/tpctl install --config /etc/tpctl/config.yaml" in units
     assert ("ExecStartPre=+/opt/tpctl/bin/tpctl install" in units) is kuma
     assert "/usr/bin/tpctl" not in units
     assert systemd.install(root, command="/opt/tpctl/bin/tpctl") == ()
     assert systemd.install(root, command="/usr/bin/tpctl")
-    assert len(systemd.remove(root, dry_run=True)) == 3 + kuma
+    assert len(systemd.remove(root, dry_run=True)) == 4 + kuma
     assert systemd.is_enabled(root)
-    assert len(systemd.remove(root)) == 3 + kuma
+    assert len(systemd.remove(root)) == 4 + kuma
     assert tree(root) == before
     assert systemd.remove(root) == ()
 
@@ -130,7 +130,7 @@ def machine(root: Path) -> Path:
     """The same with the machine's own units and a user for the relay, as far as systemd-analyze looks."""
     shutil.copytree(SYSTEM, root / "usr/lib/systemd/system", symlinks=True, dirs_exist_ok=True)
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nkuma-dp:x:5678:5678::/:/bin/false\n")
-    for name in ("usr/bin/tpctl", "usr/bin/kuma-dp"):
+    for name in ("usr/bin/tpctl", "usr/bin/kuma-dp", "bin/kill"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("#!/bin/sh\n")
         (root / name).chmod(0o755)
@@ -142,7 +142,7 @@ def machine(root: Path) -> Path:
 
 
 @analyzed
-@pytest.mark.parametrize("unit", [systemd.SERVICE, systemd.RELAY, "kuma-dp.service"])
+@pytest.mark.parametrize("unit", [systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, "kuma-dp.service"])
 def test_systemd_finds_nothing_wrong(machine: Path, unit: str) -> None:
     done = subprocess.run(
         ["systemd-analyze", "verify", f"--root={machine}", unit], capture_output=True, text=True, check=False
@@ -175,5 +175,5 @@ def test_the_relay_is_hardly_exposed(machine: Path) -> None:
 
 def test_the_units_are_at_the_top_of_the_repository_too() -> None:
     top = Path(__file__).resolve().parents[3] / "systemd"
-    for name in (systemd.SERVICE, systemd.RELAY, systemd.DROP_IN):
+    for name in (systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, systemd.DROP_IN):
         assert (top / name).read_text() == systemd.unit_text(name, systemd.SHIPPED_COMMAND)

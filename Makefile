@@ -11,7 +11,7 @@ TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dn
 BENCH_PACKAGES := nginx-common nginx-light wrk
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf bench-install bench-swap bench-scale bench-engines clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ test-vm: venv ## reboots, firewalld, ssh and data planes in virtual machines of 
 test-vm-ebpf: venv ## the eBPF engine against the specification under Linux 5.10, 6.1 and 6.12, in virtual machines (N=12)
 	@.ci/packages qemu-system-x86
 	@$(BIN)/python -m tests.vm.ebpf --policies $(or $(N),12)
+
+vagrant-box: venv ## a box of Debian 12 for vagrant-libvirt, see docs/vagrant.md (VM_RELEASES=...)
+	@.ci/packages qemu-utils mmdebstrap e2fsprogs grub-pc-bin python3-wheel
+	@$(BIN)/python -m tests.vm.box $(VM_RELEASES)
 
 check: venv ## lint and strict types
 	$(BIN)/ruff check agent tests

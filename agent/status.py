@@ -13,7 +13,7 @@ from agent.engines.base import Inspection
 from agent.errors import HostError
 from agent.host.proc import in_first_namespace
 from agent.host.sockets import Listener, listeners
-from agent.policy import DnsCapture, Policy, Protocol, WhenProxyDown
+from agent.policy import DnsCapture, Family, Policy, Protocol, WhenProxyDown
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ def report() -> Report:
     ports = tuple(_ports(record.policy)) if record and shown.installed else ()
     running = 0 if "nftables" in holding else draining.tidy()
     problems = [*_problems(record, shown, ports)]
+    if record and shown.installed:
+        problems += firewall_problems(record.policy, shown.engine)
     problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]
     problems += [f"{foreign} are installed" for one in found.values() for foreign in one.foreign]
     pending = confirm.load()
@@ -94,6 +96,21 @@ def port_problems(policy: Policy) -> tuple[str, ...]:
     if policy.when_proxy_down is WhenProxyDown.BYPASS:
         return ()
     return tuple(port.problem for port in _ports(policy) if port.problem)
+
+
+def firewall_problems(policy: Policy, engine: str) -> tuple[str, ...]:
+    """What this host's firewall does to redirected connections."""
+    from agent.persist import firewalld
+
+    redirects = policy.outbound.enabled or policy.dns.capture is not DnsCapture.OFF
+    if engine == "ebpf" or not redirects or Family.IPV6 not in policy.families:
+        return ()
+    if not firewalld.rejects_redirected_ipv6():
+        return ()
+    return (
+        "firewalld rejects this host's IPv6 connections when they are redirected: set RFC3964_IPv4=no in "
+        "/etc/firewalld/firewalld.conf and run `firewall-cmd --reload`, or leave IPv6 alone (--ip-family-mode ipv4)",
+    )
 
 
 def expected_ports(policy: Policy) -> Iterator[Expected]:

@@ -96,7 +96,7 @@ def _install(config: Config, resolved: Resolved, confirm_within: float | None, *
     from agent import lifecycle
     from agent.cli import output
     from agent.host.privilege import require_root
-    from agent.status import port_problems
+    from agent.status import firewall_problems, port_problems
 
     require_root("tpctl install")
     if not as_json:  # before the kernel is touched, so that they are seen when it refuses
@@ -107,7 +107,8 @@ def _install(config: Config, resolved: Resolved, confirm_within: float | None, *
             for option in _given(config)
         )
     report = lifecycle.install(resolved.policy, resolved.options, confirm_within=confirm_within)
-    warnings = [f"warning: {problem}" for problem in port_problems(report.policy)]
+    problems = (*port_problems(report.policy), *firewall_problems(report.policy, report.engine))
+    warnings = [f"warning: {problem}" for problem in problems]
     if as_json:
         output.as_json(_report_data(resolved, report, warnings))
     else:

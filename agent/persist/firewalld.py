@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING
 from agent import runner
 from agent.engines.iptables.saved import KUMA_CHAINS, OWN_CHAINS
 from agent.errors import ApplyError, HostError
-from agent.persist import files
+from agent.host.proc import in_first_namespace
+from agent.persist import address, files
 
 if TYPE_CHECKING:
     from agent.engines.iptables.engine import IptablesPlan
+    from agent.policy import Policy
 
 DIRECTORY = Path("/etc/firewalld")
 CHECKER = "firewall-offline-cmd"
 CLIENT = "firewall-cmd"
 NEW_FILE_MODE = 0o640
 RELOAD_SECONDS = 120.0
+_RFC3964 = "RFC3964_IPv4="
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +37,20 @@ class Change:
     path: Path
     after: bytes | None
     """None removes the file: nothing was in it but ours."""
+    drop_in: bytes | None = None
+    """What the unit's drop-in shall say; None: there shall be none."""
 
     def carry_out(self) -> None:
-        """Make it the file that counts. Raises ApplyError; the file is then as it was."""
+        """Make it the file that counts. Raises ApplyError."""
         if self.after is None:
             files.remove(self.path)
-        else:
+        elif self.after != files.read(self.path):
             files.replace(self.path, self.after, mode=NEW_FILE_MODE)
+        address.settle(self.drop_in)
 
 
-def storing(plan: IptablesPlan) -> Change | None:
-    """What stores a plan; None when the file holds exactly that. Raises HostError: nothing was touched then."""
+def storing(plan: IptablesPlan, policy: Policy) -> Change | None:
+    """What stores a policy's plan; None when that is stored. Raises HostError: nothing was touched then."""
     from agent.persist import direct_xml
 
     if plan.cgroup:
@@ -60,10 +66,11 @@ def storing(plan: IptablesPlan) -> Change | None:
         after = direct_xml.with_plan(direct_xml.EMPTY if before is None else before, plan)
     except direct_xml.UnreadableError as error:
         raise HostError(f"{path} is not what firewalld.direct(5) describes ({error}); mend it first") from error
-    if after == before:
+    drop_in = address.drop_in(policy)
+    if (after, drop_in) == (before, address.current()):
         return None
     _check(after)
-    return Change(path, after)
+    return Change(path, after, drop_in)
 
 
 def removing() -> Change | None:
@@ -71,7 +78,7 @@ def removing() -> Change | None:
     path = DIRECTORY / "direct.xml"
     before = files.read(path)
     if before is None or not any(chains.encode() in before for chains in (OWN_CHAINS, KUMA_CHAINS)):
-        return None
+        return Change(path, before) if address.current() else None
     from agent.persist import direct_xml  # lazily: hardly any host has anything of ours there
 
     try:
@@ -88,6 +95,21 @@ def removing() -> Change | None:
     if shutil.which(CHECKER, path=runner.SEARCH_PATH):
         _check(after)
     return Change(path, after)
+
+
+def rejects_redirected_ipv6() -> bool:
+    """Whether a running firewalld refuses IPv6 connections of this host that are redirected.
+
+    With RFC3964_IPv4 (firewalld.conf(5)) it rejects what goes to ::/96 by another interface than loopback. ::1 is in
+    there; and of a connection whose destination is rewritten on the way out, the kernel's hooks are told the interface
+    it would have left by.
+    """
+    try:
+        settings = (DIRECTORY / "firewalld.conf").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    given = [line.partition("=")[2].strip().lower() for line in settings.splitlines() if line.startswith(_RFC3964)]
+    return (not given or given[-1] not in ("no", "false")) and in_first_namespace() and is_running()
 
 
 def is_running() -> bool:

@@ -22,7 +22,7 @@ def change(record: State, previous: State | None = None) -> Change | None:
     if record.options.store_firewalld:
         from agent.engines.iptables.engine import IptablesPlan
 
-        return firewalld.storing(IptablesPlan.of_policy(record.policy, record.options))
+        return firewalld.storing(IptablesPlan.of_policy(record.policy, record.options), record.policy)
     if _concerns(previous):
         return firewalld.removing()
     return None

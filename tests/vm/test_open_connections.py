@@ -78,6 +78,8 @@ def test_transfers_and_sessions_outlive_every_change(served: Machine) -> None:
             assert served.status()["engine"] == "iptables"
             served.tpctl("uninstall")
             assert served.status()["installed"] is False
+            # The relay still has a unit, or systemd would not hear its watchdog, and kill it with its connections.
+            assert served.said("systemctl show --property=NotifyAccess --value tpctl-relay") == "main"
             for transfer in (direct_in, direct_out, relayed_in, relayed_out):
                 transfer.finish()
     digest = hashlib.sha256(content()).hexdigest()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vm.capture import FLAGS, assert_captured, remember_policy, start_firewalld, world, write_config
+from tests.vm.capture import (
+    FLAGS,
+    LET_IPV6_PASS,
+    assert_captured,
+    remember_policy,
+    start_firewalld,
+    world,
+    write_config,
+)
 from tests.vm.machine import Machine
 
 pytestmark = pytest.mark.root
@@ -69,3 +77,19 @@ def test_the_unit_brings_the_rules_back(machine: Machine, engine: str) -> None:
     if engine == "nftables":
         assert_survives_firewalld(machine)
     assert_gone(machine, before)
+
+
+def test_firewalld_that_rejects_redirected_ipv6_is_named(machine: Machine) -> None:
+    machine.run("systemctl start firewalld")
+    done = machine.tpctl(f"install {FLAGS} --engine nftables")
+    assert "warning: firewalld rejects this host's IPv6 connections" in done.stderr
+    assert "RFC3964_IPv4=no" in " ".join(machine.status()["problems"])
+    assert "No route to host" in connecting(machine)
+    machine.run(f"{LET_IPV6_PASS} && firewall-cmd --reload")
+    assert "RFC3964_IPv4=no" not in " ".join(machine.status()["problems"])
+    assert "Connection refused" in connecting(machine)  # it was redirected, and nobody listens there
+
+
+def connecting(machine: Machine) -> str:
+    """What an application hears that calls a neighbour by IPv6 who does not exist."""
+    return machine.run("runuser -u app -- bash -c 'exec 3<>/dev/tcp/fd15::99/80'", check=False).stderr

@@ -18,6 +18,7 @@ from tests.vm.vagrant import VagrantMachine
 from tests.vm.wheel import wheel
 
 RELEASES = os.environ.get("VM_RELEASES", "bookworm").split()
+PROVIDER = os.environ.get("VM_PROVIDER", "qemu")
 SERVICE_PORT = 8080
 """A port of the machine that is reached from here."""
 FRESH = "fresh"
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if PROVIDER == "vagrant":
+        for item in items:
+            if hasattr(getattr(item, "module", None), "SERVICE_PORT"):
+                item.add_marker(pytest.mark.skip(reason="reaches the machine through qemu's user network"))
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +61,7 @@ def running(
 
 
 def _machine(release: str, folder: Path) -> Machine:
-    if os.environ.get("VM_PROVIDER") == "vagrant":
+    if PROVIDER == "vagrant":
         return VagrantMachine(release, folder)
     return Machine(image(Recipe(release)), folder, ports=(SERVICE_PORT,))
 

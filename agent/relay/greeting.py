@@ -24,8 +24,14 @@ class Greeting:
         self._socket = client
         self._done = done
         self.reader = HeaderReader()
-        client.setblocking(False)
-        loop.watch(client.fileno(), EPOLLIN, self._on_bytes)
+
+    def start(self) -> None:
+        """Begin to listen; `done` may be called at once."""
+        try:
+            self._socket.setblocking(False)
+            self._loop.watch(self._socket.fileno(), EPOLLIN, self._on_bytes)
+        except OSError:
+            self.end(Refusal.GONE)
 
     def end(self, why: Refusal | None) -> None:
         """It is over; the socket is no longer watched."""

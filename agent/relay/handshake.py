@@ -25,9 +25,13 @@ class Handshake:
 
     def start(self) -> None:
         """Begin it; `done` may be called at once."""
-        self._socket.setblocking(False)
-        self._loop.watch(self._socket.fileno(), EPOLLIN, self._on_event)
-        self._on_event(0)
+        try:
+            self._socket.setblocking(False)
+            self._loop.watch(self._socket.fileno(), EPOLLIN, self._on_event)
+        except OSError as error:
+            self.finish(error)
+        else:
+            self._on_event(0)
 
     def expire(self) -> None:
         """It has had its time."""

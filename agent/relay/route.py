@@ -14,7 +14,8 @@ from agent.relay.dialling import Link
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
-from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source
+from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, Upstream
+from agent.relay.tls import ListenerTls
 
 
 class Peer(NamedTuple):
@@ -60,17 +61,17 @@ class Surroundings:
 class Route:
     """One listener's rules."""
 
-    __slots__ = ("_from_passthrough", "_surroundings", "settings", "slot")
+    __slots__ = ("_elsewhere", "_surroundings", "settings", "slot", "tls")
 
-    def __init__(self, settings: ListenerSettings, slot: int, surroundings: Surroundings) -> None:
+    def __init__(self, settings: ListenerSettings, slot: int, surroundings: Surroundings, tls: ListenerTls) -> None:
         self.settings = settings
+        self.tls = tls
         self.slot = slot
         """Of its counters, see `agent.relay.tally`."""
         self._surroundings = surroundings
-        self._from_passthrough = settings.source is Source.PASSTHROUGH
-        if self._from_passthrough and isinstance(settings.upstream, FixedAddress):
-            # Another host could not answer 127.0.0.6.
-            self._from_passthrough = surroundings.is_local(settings.upstream.destination)
+        named = _named(settings.upstream)
+        self._elsewhere = frozenset(one.host for one in named if not surroundings.is_local(one))
+        """Upstreams on other hosts, which could not answer 127.0.0.6."""
 
     def decide(self, peer: Peer, destination: Destination) -> Sequence[Dial] | Refusal:
         """What to dial, best first, for a client that wanted to go to `destination`."""
@@ -126,14 +127,24 @@ class Route:
         if not isinstance(upstream, ServicePorts) or destination.port not in upstream.services:
             return destination
         address, port = upstream.services[destination.port]
-        if address is None:
-            return destination._replace(port=port)
-        return Destination(address, port, socket.AF_INET6 if ":" in address else socket.AF_INET)
+        return destination._replace(port=port) if address is None else _at(address, port)
 
     def _dials(self, peer: Peer, destination: Destination) -> Sequence[Dial]:
-        if self._from_passthrough:
+        if self.settings.source is Source.PASSTHROUGH and destination.host not in self._elsewhere:
             return dials.inbound(destination)
         same_family = peer.host is not None and (":" in peer.host) == (destination.family == socket.AF_INET6)
         if self.settings.source is Source.CLIENT and same_family:
             return (Dial(destination, peer.host, transparent=True),)
         return dials.outbound(destination)
+
+
+def _named(upstream: Upstream) -> list[Destination]:
+    """The upstreams that stand in the configuration."""
+    if isinstance(upstream, FixedAddress):
+        return [upstream.destination]
+    services = upstream.services.values() if isinstance(upstream, ServicePorts) else ()
+    return [_at(address, port) for address, port in services if address is not None]
+
+
+def _at(address: str, port: int) -> Destination:
+    return Destination(address, port, socket.AF_INET6 if ":" in address else socket.AF_INET)

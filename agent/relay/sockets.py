@@ -57,7 +57,10 @@ def open_sockets(
             if held and held.get(place):
                 found[place] = list(held[place])
                 for sock in found[place]:
-                    _adapt(sock, listener.listen, place)
+                    try:
+                        _adapt(sock, listener.listen, place)
+                    except OSError as error:
+                        raise HostError(_reason(listener, place, error)) from error
                 continue
             shared = listener.listen.reuseport and settings.workers > 1
             alone = _bind(listener, place, shared=False)

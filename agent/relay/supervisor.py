@@ -5,6 +5,7 @@ A single worker is the process itself. Several are its children: they all serve,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def serve(load: Callable[[], Settings], settings: Settings, log: FilteringBoundL
         log.warning(
             "running as root: unless the policy's data plane user is root, the relay's own connections are captured"
         )
+    # Until there is somebody to handle them: whoever reads in the log that the relay is ready may send one at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING_SIGNALS, RELOAD, RESTART, signal.SIGCHLD))
     raise_descriptor_limit()
     read_zone(settings.dns)
     tls.load(settings)
@@ -64,6 +67,10 @@ class Life:
         self._counts = Tally(running.settings.workers)
         self._successor: Successor | None = None
 
+    def _is_ending(self) -> bool:
+        """Whether the sockets have gone already."""
+        raise NotImplementedError
+
     def _announce(self) -> None:
         """Tell everybody who waits for it that the relay serves."""
         for listener, place in wanted(self._state.settings):
@@ -74,6 +81,8 @@ class Life:
 
     def _reload(self, use: Callable[[Running, Sockets], None]) -> None:
         """Read the configuration again, and use it if it is in order. What is not leaves everything as it was."""
+        if self._is_ending():
+            return
         reloading()
         try:
             running, added = self._state.renewed(self._load())
@@ -101,6 +110,8 @@ class Life:
 
     def _restart(self, loop: Loop, go: Callable[[], None]) -> None:
         """Start a successor with the sockets; `go` when it serves. If it does not, everything stays as it was."""
+        if self._is_ending():
+            return
         if self._successor is not None:
             self._log.warning("a restart is already under way")
             return
@@ -115,7 +126,10 @@ class Life:
             go()
 
         sockets = activation.names_of(self._state.settings, self._state.sockets)
-        self._successor = Successor(loop, sockets, ended)
+        try:
+            self._successor = Successor(loop, sockets, ended)
+        except OSError as error:
+            self._log.error("the restart has failed, this process goes on", reason=error.strerror)
 
 
 class Alone(Life):
@@ -123,7 +137,7 @@ class Alone(Life):
 
     def run(self) -> int:
         """Serve until told to end."""
-        worker = Worker(self._state.settings, self._counts, self._log)
+        worker = self._worker = Worker(self._state.settings, self._counts, self._log)
         worker.use(self._state)
         self._announce()
         worker.run(
@@ -134,6 +148,9 @@ class Alone(Life):
         )
         self._log.info("ended")
         return 0
+
+    def _is_ending(self) -> bool:
+        return self._worker.is_draining
 
 
 class Supervisor(Life):
@@ -151,8 +168,6 @@ class Supervisor(Life):
             RELOAD: partial(self._reload, self._tell_state),
             RESTART: partial(self._restart, self._loop, partial(self._end, RESTART)),
         }
-        # Blocked before the first fork, so that none is lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         for number in range(self._state.settings.workers):
             self._start(number)
         self._counts.be(self._state.settings.workers)
@@ -164,6 +179,9 @@ class Supervisor(Life):
         self._loop.release()
         self._log.info("ended", exit_code=self._code)
         return self._code
+
+    def _is_ending(self) -> bool:
+        return self._ending
 
     def _start(self, number: int) -> None:
         mine, theirs = channel.pair()
@@ -205,7 +223,8 @@ class Supervisor(Life):
         """Send the workers a state. The sockets of this process are only kept, for restarts and further workers."""
         for number, worker in enumerate(self._workers.values()):
             share = {place: deal(sockets, number, running.settings.workers) for place, sockets in added.items()}
-            channel.send(worker, running, share)
+            with contextlib.suppress(OSError):  # it has just died, of which SIGCHLD tells
+                channel.send(worker, running, share)
         for place in self._state.sockets.keys() - running.sockets.keys():
             _close(self._state.sockets[place])
 

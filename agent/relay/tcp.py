@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import socket
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,15 +15,13 @@ from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, 
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
-from agent.relay.ends import TlsEnd
-from agent.relay.greeting import Greeting
 from agent.relay.handshake import Handshake
-from agent.relay.original_destination import Destination, recover, unmapped
-from agent.relay.proxy_protocol import Header, announce
-from agent.relay.route import Peer, Refusal, Route
+from agent.relay.original_destination import Destination
+from agent.relay.proxy_protocol import announce
+from agent.relay.reception import Guest, Reception, told
+from agent.relay.route import Refusal, Route
 from agent.relay.settings import Limits
 from agent.relay.tally import Tally
-from agent.relay.tls import ListenerTls
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -35,29 +31,6 @@ _ATTEMPT_SECONDS = 3.0
 _LONGEST_CHECK = 30.0
 _CHECKS = 8
 """Quiet connections are looked for this often during the shortest time they are allowed."""
-_UNKNOWN = Destination("0.0.0.0", 0)
-"""The original destination of what came to a unix socket."""
-
-
-class Guest:
-    """A client that was accepted: who it is, where it wanted to go, and when it came."""
-
-    __slots__ = ("counted", "destination", "end", "header", "moved", "peer", "route", "since", "socket")
-
-    def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
-        self.socket = sock
-        self.route = route
-        self.peer = peer
-        self.destination = destination
-        self.since = time.monotonic()
-        self.header: Header | None = None
-        """What it began with, where the PROXY protocol is spoken."""
-        self.end: TlsEnd | None = None
-        """Its end of the connection, where it speaks TLS."""
-        self.moved = (0, 0)
-        """Bytes to the upstream and to the client that have been counted."""
-        self.counted: str | None = None
-        """The source under which it is counted, if its connections are limited."""
 
 
 class TcpRelay:
@@ -73,13 +46,10 @@ class TcpRelay:
         self._limit = 0
         self._routes: dict[str, Route] = {}
         self._dialling: dict[float, Deadlines[Dialling]] = {}
-        self._greeting: dict[float, Deadlines[Greeting]] = {}
-        self._greetings: set[Greeting] = set()
         self._shaking: dict[float, Deadlines[Handshake]] = {}
-        self._handshakes: set[Handshake] = set()
-        self._tls: Mapping[str, ListenerTls] = {}
         self._connections: dict[Connection, Guest] = {}
         self._checking = False
+        self._reception = Reception(self._loop, self._admit, self._refuse)
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
         self.acceptor.paused = partial(counts.add, tally.WORKER, tally.PAUSES)
         self.idle: Callable[[], None] | None = None
@@ -88,33 +58,23 @@ class TcpRelay:
     @property
     def busy(self) -> int:
         """How many connections there are."""
-        return len(self._connections) + len(self._greetings) + len(self._handshakes)
+        return len(self._connections) + self._reception.busy
 
-    def use(
-        self, routes: Mapping[str, Route], tls: Mapping[str, ListenerTls], limits: Limits, *, access_log: bool
-    ) -> None:
-        """Treat new connections so from now on; `routes` and `tls` are by the name of the listener."""
-        self._tls = tls
+    def use(self, routes: Mapping[str, Route], limits: Limits, *, access_log: bool) -> None:
+        """Treat new connections so from now on; `routes` are by the name of the listener."""
         self._routes = dict(routes)
         self._limit = limits.connections
         self._access_log = access_log
-        times = {route.settings.timeouts.connect for route in routes.values()} | {_ATTEMPT_SECONDS}
-        for seconds in times - self._dialling.keys():
-            self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
-        for seconds in {route.settings.timeouts.handshake for route in routes.values()} - self._greeting.keys():
-            self._greeting[seconds] = Deadlines[Greeting](self._loop, seconds, lambda late: late.end(Refusal.TIMED_OUT))
-        timeouts = [route.settings.timeouts for route in routes.values()]
-        for seconds in {part for one in timeouts for part in (one.connect, one.handshake)} - self._shaking.keys():
-            self._shaking[seconds] = Deadlines[Handshake](self._loop, seconds, Handshake.expire)
+        for seconds in (_ATTEMPT_SECONDS, *(route.settings.timeouts.connect for route in routes.values())):
+            if seconds not in self._dialling:
+                self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
+                self._shaking[seconds] = Deadlines[Handshake](self._loop, seconds, Handshake.expire)
         if not self._checking:
             self._check_quiet()
 
     def reset(self, error: OSError) -> None:
         """Break every connection off."""
-        for greeting in tuple(self._greetings):
-            greeting.end(Refusal.GONE)
-        for handshake in tuple(self._handshakes):
-            handshake.finish(error)
+        self._reception.reset(error)
         for connection in tuple(self._connections):
             connection.reset(error)
 
@@ -129,64 +89,10 @@ class TcpRelay:
     def _on_accepted(self, client: socket.socket, name: Any, listener: str) -> None:
         route = self._routes[listener]
         self._counts.add(route.slot, tally.ACCEPTED)
-        if isinstance(name, tuple):
-            peer, destination = Peer(unmapped(name[0]), name[1]), recover(client, name[0])
-        else:
-            peer, destination = Peer(None, 0), _UNKNOWN
-        guest = Guest(client, route, peer, destination)
+        guest = Guest.accepted(client, name, route)
         self._counts.add(route.slot, tally.ACTIVE)
         self._counts.add(tally.WORKER, tally.ACTIVE)
-        refusal = route.refuses_to_hear(peer, destination)
-        if refusal is not None:
-            self._refuse(guest, refusal)
-        elif route.settings.listen.proxy_protocol:
-            self._greet(guest)
-        else:
-            self._secure(guest)
-
-    def _greet(self, guest: Guest) -> None:
-        """Wait for the PROXY protocol header, and admit whom it names."""
-        deadlines = self._greeting[guest.route.settings.timeouts.handshake]
-
-        def done(refusal: Refusal | None) -> None:
-            deadlines.discard(greeting)
-            self._greetings.discard(greeting)
-            header = greeting.reader.header
-            if refusal is not None or header is None:
-                self._refuse(guest, refusal or Refusal.MALFORMED)
-                return
-            guest.header = header
-            guest.destination = guest.route.meant(guest.destination, header)
-            if header.source is not None:
-                guest.peer = Peer(header.source.host, header.source.port)
-            self._secure(guest)
-
-        greeting = Greeting(self._loop, guest.socket, done)
-        self._greetings.add(greeting)
-        deadlines.add(greeting)
-
-    def _secure(self, guest: Guest) -> None:
-        """Begin TLS with a client, where the listener has it, and admit it then."""
-        tls = self._tls[guest.route.settings.name].clients
-        if tls is None:
-            self._admit(guest)
-            return
-        deadlines = self._shaking[guest.route.settings.timeouts.handshake]
-
-        def done(error: OSError | None) -> None:
-            deadlines.discard(handshake)
-            self._handshakes.discard(handshake)
-            if error is None:
-                guest.end = handshake.end
-                self._admit(guest)
-            else:
-                timed_out = error.errno == errno.ETIMEDOUT
-                self._refuse(guest, Refusal.TIMED_OUT if timed_out else Refusal.TLS, reason=_told(error))
-
-        handshake = Handshake(self._loop, guest.socket, TlsEnd(guest.socket, tls), done)
-        self._handshakes.add(handshake)
-        deadlines.add(handshake)
-        handshake.start()
+        self._reception.receive(guest)
 
     def _admit(self, guest: Guest) -> None:
         """Dial for a client, or refuse it."""
@@ -207,7 +113,7 @@ class TcpRelay:
         timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
-        tls = self._tls[guest.route.settings.name].upstream
+        tls = guest.route.tls.upstream
         plan = Plan(
             dials,
             self._dialling[patience],
@@ -256,7 +162,7 @@ class TcpRelay:
         if guest.counted is not None:
             self._counts.leave(slot, guest.counted)
         if self._access_log:
-            error = _told(connection.error) if connection.error else None
+            error = told(connection.error) if connection.error else None
             upstream = str(connection.upstream)
             self._write(guest, str(connection.ending), upstream=upstream, error=error)
         del self._connections[connection]
@@ -302,13 +208,6 @@ class TcpRelay:
             reason=reason,
             error=error,
         )
-
-
-def _told(error: OSError) -> str:
-    """An error as the log shows it. OpenSSL's carry more than the text of a number."""
-    if isinstance(error, ssl.SSLError):
-        return str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.args[-1])
-    return error.strerror or str(error)
 
 
 def _header(guest: Guest) -> bytes:

@@ -75,6 +75,11 @@ class Worker:
             supervisor.setblocking(False)
             self.loop.watch(supervisor.fileno(), EPOLLIN, partial(self._on_supervisor, supervisor))
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether it accepts nothing any more."""
+        return self._draining
+
     def use(self, running: Running) -> None:
         """Serve these sockets by these settings; connections that exist go on as they began."""
         settings = running.settings
@@ -82,8 +87,10 @@ class Worker:
         self._guard.watch(listener.listen for listener in settings.served)
         self._dns.use(settings.dns)
         streams = [one for one in settings.listeners if one.role is not Role.DNS]
-        routes = {one.name: Route(one, running.slots[one.name], self._surroundings) for one in streams}
-        self._tcp.use(routes, contexts, settings.limits, access_log=settings.access_log)
+        routes = {
+            one.name: Route(one, running.slots[one.name], self._surroundings, contexts[one.name]) for one in streams
+        }
+        self._tcp.use(routes, settings.limits, access_log=settings.access_log)
         sockets: dict[socket.socket, Role] = {}
         for listener, place in wanted(settings):
             for sock in running.sockets[place]:
@@ -211,6 +218,6 @@ class Worker:
         if self._tcp.busy or self._dns.busy:
             self._log.warning("ending what still runs", reason=why, connections=self._tcp.busy, queries=self._dns.busy)
         self.loop.stop()
-        self._tcp.acceptor.drain()
+        self._tcp.acceptor.stop()  # somebody else may have the sockets, and serve what waits in them
         self._tcp.reset(_ENDED)
         self._dns.reset()

@@ -51,6 +51,8 @@ def test_a_signal_drains(net: Net, tmp_path: Path, echo_server: Server, workers:
             talk(client)
             running.process.send_signal(number)
             running.wait_for("draining")
+            while len([line for line in running.lines() if line["event"] == "draining"]) < int(workers):
+                time.sleep(0.02)  # each of them has sockets of its own
             with pytest.raises(ConnectionRefusedError):
                 net.connect(net.host, (PEER4, 7000))
             talk(client)

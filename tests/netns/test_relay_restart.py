@@ -198,8 +198,11 @@ def test_systemd_keeps_the_sockets_and_gives_them_back(
     ]  # fmt: skip
     assert "FDSTOREREMOVE=1\nFDNAME=outbound-1102.1.127.0.0.1_1102" in said
     assert "FDSTORE=1\nFDNAME=outbound-1103.1.127.0.0.1_1103" in said
+    workers = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
     running.process.kill()
     running.process.wait(10)
+    while any(Path(f"/proc/{pid}/fd/0").exists() for pid in workers):
+        time.sleep(0.02)  # they serve until they see it
     with serving(net, net.peer, (PEER4, 7001), patient_echo), net.connect(net.host, (HOST4, 1101)) as waiting:
         waiting.sendall(b"early")
         again = restarted(net, tmp_path, path, kept)

@@ -23,6 +23,7 @@ from agent.relay.proxy_protocol import Header
 from agent.relay.route import Peer, Refusal, Route, Surroundings
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, TrustedSources
 from agent.relay.tally import Tally
+from agent.relay.tls import ListenerTls
 
 V6 = socket.AF_INET6
 SERVER = Destination("192.0.2.1", 443)
@@ -107,7 +108,7 @@ def route(
     whole = ListenerSettings(**{"name": "x", "role": Role.OUTBOUND, "listen": read_listen("*:15001")} | settings)  # type: ignore[arg-type]
     guard = SelfDialGuard(frozenset(), is_local)
     guard.watch([whole.listen])
-    return Route(whole, 0, Surroundings(guard, own, vips, is_local))
+    return Route(whole, 0, Surroundings(guard, own, vips, is_local), ListenerTls())
 
 
 def test_what_is_dialled() -> None:

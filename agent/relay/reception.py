@@ -1,0 +1,147 @@
+"""From an accepted socket to a client that is known: its PROXY protocol header, then its TLS handshake."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+from agent.relay.deadlines import Deadlines
+from agent.relay.ends import TlsEnd
+from agent.relay.greeting import Greeting
+from agent.relay.handshake import Handshake
+from agent.relay.loop import Loop
+from agent.relay.original_destination import Destination, recover, unmapped
+from agent.relay.proxy_protocol import Header
+from agent.relay.route import Peer, Refusal, Route
+from agent.relay.tls import Tls
+
+_UNKNOWN = Destination("0.0.0.0", 0)
+"""The original destination of what came to a unix socket."""
+
+
+class Guest:
+    """A client that was accepted: who it is, where it wanted to go, and when it came."""
+
+    __slots__ = ("counted", "destination", "end", "header", "moved", "peer", "route", "since", "socket")
+
+    def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
+        self.socket = sock
+        self.route = route
+        self.peer = peer
+        self.destination = destination
+        self.since = time.monotonic()
+        self.header: Header | None = None
+        """What it began with, where the PROXY protocol is spoken."""
+        self.end: TlsEnd | None = None
+        """Its end of the connection, where it speaks TLS."""
+        self.moved = (0, 0)
+        """Bytes to the upstream and to the client that have been counted."""
+        self.counted: str | None = None
+        """The source under which it is counted, if its connections are limited."""
+
+    @classmethod
+    def accepted(cls, sock: socket.socket, name: Any, route: Route) -> Guest:
+        """With what the kernel knows of it; `name` is what accept() returned. Raises OSError if it has gone."""
+        if isinstance(name, tuple):
+            return cls(sock, route, Peer(unmapped(name[0]), name[1]), recover(sock, name[0]))
+        return cls(sock, route, Peer(None, 0), _UNKNOWN)
+
+
+class Reception:
+    """Hears what clients have to say before anything is dialled for them. Calls `admit` or `refuse` once for each."""
+
+    def __init__(
+        self, loop: Loop, admit: Callable[[Guest], None], refuse: Callable[[Guest, Refusal, str | None], None]
+    ) -> None:
+        self._loop = loop
+        self._admit = admit
+        self._refuse = refuse
+        self._greetings: set[Greeting] = set()
+        self._handshakes: set[Handshake] = set()
+        self._greeting_deadlines: dict[float, Deadlines[Greeting]] = {}
+        self._handshake_deadlines: dict[float, Deadlines[Handshake]] = {}
+
+    @property
+    def busy(self) -> int:
+        """How many clients are being heard."""
+        return len(self._greetings) + len(self._handshakes)
+
+    def receive(self, guest: Guest) -> None:
+        """Begin with a client."""
+        refusal = guest.route.refuses_to_hear(guest.peer, guest.destination)
+        if refusal is not None:
+            self._refuse(guest, refusal, None)
+        elif guest.route.settings.listen.proxy_protocol:
+            self._greet(guest)
+        else:
+            self._secure(guest)
+
+    def reset(self, error: OSError) -> None:
+        """Refuse everybody who is being heard."""
+        for greeting in tuple(self._greetings):
+            greeting.end(Refusal.GONE)
+        for handshake in tuple(self._handshakes):
+            handshake.finish(error)
+
+    def _greet(self, guest: Guest) -> None:
+        """Wait for the PROXY protocol header, and go on with whom it names."""
+
+        def done(refusal: Refusal | None) -> None:
+            deadlines.discard(greeting)
+            self._greetings.discard(greeting)
+            header = greeting.reader.header
+            if refusal is not None or header is None:
+                self._refuse(guest, refusal or Refusal.MALFORMED, None)
+                return
+            guest.header = header
+            guest.destination = guest.route.meant(guest.destination, header)
+            if header.source is not None:
+                guest.peer = Peer(header.source.host, header.source.port)
+            self._secure(guest)
+
+        seconds = guest.route.settings.timeouts.handshake
+        deadlines = self._greeting_deadlines.setdefault(seconds, Deadlines(self._loop, seconds, _too_late))
+        greeting = Greeting(self._loop, guest.socket, done)
+        self._greetings.add(greeting)
+        deadlines.add(greeting)
+        greeting.start()
+
+    def _secure(self, guest: Guest) -> None:
+        """Begin TLS, where the listener has it, and admit the client then."""
+        if guest.route.tls.clients is None:
+            self._admit(guest)
+        else:
+            self._shake_hands(guest, guest.route.tls.clients)
+
+    def _shake_hands(self, guest: Guest, tls: Tls) -> None:
+        def done(error: OSError | None) -> None:
+            deadlines.discard(handshake)
+            self._handshakes.discard(handshake)
+            if error is None:
+                guest.end = handshake.end
+                self._admit(guest)
+            else:
+                why = Refusal.TIMED_OUT if error.errno == errno.ETIMEDOUT else Refusal.TLS
+                self._refuse(guest, why, told(error))
+
+        seconds = guest.route.settings.timeouts.handshake
+        deadlines = self._handshake_deadlines.setdefault(seconds, Deadlines(self._loop, seconds, Handshake.expire))
+        handshake = Handshake(self._loop, guest.socket, TlsEnd(guest.socket, tls), done)
+        self._handshakes.add(handshake)
+        deadlines.add(handshake)
+        handshake.start()
+
+
+def _too_late(greeting: Greeting) -> None:
+    greeting.end(Refusal.TIMED_OUT)
+
+
+def told(error: OSError) -> str:
+    """An error as the log shows it. OpenSSL's carry more than the text of a number."""
+    if isinstance(error, ssl.SSLError):
+        return str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.args[-1])
+    return error.strerror or str(error)

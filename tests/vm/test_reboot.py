@@ -39,7 +39,8 @@ def assert_survives_firewalld(machine: Machine) -> None:
     """Whatever firewalld does, there is one copy of each rule, and the rules do what they did."""
     wanted = rules(machine)
     assert wanted
-    for action in ("firewall-cmd --reload", "firewall-cmd --complete-reload", "systemctl restart firewalld"):
+    restart = "systemctl restart firewalld && until firewall-cmd --state; do sleep 0.2; done"
+    for action in ("firewall-cmd --reload", "firewall-cmd --complete-reload", restart):
         machine.run(action)
         assert rules(machine) == wanted, action
     assert machine.status()["drift"] == []

@@ -35,6 +35,8 @@ LOCK_POLL_SECONDS = 0.05
 SO_NETNS_COOKIE = 71
 """include/uapi/asm-generic/socket.h, since Linux 5.14: a number no other namespace gets until the next boot."""
 
+_TEMPORARY = ".state-"
+
 INSTALLING = "installing"
 INSTALLED = "installed"
 
@@ -122,24 +124,33 @@ def save(state: State) -> None:
 
 
 def write(target: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written."""
+    """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written.
+
+    To be called under the lock: temporary files that lie there are those of a tpctl that was killed.
+    """
+    temporary = None
     try:
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f"{_TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
         # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".state-")
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_TEMPORARY)
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             json.dump(document, stream, indent=2)
             stream.write("\n")
             os.fchmod(descriptor, 0o644)
         Path(temporary).replace(target)
     except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink(missing_ok=True)
         raise ApplyError(f"the record {target} cannot be written: {error.strerror}") from error
 
 
 def clear() -> None:
     """Forget the record, and the folder that held it."""
     folder = path().parent
-    for leftover in (folder / "state.json", *folder.glob(".state-*")):
+    for leftover in (folder / "state.json", *folder.glob(f"{_TEMPORARY}*")):
         leftover.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()

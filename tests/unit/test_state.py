@@ -5,7 +5,9 @@ The fixtures are never written anew; a new format gets a new file.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from agent import confirm, state
 from agent.before import Before
 from agent.engine_options import EngineOptions
+from agent.errors import ApplyError
 from agent.policy import (
     Cgroup,
     Dns,
@@ -150,3 +153,22 @@ def test_a_record_that_makes_no_sense_counts_as_none(place: Path, damage: dict[s
     pending = document("pending-1.json")
     confirm.path().write_text(json.dumps({**pending, "before": {**pending["before"], "record": broken}}))
     assert confirm.load() is None
+
+
+def test_a_killed_writer_s_temporary_file_goes_with_the_next_record(place: Path) -> None:
+    leftover = state.path().with_name(".state-abcdefgh")
+    leftover.write_text("{")
+    state.save(RECORD)
+    assert [one.name for one in state.path().parent.iterdir()] == ["state.json"]
+
+
+def test_a_record_that_cannot_be_written_leaves_no_temporary_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    state.save(RECORD)
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(ApplyError, match="No space left on device"):
+        state.save(RECORD)
+    assert [one.name for one in state.path().parent.iterdir()] == ["state.json"]
+    assert state.load() == RECORD

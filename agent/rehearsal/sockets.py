@@ -17,8 +17,8 @@ _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 
-QUERY = bytes.fromhex("7470 0100 0000 0000 0000 0000")
-"""A DNS header (RFC 1035, 4.1.1), so that a DNS proxy in between passes it on."""
+QUERY = bytes.fromhex("7470 0100 0001 0000 0000 0000" "05 7470 6374 6c 00 0001 0001")
+"""A DNS query for the address of "tpctl" (RFC 1035, 4.1), so that a DNS proxy in between passes it on."""
 _DNS_ANSWER = 0x80
 
 AF = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}

@@ -19,6 +19,7 @@ from tests.vm.wheel import wheel
 
 RELEASES = os.environ.get("VM_RELEASES", "bookworm").split()
 PROVIDER = os.environ.get("VM_PROVIDER", "qemu")
+in_the_matrix = pytest.mark.skipif("VM_RELEASES" not in os.environ, reason="takes long: part of make test-vm")
 SERVICE_PORT = 8080
 """A port of the machine that is reached from here."""
 FRESH = "fresh"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 from pathlib import Path
+
+from tests.netns.relay_net import HOST4, PEER4
 
 _EXTENSIONS = {
     "authority": "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n",
@@ -55,3 +58,24 @@ def run(*arguments: str) -> None:
     """Run openssl, which must succeed."""
     done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Pki:
+    """The authorities of a test, a server's certificate and a client's; in files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = Authority(directory, "root")
+        self.middle = Authority(directory, "middle", self.root)
+        self.deep = Authority(directory, "deep", self.middle)
+        self.other = Authority(directory, "other")
+        self.server = self.middle.issue("server", f"DNS:server.test,IP:{HOST4},IP:{PEER4}")
+        self.client = self.middle.issue("client")
+
+
+def client_context(pki: Pki, certificate: tuple[Path, Path] | None = None) -> ssl.SSLContext:
+    """Of a client that trusts the root, and may have a certificate of its own."""
+    context = ssl.create_default_context(cafile=str(pki.root.path))
+    if certificate is not None:
+        context.load_cert_chain(*certificate)
+    return context

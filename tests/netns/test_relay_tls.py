@@ -17,13 +17,12 @@ import pytest
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header, build
 from tests.netns import relay_net
-from tests.netns.certificates import Authority
+from tests.netns.certificates import Pki, client_context
 from tests.netns.relay_net import HOST4, PEER4, Net
 from tests.netns.test_relay_listeners import configured, serving
 
 pytestmark = pytest.mark.root
 BULK = 3 * 1024 * 1024 + 321
-Wrap = Callable[[socket.socket], ssl.SSLSocket]
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +33,6 @@ def net() -> Iterator[Net]:
         yield network
     finally:
         network.remove()
-
-
-class Pki:
-    """Files of a test's authorities."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.root = Authority(directory, "root")
-        self.middle = Authority(directory, "middle", self.root)
-        self.deep = Authority(directory, "deep", self.middle)
-        self.other = Authority(directory, "other")
-        self.server = self.middle.issue("server", f"DNS:server.test,IP:{HOST4},IP:{PEER4}")
-        self.client = self.middle.issue("client")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +48,6 @@ def tmp_path() -> Iterator[Path]:
         yield directory
 
 
-def client_context(pki: Pki, certificate: tuple[Path, Path] | None = None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(pki.root.path))
-    if certificate is not None:
-        context.load_cert_chain(*certificate)
-    return context
-
-
 def terminating(pki: Pki, more: str = "", server: tuple[Path, Path] | None = None) -> str:
     certificate, key = server or pki.server
     return f"""
@@ -77,13 +56,6 @@ listeners:
     direction: inbound
     upstream: 127.0.0.1:8080
     ssl: {{certificate: {certificate}, certificate_key: {key}{more}}}
-"""
-
-
-def originating(more: str) -> str:
-    return f"""
-listeners:
-  - {{listen: "*:1080", direction: outbound, upstream: "{PEER4}:8443", upstream_tls: {{{more}}}}}
 """
 
 
@@ -247,93 +219,6 @@ def test_plain_words_and_silence_are_no_handshake(net: Net, tmp_path: Path, pki:
         with net.connect(net.peer, (HOST4, 1443)) as client, pytest.raises(ConnectionResetError):
             relay_net.read_all(client)
         running.wait_for("refused: the PROXY protocol header or TLS handshake did not come in time")
-
-
-@contextlib.contextmanager
-def tls_server(
-    net: Net, server: tuple[Path, Path], serve: relay_net.Service, client_ca: Path | None = None
-) -> Iterator[None]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*server)
-    if client_ca is not None:
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(client_ca)
-
-    def wrapped(client: socket.socket, peer: object) -> None:
-        with context.wrap_socket(client, server_side=True) as secure:
-            serve(secure, peer)
-            with contextlib.suppress(OSError):
-                secure.unwrap()
-
-    with serving(net, net.peer, (PEER4, 8443), wrapped):
-        yield
-
-
-def answer_of(net: Net) -> bytes:
-    """What a plain client gets from the TLS server behind the relay; nothing when the relay refuses."""
-    try:
-        with net.connect(net.host, (HOST4, 1080)) as client:
-            client.sendall(b"hello")
-            return client.recv(5)
-    except ConnectionResetError:
-        return b""
-
-
-def test_the_certificate_of_an_upstream_is_verified(net: Net, tmp_path: Path, pki: Pki) -> None:
-    ca, other = f"ca_file: {pki.root.path}", f"ca_file: {pki.other.path}"
-    named = pki.middle.issue("named", "DNS:only.test")
-    deep = pki.deep.issue("deep-server", f"IP:{PEER4}")
-    for server, more, reason in (
-        (pki.server, ca, None),
-        (pki.server, f"{ca}, server_name: server.test", None),
-        (pki.server, f"{ca}, server_name: another.test", "Hostname mismatch"),
-        (pki.server, other, "unable to get"),
-        (pki.server, "", "unable to get"),
-        (named, ca, "IP address mismatch"),
-        (named, f"{ca}, server_name: only.test", None),
-        (named, "tls_verify: false", None),
-        (deep, ca, "2 intermediate certificates, and 1 are allowed"),
-        (deep, f"{ca}, tls_verify_depth: 2", None),
-    ):
-        with (
-            tls_server(net, server, relay_net.echo),
-            configured(net, tmp_path, originating(more)) as running,
-        ):
-            assert answer_of(net) == (b"" if reason else b"hello"), more
-            if reason:
-                line = running.wait_for("connection")
-                assert line["reason"] == "the TLS handshake with the upstream failed"
-                assert reason in line["error"], line
-
-
-def test_the_relay_shows_its_own_certificate(net: Net, tmp_path: Path, pki: Pki) -> None:
-    certificate, key = pki.client
-    ca = f"ca_file: {pki.root.path}"
-    own = f"{ca}, certificate: {certificate}, certificate_key: {key}"
-    with tls_server(net, pki.server, relay_net.echo, client_ca=pki.root.path):
-        with configured(net, tmp_path, originating(own)):
-            assert answer_of(net) == b"hello"
-        with configured(net, tmp_path, originating(ca)):
-            assert answer_of(net) == b""
-
-
-def test_bulk_over_tls_to_the_upstream(net: Net, tmp_path: Path, pki: Pki) -> None:
-    with (
-        tls_server(net, pki.server, lambda client, _peer: client.sendall(relay_net.pattern(BULK))),
-        configured(net, tmp_path, originating(f"ca_file: {pki.root.path}")),
-        net.connect(net.host, (HOST4, 1080)) as client,
-    ):
-        assert relay_net.read_all(client) == relay_net.pattern(BULK)
-
-
-def test_an_upstream_that_does_not_shake_hands_is_given_up(net: Net, tmp_path: Path, pki: Pki) -> None:
-    text = "timeouts: {connect: 500ms}\n" + originating(f"ca_file: {pki.root.path}")
-    with (
-        serving(net, net.peer, (PEER4, 8443), lambda client, _peer: time.sleep(5)),
-        configured(net, tmp_path, text) as running,
-    ):
-        assert answer_of(net) == b""
-        assert running.wait_for("connection")["error"] == "Connection timed out"
 
 
 def test_tls_on_both_sides_with_proxy_protocol_before_each(net: Net, tmp_path: Path, pki: Pki) -> None:

@@ -11,6 +11,8 @@ POLICY = "/root/policy.json"
 FLAGS = "--kuma-dp-user kuma-dp --redirect-dns --exclude-inbound-ports 22,9100 --exclude-outbound-ports 9200"
 DATA_PLANE = (15006, 15001, 15053)
 CONFIG = "/etc/tpctl/config.yaml"
+FIREWALLD = "systemctl restart firewalld && until firewall-cmd --state; do sleep 0.2; done"
+"""Starts it, and waits for its rules: systemd is content with its name on the bus."""
 LET_IPV6_PASS = "sed -i 's/^RFC3964_IPv4=.*/RFC3964_IPv4=no/' /etc/firewalld/firewalld.conf"
 """What `status` asks for: with its defaults firewalld rejects redirected IPv6 connections of the host."""
 _WORLD = {
@@ -70,4 +72,4 @@ def world(machine: Machine) -> dict[str, str]:
 def start_firewalld(machine: Machine) -> None:
     """Run firewalld now and at every boot, with a zone that refuses nothing: what is not redirected is reached."""
     machine.run(LET_IPV6_PASS)
-    machine.run("firewall-offline-cmd --set-default-zone=trusted && systemctl enable --quiet --now firewalld")
+    machine.run(f"firewall-offline-cmd --set-default-zone=trusted && systemctl enable --quiet firewalld && {FIREWALLD}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.vm.capture import (
+    FIREWALLD,
     FLAGS,
     LET_IPV6_PASS,
     assert_captured,

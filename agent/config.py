@@ -32,6 +32,7 @@ class Config:
     inbound_include_ports: Ports
     inbound_exclude_sources: tuple[Network, ...]
     inbound_insert: bool
+    inbound_mode: str
     ssh_guard: bool
     outbound_enabled: bool
     outbound_port: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.policy import (
     DNS_PORT,
@@ -18,6 +18,7 @@ from agent.policy import (
     Family,
     Policy,
     Protocol,
+    Redirection,
     WhenProxyDown,
     contains,
     includes,
@@ -71,6 +72,9 @@ class Connection:
     """The control group in which the socket was created, from the root of the hierarchy and without a leading slash."""
     local_destination: bool = True
     """Inbound only: whether the destination is an address of this host."""
+    local_source: bool = True
+    """Outbound only: whether the source is an address of this host. It is not where the data plane dials the
+    application from the client's own address (IP_TRANSPARENT)."""
     state: State = State.NEW
     data_plane_listens: bool = True
     """Whether anything listens on the port the connection would be redirected to."""
@@ -109,6 +113,8 @@ class Verdict:
     zone: int
     """The conntrack zone of the packet."""
     steps: tuple[Step, ...]
+    how: Redirection | None = None
+    """By what, when redirected."""
 
     @property
     def reason(self) -> str:
@@ -129,10 +135,16 @@ class Verdict:
 class _Outcome:
     action: Action
     port: int | None = None
+    how: Redirection | None = None
 
 
 _PASS = _Outcome(Action.PASS)
 _DROP = _Outcome(Action.DROP)
+
+
+def _redirect(port: int) -> _Outcome:
+    return _Outcome(Action.REDIRECT, port, Redirection.REDIRECT)
+
 
 _Ask = Callable[[str, str, bool], bool]
 """Records a rule and hands back whether it applied."""
@@ -151,7 +163,7 @@ def decide(policy: Policy, connection: Connection) -> Verdict:
         text = "the data plane does not listen, and connections go straight on meanwhile"
         if ask("b1", text, not connection.data_plane_listens):
             outcome = _PASS
-    return Verdict(outcome.action, outcome.port, zone(policy, connection), tuple(steps))
+    return Verdict(outcome.action, outcome.port, zone(policy, connection), tuple(steps), outcome.how)
 
 
 def _decide(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
@@ -184,13 +196,15 @@ def _inbound_tcp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
         if policy.dns.tcp:
             text = f"DNS over TCP from the virtual network {vnet}"
             if ask("v3", text, carried and connection.destination_port == DNS_PORT):
-                return _Outcome(Action.REDIRECT, policy.dns.port)
+                return _redirect(policy.dns.port)
         text = f"leaves the virtual network {vnet}: outbound traffic of this host"
         if ask("i2", text, carried and connection.destination not in vnet.network):
-            return _Outcome(Action.REDIRECT, policy.outbound.port)
+            return _redirect(policy.outbound.port)
     if ask("i0", "the destination is not an address of this host: forwarded", not connection.local_destination):
         return _PASS
-    return _inbound_listener(policy, connection, ask)
+    arrived = _inbound_listener(policy, connection, ask)
+    # TPROXY is for what comes from elsewhere: a self-call (o3) is redirected where it leaves.
+    return replace(arrived, how=policy.inbound.mode) if arrived.action is Action.REDIRECT else arrived
 
 
 def _inbound_listener(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
@@ -202,20 +216,20 @@ def _inbound_listener(policy: Policy, connection: Connection, ask: _Ask) -> _Out
         return _PASS
     if inbound.include_ports:
         if ask("i5", "the port is included", includes(inbound.include_ports, connection.destination_port)):
-            return _Outcome(Action.REDIRECT, inbound.port)
+            return _redirect(inbound.port)
         ask("i5", "only included ports are redirected", True)
         return _PASS
     if ask("i6", "the port is excluded", includes(inbound.exclude_ports, connection.destination_port)):
         return _PASS
     ask("i7", "everything else that arrives goes to the inbound listener", True)
-    return _Outcome(Action.REDIRECT, inbound.port)
+    return _redirect(inbound.port)
 
 
 def _inbound_udp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
     for vnet in policy.networks(connection.family):
         mine = vnet.carries(connection.interface) and connection.destination_port == DNS_PORT
         if ask("v1", f"a DNS query from the virtual network {vnet}", mine):
-            return _Outcome(Action.REDIRECT, policy.dns.port)
+            return _redirect(policy.dns.port)
     ask("p2", "UDP that arrives is not redirected", True)
     return _PASS
 
@@ -246,7 +260,7 @@ def _outbound_udp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome
     if ask("d2", "the data plane asks its own name server", connection.uid == policy.proxy_uid):
         return _PASS
     ask("d3", "a DNS query to a captured server", True)
-    return _Outcome(Action.REDIRECT, policy.dns.port)
+    return _redirect(policy.dns.port)
 
 
 def _excluded(policy: Policy, connection: Connection, ask: _Ask) -> bool:
@@ -266,7 +280,7 @@ def _outbound_tcp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome
         if policy.dns.tcp:
             captured = _captured_query(policy, connection) and not from_proxy
             if ask("d4", "DNS over TCP to a captured server", captured):
-                return _Outcome(Action.REDIRECT, policy.dns.port)
+                return _redirect(policy.dns.port)
         if ask("x4", "DNS over TCP passes, the DNS listener serves UDP", port == DNS_PORT and not from_proxy):
             return _PASS
     if ask("o0", "outbound redirection is off", not outbound.enabled):
@@ -278,7 +292,7 @@ def _outbound_tcp(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome
 
 
 def _outbound_by_owner(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
-    """Rules o2 to o7. Their order matters: o2 before o3, or the data plane could not reach the application."""
+    """Rules o2 to o7. Their order matters: o2 and t1 before o3, or the data plane could not reach the application."""
     outbound = policy.outbound
     reserved = RESERVED[connection.family]
     from_proxy = connection.uid == policy.proxy_uid
@@ -287,6 +301,10 @@ def _outbound_by_owner(policy: Policy, connection: Connection, ask: _Ask) -> _Ou
     passthrough = over_loopback and connection.source in reserved.passthrough
     if ask("o2", f"the data plane reaches the application from {reserved.passthrough.network_address}", passthrough):
         return _PASS
+    if policy.inbound.is_transparent:
+        from_client = over_loopback and from_proxy and not connection.local_source
+        if ask("t1", "the data plane reaches the application from the client's own address", from_client):
+            return _PASS
     text = "the data plane calls this host's own address, so it must cross the inbound listener"
     if ask("o3", text, over_loopback and not to_local and from_proxy):
         arrived = _inbound_listener(policy, connection, ask)
@@ -300,11 +318,11 @@ def _outbound_by_owner(policy: Policy, connection: Connection, ask: _Ask) -> _Ou
         return _PASS
     if outbound.include_ports:
         if ask("o7", "the port is included", includes(outbound.include_ports, connection.destination_port)):
-            return _Outcome(Action.REDIRECT, outbound.port)
+            return _redirect(outbound.port)
         ask("o7", "only included ports are redirected", True)
         return _PASS
     ask("o7", "everything else that leaves goes to the outbound listener", True)
-    return _Outcome(Action.REDIRECT, outbound.port)
+    return _redirect(outbound.port)
 
 
 def zone(policy: Policy, connection: Connection) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import agent
-from agent import confirm, loopback, state
+from agent import confirm, loopback, routing, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
@@ -18,6 +18,7 @@ from agent.host import cgroups
 from agent.host.privilege import require_root
 from agent.persist import in_step
 from agent.policy import DnsCapture, Family, Policy
+from agent.undo import Failures, Undo
 
 FLUSHED_TABLES = ("nat", "raw")
 DOCKER_ZONES = (
@@ -136,12 +137,14 @@ def _differs(engine: Engine[Any], policy: Policy) -> bool:
     """Whether the kernel holds anything but exactly this policy through exactly this engine."""
     found = engine.inspect(engine.plan(policy))
     missing_address = Family.IPV6 in policy.families and not loopback.present(policy.loopback)
+    missing_route = policy.inbound.is_transparent and not policy.families <= routing.present()
     others = (other for other in registry.available(EngineOptions()) if other.name != engine.name)
     return (
         not found.installed
         or bool(found.drift or found.foreign)
         or found.variant != engine.variant
         or missing_address
+        or missing_route
         or any(held.installed or held.foreign for held in (other.inspect(None) for other in others))
     )
 
@@ -153,26 +156,65 @@ def carry_out(
     policy = record.policy
     older = _older(engine, record, previous)
     in_file = in_step.change(record, previous)
-    state.save(dataclasses.replace(record, phase=state.INSTALLING))
-    added = False
+    ending = not policy.inbound.is_transparent and _may_have_routes(previous)
+    renewal = state.begin(record)
+    undo = Undo()
+    undo.add(renewal.undo, changes_kernel=False)
     try:
-        if Family.IPV6 in policy.families:
-            added = loopback.add(policy.loopback)
+        if Family.IPV6 in policy.families and loopback.add(policy.loopback):
+            undo.add(lambda: loopback.remove(policy.loopback), changes_kernel=False)
+        if policy.inbound.is_transparent and (routed := routing.add(policy.loopback, policy.families)):
+            undo.add(lambda: routing.remove(routed), changes_kernel=False)
+        held = _hold_answers() if ending else 0
         applied = engine.apply(engine.plan(policy))
-        replaced = _remove_others(engine, record, previous)
-    except TpctlError:
-        if added:
-            loopback.remove(policy.loopback)
-        _restore_record(previous)
-        raise
-    if Family.IPV6 not in policy.families:
-        loopback.remove(policy.loopback)
-    if in_file:
-        in_file.carry_out()
-    state.save(dataclasses.replace(record, phase=state.INSTALLED))
+        undo.add(lambda: _take_back(engine, record, previous))
+        replaced = _remove_others(engine, record)
+        answers: tuple[str, ...] = ()
+        if ending:
+            _, answers = _end_routes(held)
+        elif policy.inbound.is_transparent:
+            _take_over_routes(policy)
+        if Family.IPV6 not in policy.families and loopback.remove(policy.loopback):
+            undo.add(lambda: loopback.add(policy.loopback))
+        if in_file:
+            undo.add(in_file.opposite().carry_out)
+            in_file.carry_out()
+        renewal.finish()
+    except (TpctlError, OSError) as error:
+        undo.roll_back(error)
     upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *replaced)
-    return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices))
+    return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices, *answers))
+
+
+def _may_have_routes(previous: state.State | None) -> bool:
+    return (previous is None or previous.policy.inbound.is_transparent) and bool(routing.present())
+
+
+def _hold_answers() -> int:
+    """Before the rules of TPROXY go: how many connections need that their answers are brought back on."""
+    from agent import draining
+
+    return draining.hold_answers() if routing.present() else 0
+
+
+def _end_routes(held: int, *, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """After they went: take the routes away unless `held` connections need them. Hands back what went, and notices."""
+    from agent import draining
+
+    if held:
+        return (), (draining.dialled_run(held),)
+    if not dry_run:
+        draining.release_answers()
+    return routing.remove(dry_run=dry_run), ()
+
+
+def _take_over_routes(policy: Policy) -> None:
+    """The rules of TPROXY are there, so what an earlier end of them has left is not needed, nor other families'."""
+    from agent import draining
+
+    draining.release_answers()
+    routing.remove(frozenset(Family) - policy.families)
 
 
 def _older(engine: Engine[Any], record: state.State, previous: state.State | None) -> str | None:
@@ -187,27 +229,25 @@ def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:
         raise ApplyError("firewalld has reloaded, but the kernel does not hold the policy: see `tpctl status`")
 
 
-def _remove_others(engine: Engine[Any], record: state.State, previous: state.State | None) -> tuple[str, ...]:
+def _remove_others(engine: Engine[Any], record: state.State) -> tuple[str, ...]:
     """Take away what other engines, or kumactl through them, have installed: the new rules are in place."""
     replaced: list[str] = []
     for other in registry.available(EngineOptions()):
         if other.name == engine.name:
             continue
-        try:
-            removal = other.remove(footprint=record.footprints.get(other.name), draining=False)
-        except TpctlError as error:
-            _take_back(engine, previous)
-            raise ApplyError(f"{error}. The new rules were taken back: the host is as it was before") from error
+        removal = other.remove(footprint=record.footprints.get(other.name), draining=False)
         if removal.removed:
             replaced.append(f"the rules of the {other.name} engine")
     return tuple(replaced)
 
 
-def _take_back(engine: Engine[Any], previous: state.State | None) -> None:
-    if previous and previous.options.engine == engine.name:
-        engine.apply(engine.plan(previous.policy))
-    else:
-        engine.remove()
+def _take_back(engine: Engine[Any], record: state.State, previous: state.State | None) -> None:
+    """Put what `previous` says in place of what `engine` has just installed."""
+    if previous:
+        before = registry.select(previous.options).engine
+        before.apply(before.plan(previous.policy))
+    if previous is None or previous.options.engine != engine.name:
+        engine.remove(footprint=record.footprints.get(engine.name), draining=False)
 
 
 def _adapted(policy: Policy) -> tuple[Policy, list[str]]:
@@ -218,13 +258,6 @@ def _adapted(policy: Policy) -> tuple[Policy, list[str]]:
         if docker_dns():
             return dataclasses.replace(policy, dns=dataclasses.replace(policy.dns, split_zones=False)), [DOCKER_ZONES]
     return policy, []
-
-
-def _restore_record(previous: state.State | None) -> None:
-    if previous:
-        state.save(previous)
-    else:
-        state.clear()
 
 
 def dry_run(policy: Policy, options: EngineOptions) -> str:
@@ -295,21 +328,33 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         raise HostError("this host has neither nftables nor iptables to look with; install one of them")
     removed: list[str] = []
     notices: list[str] = []
-    failure = in_step.remove(record, removed, dry_run=dry_run)
+    in_files = in_step.remove(record, removed, dry_run=dry_run)
+    held = 0 if dry_run else _hold_answers()
+    failures = Failures()
     for engine in engines:
-        footprint = record.footprints.get(engine.name) if record else None
-        if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
-            notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
-        removal = engine.remove(dry_run=dry_run, footprint=footprint)
-        removed += removal.removed
-        notices += removal.notices
+        with failures.kept():
+            footprint = record.footprints.get(engine.name) if record else None
+            if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
+                notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
+            removal = engine.remove(dry_run=dry_run, footprint=footprint)
+            removed += removal.removed
+            notices += removal.notices
+    gone = "The rest was removed" if removed and not dry_run else "Nothing was removed"
+    failures.raise_if_any(f"{gone}; run `tpctl uninstall` again, `tpctl status` shows what is installed now")
     name = record.policy.loopback if record else "lo"
-    if loopback.remove(name, dry_run=dry_run):
-        removed.append(f"the address ::6 on {name}")
-    if not dry_run:
-        state.clear()
-    if failure:
-        raise ApplyError(f"everything was removed from the kernel, but {failure}")
+    with failures.kept():
+        if loopback.remove(name, dry_run=dry_run):
+            removed.append(f"the address ::6 on {name}")
+    with failures.kept():
+        routes, answers = _end_routes(held, dry_run=dry_run)
+        removed += routes
+        notices += answers
+    with failures.kept():
+        if not dry_run:
+            state.clear()
+        if in_files:
+            raise ApplyError(in_files)
+    failures.raise_if_any("Everything else was removed: no traffic is redirected; `tpctl uninstall` can be run again")
     return Removal(tuple(removed), tuple(notices))
 
 

@@ -132,6 +132,13 @@ OPTIONS: tuple[Option, ...] = (
         "Stand before the rules of other software.",
     ),
     Option(
+        "inbound_mode", Section.INBOUND, "redirect.inbound.mode", "--inbound-mode", "REDIRECT_INBOUND_MODE",
+        choice("redirect", "tproxy"), "redirect", "MODE",
+        "redirect changes the destination of what arrives; tproxy leaves it, so that the data plane may dial the "
+        "application from the client's own address. The listener must be transparent then.",
+        new=True,
+    ),
+    Option(
         "ssh_guard", Section.INBOUND, "sshGuard", "--no-ssh-guard", "SSH_GUARD", read_bool, True, "",
         "Redirect the port by which this ssh session came in; without this flag it is left alone.",
         new=True, flag_negates=True,

@@ -172,6 +172,15 @@ class VirtualNetwork:
         return f"{self.interface}:{self.network}"
 
 
+class Redirection(enum.StrEnum):
+    """How a connection is handed to the data plane."""
+
+    REDIRECT = "redirect"
+    """Its destination becomes the listener's; the data plane asks for the one it had with SO_ORIGINAL_DST."""
+    TPROXY = "tproxy"
+    """It keeps its destination, which becomes the accepted socket's own address (getsockname(2)). No NAT."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inbound:
     """Connections that arrive from other hosts."""
@@ -184,6 +193,12 @@ class Inbound:
     exclude_sources: tuple[Network, ...] = ()
     insert: bool = False
     """Run before, not after, other software's rules of the same chain."""
+    mode: Redirection = Redirection.REDIRECT
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether anything is handed over by TPROXY, and the data plane may dial from the client's own address."""
+        return self.enabled and self.mode is Redirection.TPROXY
 
 
 @dataclass(frozen=True, slots=True)

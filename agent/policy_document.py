@@ -18,6 +18,7 @@ from agent.policy import (
     PortRange,
     Ports,
     Protocol,
+    Redirection,
     UidExclusion,
     UidRange,
     VirtualNetwork,
@@ -41,6 +42,7 @@ def to_document(policy: Policy) -> Document:
             "excludePorts": _texts(inbound.exclude_ports),
             "excludeSources": _texts(inbound.exclude_sources),
             "insert": inbound.insert,
+            "mode": str(inbound.mode),
         },
         "outbound": {
             "enabled": outbound.enabled,
@@ -85,6 +87,7 @@ def from_document(document: Mapping[str, Any]) -> Policy:
             exclude_ports=_ports(inbound["excludePorts"]),
             exclude_sources=tuple(ip_network(text) for text in inbound["excludeSources"]),
             insert=bool(inbound["insert"]),
+            mode=Redirection(inbound.get("mode", Redirection.REDIRECT)),
         ),
         outbound=Outbound(
             enabled=bool(outbound["enabled"]),

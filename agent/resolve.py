@@ -28,6 +28,7 @@ from agent.policy import (
     Outbound,
     Policy,
     Protocol,
+    Redirection,
     WhenProxyDown,
     includes,
     is_scoped,
@@ -97,6 +98,8 @@ def resolve(config: Config, host: Host) -> Resolved:
             f"{config.origin('when_proxy_down')}: bypass, but rules of nftables and iptables cannot see whether "
             "anything listens; add --engine ebpf"
         )
+    if policy.inbound.mode is Redirection.TPROXY and not policy.inbound.enabled:
+        found.warn(f"{config.origin('inbound_mode')} has no effect, because nothing that arrives is redirected")
     if found.problems:
         raise InputError(found.problems)
     return Resolved(policy, options, tuple(dict.fromkeys(found.notices)))
@@ -180,6 +183,7 @@ def _inbound(config: Config, found: _Findings) -> Inbound:
         exclude_ports=config.inbound_exclude_ports,
         exclude_sources=config.inbound_exclude_sources,
         insert=config.inbound_insert,
+        mode=Redirection(config.inbound_mode),
     )
 
 

@@ -36,6 +36,14 @@ class Figure:
     most: int | None = None
 
 
+ROUTE_MARK = 0x1000
+"""The bit of a packet's mark by which `agent.routing` brings it back to this host: an application's answer to a client
+in whose name the data plane dialled (`--inbound-mode tproxy`)."""
+ARRIVED_MARK = 0x1000
+"""The bit of a connection's mark that says that TPROXY handed it to the data plane."""
+DIALLED_MARK = 0x0800
+"""The bit of a connection's mark that says that the data plane dialled it from a client's address."""
+
 SIGNATURE = f"(tpctl {agent.__version__})"
 """What one rule's comment ends with, in every installation that has comments: who made it is known without a record."""
 _SIGNATURE = re.compile(r"\(tpctl (\S+)\)$")

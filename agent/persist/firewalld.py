@@ -40,6 +40,10 @@ class Change:
     drop_in: bytes | None = None
     """What the unit's drop-in shall say; None: there shall be none."""
 
+    def opposite(self) -> Change:
+        """What brings back what stands there now. Raises HostError."""
+        return Change(self.path, files.read(self.path), address.current())
+
     def carry_out(self) -> None:
         """Make it the file that counts. Raises ApplyError."""
         if self.after is None:
@@ -57,6 +61,11 @@ def storing(plan: IptablesPlan, policy: Policy) -> Change | None:
         raise HostError(
             f"--store-firewalld with --cgroup: the rules name the control group {plan.cgroup}, and whenever that is "
             "not there, as at boot, firewalld could load none of its own rules; leave --store-firewalld out"
+        )
+    if policy.inbound.is_transparent:
+        raise HostError(
+            "--store-firewalld with --inbound-mode tproxy: that needs a routing rule too, which firewalld does not "
+            "keep; leave --store-firewalld out, and use `tpctl persist --systemd` for the next boot"
         )
     path = DIRECTORY / "direct.xml"
     if not DIRECTORY.is_dir():

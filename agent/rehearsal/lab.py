@@ -71,15 +71,22 @@ class Lab:
         with self.spaces[node].inside(uid):
             yield
 
-    def listen(self, node: str, protocol: Protocol, port: int, uid: int = 0) -> None:
-        """Open named listeners of every family on a port, created by `uid`, unless there are some already."""
+    def listen(
+        self, node: str, protocol: Protocol, port: int, uid: int = 0, *, transparent: bool | None = None
+    ) -> None:
+        """Open named listeners of every family on a port, created by `uid`, unless there are some already.
+
+        `transparent` ones take what TPROXY hands over; left out, all are but the host's.
+        """
         for family in self.layout.families:
             key = (node, protocol, family, port)
             if key in self._listeners:
                 continue
             with self.inside(node, uid):
-                made = sockets.new_socket(protocol, family, transparent=node != HOST)
+                made = sockets.new_socket(protocol, family)
                 sockets.listen(made, protocol, family, port)
+            if transparent or (transparent is None and node != HOST):
+                sockets.make_transparent(made, family)
             listener = Listener(Seat(node, port), protocol, family, made)
             self._listeners[key] = listener
             self._selector.register(made, selectors.EVENT_READ, listener)
@@ -98,8 +105,10 @@ class Lab:
 
     def serve_data_plane(self, policy: Policy) -> None:
         """Open the listeners that a data plane under the policy's user would have."""
-        for port in (policy.inbound.port, policy.outbound.port):
-            self.listen(HOST, Protocol.TCP, port, policy.proxy_uid)
+        self.listen(
+            HOST, Protocol.TCP, policy.inbound.port, policy.proxy_uid, transparent=policy.inbound.is_transparent
+        )
+        self.listen(HOST, Protocol.TCP, policy.outbound.port, policy.proxy_uid)
         for protocol in Protocol:
             self.listen(HOST, protocol, policy.dns.port, policy.proxy_uid)
 
@@ -136,9 +145,11 @@ class Lab:
     def _dialler(self, connection: Connection, source_port: int) -> socket.socket:
         protocol = Protocol(connection.protocol)
         node = self.layout.origin(connection)
-        inbound = connection.direction is Direction.INBOUND
         with self._in_group(connection.cgroup), self.inside(node, connection.uid or 0):
-            made = sockets.new_socket(protocol, connection.family, transparent=inbound)
+            made = sockets.new_socket(protocol, connection.family)
+        if connection.direction is Direction.INBOUND or not connection.local_source:
+            sockets.make_transparent(made, connection.family)
+        with self._in_group(connection.cgroup), self.inside(node, connection.uid or 0):
             try:
                 if protocol is Protocol.TCP:
                     made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
@@ -209,7 +220,7 @@ class _Dial:
         elif listener.protocol is Protocol.UDP:
             asker = sockets.answer_datagram(listener)
             if asker:
-                self._saw(asker[1], Answer("answered", listener.seat, None, asker[0]))
+                self._saw(asker[1], Answer("answered", listener.seat, source=asker[0]))
         else:
             self._accept(listener)
 
@@ -227,7 +238,9 @@ class _Dial:
             return
         self.accepted.append(connection)
         original = sockets.original_destination(connection, listener.family)
-        answer = Answer("answered", listener.seat, original, sockets.address_of(peer))
+        name = connection.getsockname()
+        own = (sockets.address_of(name), int(name[1]))
+        answer = Answer("answered", listener.seat, original, own, sockets.address_of(peer))
         self._saw(int(peer[1]), answer)
         with contextlib.suppress(OSError):
             connection.send(str(listener.seat).encode())

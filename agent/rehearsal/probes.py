@@ -118,6 +118,14 @@ def redirected_ports(policy: Policy) -> tuple[int, int]:
     )
 
 
+def can_answer_clients(address: Address) -> bool:
+    """Whether an application on this address of the host can answer clients elsewhere.
+
+    The kernel routes nothing from 127.0.0.0/8 to them (route_localnet), not even what is then routed anew.
+    """
+    return not (address.version == 4 and address.is_loopback)
+
+
 def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
     inbound, outbound = policy.inbound, policy.outbound
     avoided = (*inbound.exclude_sources, *outbound.exclude_destinations)
@@ -280,6 +288,11 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
         yield Probe(query.label, dataclasses.replace(query.connection, source=passthrough))
         delivered = cast.out(f"data plane from {passthrough} to the application", port, uid=proxy, to=cast.own)
         yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=passthrough))
+        if cast.policy.inbound.is_transparent:
+            for to in (cast.own, *((cast.local,) if can_answer_clients(cast.local) else ())):
+                dialled = cast.out(f"data plane from a client's address to {to}", port, uid=proxy, to=to)
+                source = dataclasses.replace(dialled.connection, source=cast.remote, local_source=False)
+                yield Probe(dialled.label, source)
     for excluded in cast.policy.inbound.exclude_ports[:1]:
         if excluded.first not in data_plane_ports(cast.policy):
             label = f"data plane to its own host's excluded port {excluded.first}"

@@ -10,7 +10,7 @@ from typing import Any
 from agent.decide import Action, Connection, Verdict, decide
 from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
-from agent.policy import Family, Policy, Protocol
+from agent.policy import Family, Policy, Protocol, Redirection
 from agent.rehearsal.cgroup import OwnGroups, own_groups, own_place
 from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, Layout, seat, stage
@@ -77,7 +77,7 @@ def rehearse(policy: Policy, options: EngineOptions) -> Rehearsal:
 
 
 def _rehearsed(policy: Policy, load: Callable[[], Engine[Any]], groups: OwnGroups | None) -> Rehearsal:
-    from agent import loopback
+    from agent import loopback, routing
 
     families = frozenset(Family) if has_ipv6() else frozenset({Family.IPV4})
     staging = stage(policy, families, groups.service if groups else None)
@@ -86,6 +86,8 @@ def _rehearsed(policy: Policy, load: Callable[[], Engine[Any]], groups: OwnGroup
             engine = load()
             if Family.IPV6 in staging.policy.families:
                 loopback.add(staging.policy.loopback)
+            if staging.policy.inbound.is_transparent:
+                routing.add(staging.policy.loopback, staging.policy.families)
             notices = engine.apply(engine.plan(staging.policy)).notices
         lab.serve_data_plane(staging.policy)
         results = tuple(attempt(lab, staging.policy, probes(staging.policy, staging.layout)))
@@ -101,10 +103,15 @@ def attempt(
         expected = expectation(lab.layout, verdict, probe.connection)
         lab.serve(probe.connection)
         answer = lab.dial(probe.connection, timeout=timeout)
-        redirected_tcp = verdict.action is Action.REDIRECT and probe.connection.protocol == Protocol.TCP
-        wanted_original = (probe.connection.destination, probe.connection.destination_port)
-        kept = not redirected_tcp or answer.original == wanted_original
-        yield Result(probe, verdict, expected, answer, kept)
+        yield Result(probe, verdict, expected, answer, _is_destination_kept(verdict, probe.connection, answer))
+
+
+def _is_destination_kept(verdict: Verdict, connection: Connection, answer: Answer) -> bool:
+    """Whether the data plane learns where a TCP connection was going, the way it is redirected."""
+    if verdict.action is not Action.REDIRECT or connection.protocol != Protocol.TCP:
+        return True
+    told = answer.name if verdict.how is Redirection.TPROXY else answer.original
+    return told == (connection.destination, connection.destination_port)
 
 
 def expectation(layout: Layout, verdict: Verdict, connection: Connection) -> Seat | None:

@@ -17,7 +17,7 @@ _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_FREEBIND = 78
 
-QUERY = bytes.fromhex("7470 0100 0001 0000 0000 0000" "05 7470 6374 6c 00 0001 0001")
+QUERY = bytes.fromhex("7470 0100 0001 0000 0000 000005 7470 6374 6c 00 0001 0001")
 """A DNS query for the address of "tpctl" (RFC 1035, 4.1), so that a DNS proxy in between passes it on."""
 _DNS_ANSWER = 0x80
 
@@ -47,6 +47,8 @@ class Answer:
     """Who answered."""
     original: tuple[Address, int] | None = None
     """TCP: the destination that SO_ORIGINAL_DST gave the listener; None when conntrack knew none."""
+    name: tuple[Address, int] | None = None
+    """TCP: the address that the accepted socket itself has."""
     source: Address | None = None
     """The client's address as the listener saw it."""
     direct: bool = True
@@ -66,19 +68,23 @@ class Listener:
     socket: socket.socket
 
 
-def new_socket(protocol: Protocol, family: Family, *, transparent: bool) -> socket.socket:
-    """A non-blocking socket of the current namespace and user.
-
-    `transparent` lets it use any address as its own, and needs root.
-    """
+def new_socket(protocol: Protocol, family: Family) -> socket.socket:
+    """A non-blocking socket of the current namespace and user."""
     made = socket.socket(AF[family], _KIND[protocol] | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     if family is Family.IPV6:
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        option = (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT if transparent else _IPV6_FREEBIND)
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     else:
-        option = (socket.IPPROTO_IP, _IP_TRANSPARENT if transparent else _IP_FREEBIND)
-    made.setsockopt(*option, 1)
+        made.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
     return made
+
+
+def make_transparent(made: socket.socket, family: Family) -> None:
+    """Let a socket use any address as its own, and take what TPROXY hands over. Needs root, whoever made the socket."""
+    if family is Family.IPV6:
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+    else:
+        made.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
 
 
 def listen(made: socket.socket, protocol: Protocol, family: Family, port: int) -> None:

@@ -20,7 +20,7 @@ from agent.rehearsal.layout import (
     gateway,
     member,
 )
-from agent.rehearsal.probes import redirected_ports
+from agent.rehearsal.probes import can_answer_clients, redirected_ports
 from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
 
 _OWN = tuple(map(ip_address, ("127.0.0.1", "127.0.0.2", "127.0.0.53", "::1")))
@@ -33,6 +33,7 @@ class Cast:
 
     def __init__(self, policy: Policy, layout: Layout) -> None:
         self.layout = layout
+        self.policy = policy
         links = {uplink.name for uplink in layout.uplinks}
         servers = [server.address for server in policy.dns.servers if not server.interface]
         networks = [network for bridge in layout.bridges for network in bridge.networks]
@@ -65,7 +66,21 @@ class Cast:
         connection = self.layout.outgoing(protocol, random.choice(targets), port, random.choice(UIDS))
         if connection.interface == LOOPBACK and random.random() < 0.3:
             connection = dataclasses.replace(connection, source=_PASSTHROUGH[family])
+        elif self._may_dial_for_a_client(connection) and random.random() < 0.5:
+            source = random.choice(_of(family, self.remotes))
+            connection = dataclasses.replace(connection, source=source, local_source=False)
         return dataclasses.replace(connection, cgroup=random.choice(self.groups)) if self.groups else connection
+
+    def _may_dial_for_a_client(self, connection: Connection) -> bool:
+        """Whether the answer to a client's address would come back: nobody else's does, and no other mode's."""
+        return (
+            connection.interface == LOOPBACK
+            and connection.protocol == Protocol.TCP
+            and connection.uid == self.policy.proxy_uid
+            and self.policy.inbound.is_transparent
+            and can_answer_clients(connection.destination)
+            and connection.family in self.policy.families
+        )
 
     def _arrives(self, random: Random, family: Family, protocol: Protocol, port: int) -> Connection:
         source = random.choice(_of(family, [*self.remotes, *self.members]))

@@ -15,7 +15,7 @@ from typing import Any
 from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
 from agent.engines.registry import select
-from agent.policy import Policy, WhenProxyDown
+from agent.policy import Policy, Redirection, WhenProxyDown
 from agent.rehearsal.cgroup import OwnPlace, own_place
 
 
@@ -44,7 +44,12 @@ def _through(options: EngineOptions) -> Callable[[], Engine[Any]]:
 def by_ebpf(policy: Policy) -> Policy:
     """The policy without what the eBPF engine refuses."""
     bypass = policy.when_proxy_down is WhenProxyDown.BYPASS
-    return replace(policy, virtual_networks=() if bypass else policy.virtual_networks, log_level=None)
+    return replace(
+        policy,
+        virtual_networks=() if bypass else policy.virtual_networks,
+        log_level=None,
+        inbound=replace(policy.inbound, mode=Redirection.REDIRECT),
+    )
 
 
 def ebpf_door(*, chooses_sockets: bool | None = None) -> Door:

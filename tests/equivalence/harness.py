@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from agent import loopback
+from agent import loopback, routing
 from agent.decide import Action, Connection, State, decide
 from agent.engines.base import Engine
 from agent.policy import Cgroup, Family, Policy, Protocol
@@ -82,6 +82,7 @@ class _Seat:
         try:
             with self.lab.inside(HOST):
                 loopback.add(LOOPBACK)
+                routing.add(LOOPBACK, Family)
                 self.engine = door.load()
             self.surroundings = Surroundings(self.lab)
             _settle(self.lab)

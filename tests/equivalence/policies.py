@@ -23,6 +23,7 @@ from agent.policy import (
     Policy,
     PortRange,
     Protocol,
+    Redirection,
     UidExclusion,
     UidRange,
     VirtualNetwork,
@@ -92,6 +93,7 @@ inbounds = st.builds(
     exclude_ports=few_ports,
     exclude_sources=subsets(NETWORKS, 2),
     insert=st.booleans(),
+    mode=st.sampled_from(Redirection),
 )
 uid_exclusions = st.builds(
     UidExclusion,

@@ -90,7 +90,7 @@ def retried(bench: Bench, policy: Policy, wrong: Disagreement) -> list[Disagreem
     """The same connection under another policy, if it exists on that one's topology."""
     staging = bench.stage(policy)
     layout, connection = staging.layout, wrong.connection
-    if not _possible(layout, connection):
+    if not _possible(layout, connection) or not (connection.local_source or policy.inbound.is_transparent):
         return []
     return bench.try_all(staging.policy, layout, [Probe(wrong.label, connection)])
 

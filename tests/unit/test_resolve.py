@@ -105,7 +105,7 @@ def test_a_printed_configuration_comes_to_the_same(tmp_path: Path, flags: dict[s
 def test_everything_arrives_in_the_policy_and_the_options() -> None:
     flags = {
         "inbound_enabled": "false", "inbound_port": "1", "inbound_exclude_ports": "2", "inbound_include_ports": "3",
-        "inbound_exclude_sources": "10.0.0.0/8", "inbound_insert": "true",
+        "inbound_exclude_sources": "10.0.0.0/8", "inbound_insert": "true", "inbound_mode": "tproxy",
         "outbound_enabled": "false", "outbound_port": "4", "outbound_exclude_ports": "5", "outbound_include_ports": "6",
         "outbound_exclude_destinations": "10.0.0.0/8", "outbound_exclude_uids": "tcp:7:8", "outbound_insert": "true",
         "dns_enabled": "true", "dns_port": "9", "dns_tcp": "true", "dns_skip_zone_split": "true",

@@ -105,6 +105,12 @@ def contents_for(policy: Policy) -> Contents:
             "--iptables-logs: eBPF programs cannot write to the kernel's log; use --engine nftables or "
             "--engine iptables"
         )
+    if policy.inbound.is_transparent:
+        raise InputError(
+            "--inbound-mode tproxy: eBPF programs never change the destination of what arrives, but they cannot bring "
+            "the application's answers to a client's address back to the data plane; use --engine nftables or "
+            "--engine iptables"
+        )
     users, port_lists = _users(policy.outbound.exclude_uids)
     inbound, outbound = policy.inbound, policy.outbound
     lists = (

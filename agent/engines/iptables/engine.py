@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Applied, Footprint, Inspection, Removal, RuleCounter, signed_by
-from agent.engines.iptables import nft_hooks, saved, tools
+from agent.engines.iptables import nft_hooks, saved, tools, tproxy
 from agent.engines.iptables.backend import Backend, RestoreBackend, TransientError, read_tables
 from agent.engines.iptables.change import TableChange, change, flushing, holdings, restore_text
 from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
@@ -275,8 +275,19 @@ def docker_dns() -> bool:
 def _changes(current: Tables, wanted: Mapping[str, TableRules]) -> tuple[TableChange, ...]:
     """The changes of one family; a table that neither holds nor should hold anything of ours is not touched."""
     names = [*wanted, *(name for name in current if name not in wanted)]
+    if _hands_over(current.get("mangle")) and "nat" in wanted and tproxy.INBOUND not in _chains(wanted.get("mangle")):
+        # What arrives meanwhile must find one of the two: the redirect that comes, or the TPROXY that goes.
+        names = [*(name for name in names if name != "mangle"), "mangle"]
     made = (change(current.get(name, saved.SavedTable(name)), wanted.get(name, TableRules(name))) for name in names)
     return tuple(table for table in made if table.operations)
+
+
+def _hands_over(table: saved.SavedTable | None) -> bool:
+    return table is not None and tproxy.INBOUND in table.chains
+
+
+def _chains(table: TableRules | None) -> tuple[str, ...]:
+    return tuple(name for name, _ in table.chains) if table else ()
 
 
 def _owners(families: Iterable[Tables]) -> frozenset[str]:

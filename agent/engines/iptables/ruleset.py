@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.engines.base import SIGNATURE
+from agent.engines.iptables import tproxy
 from agent.engines.iptables.parts import (
     SYN,
     FamilyRules,
@@ -59,23 +60,31 @@ class NatRules(Parts):
     """The tables nat and mangle of one family."""
 
     def mangle(self) -> TableRules:
-        """The table mangle; empty unless invalid packets are dropped."""
-        if not self.policy.drop_invalid:
-            return TableRules("mangle")
-        drop = Rule("DROP", comment=comment("i1: invalid packets are dropped"))
-        invalid = (match("conntrack", ("ctstate", "INVALID")),)
-        jump = Jump("PREROUTING", Rule(INVALID, matches=invalid, comment=comment("packets conntrack cannot place")))
-        return TableRules("mangle", ((INVALID, (drop,)),), (jump,))
+        """The table mangle; empty unless invalid packets are dropped, or TPROXY hands over what arrives."""
+        chains: tproxy.Chains = ()
+        jumps: tuple[Jump, ...] = ()
+        transparent, insert = self.policy.inbound.is_transparent, self.policy.inbound.insert
+        if self.policy.drop_invalid:
+            drop = Rule("DROP", comment=comment("i1: invalid packets are dropped"))
+            invalid = (match("conntrack", ("ctstate", "INVALID")),)
+            rule = Rule(INVALID, matches=invalid, comment=comment("packets conntrack cannot place"))
+            chains, jumps = ((INVALID, (drop,)),), (Jump("PREROUTING", rule, 1 if transparent and insert else None),)
+        if transparent:
+            chains += tproxy.chains(self, self._inbound(tproxy.HAND_OVER))
+            jumps += tuple(tproxy.jumps(self, 1 + len(jumps)))
+        return TableRules("mangle", chains, jumps)
 
     def nat(self) -> TableRules:
         """The table nat, which does the redirecting."""
         policy = self.policy
         chains = [
-            (INBOUND, tuple(self._inbound())),
+            (INBOUND, tuple(self._inbound(INBOUND_REDIRECT))),
             (INBOUND_REDIRECT, (self.redirect(Protocol.TCP, policy.inbound.port, "to the inbound listener"),)),
             (OUTBOUND, tuple(self._outbound())),
             (OUTBOUND_REDIRECT, (self.redirect(Protocol.TCP, policy.outbound.port, "to the outbound listener"),)),
         ]
+        if policy.inbound.is_transparent:
+            chains.append(tproxy.settled())
         if policy.networks(self.family):
             chains.append((VIRTUAL_NETWORKS, tuple(self._virtual_networks())))
         if policy.captures_dns(self.family):
@@ -91,10 +100,13 @@ class NatRules(Parts):
             jumps.append(Rule(INBOUND_LOG, comment=comment("log connections that arrive")))
         if networks:
             jumps.append(Rule(VIRTUAL_NETWORKS, comment=comment("connections of virtual networks")))
-        local = match("addrtype", ("dst-type", "LOCAL"))
-        text = f"i0: new connections to this host {SIGNATURE}"
-        jumps.append(Rule(INBOUND, protocol="tcp", matches=(SYN, local), comment=comment(text)))
-        insert = networks or self.policy.inbound.insert
+        if not self.policy.inbound.is_transparent:
+            local = match("addrtype", ("dst-type", "LOCAL"))
+            text = f"i0: new connections to this host {SIGNATURE}"
+            jumps.append(Rule(INBOUND, protocol="tcp", matches=(SYN, local), comment=comment(text)))
+        else:
+            jumps.append(tproxy.settling())
+        insert = networks or self.policy.inbound.insert or self.policy.inbound.is_transparent
         return (Jump("PREROUTING", rule, place if insert else None) for place, rule in enumerate(jumps, 1))
 
     def _output(self) -> Iterator[Jump]:
@@ -112,14 +124,14 @@ class NatRules(Parts):
         if not self.policy.outbound.insert:
             yield Jump("OUTPUT", outbound)
 
-    def _inbound(self) -> Iterator[Rule]:
+    def _inbound(self, listener: str) -> Iterator[Rule]:
         inbound = self.policy.inbound
         if not inbound.enabled:
             yield self.leave("i3: inbound redirection is off")
             return
         for network in of_family(inbound.exclude_sources, self.family):
             yield self.leave(f"i4: excluded source {network}", source=address(network))
-        yield from self._by_port(inbound.include_ports, inbound.exclude_ports, INBOUND_REDIRECT, ("i5", "i6", "i7"))
+        yield from self._by_port(inbound.include_ports, inbound.exclude_ports, listener, ("i5", "i6", "i7"))
 
     def _by_port(self, include: Ports, exclude: Ports, redirect: str, names: tuple[str, str, str]) -> Iterator[Rule]:
         included, excluded, everything = names
@@ -154,6 +166,10 @@ class NatRules(Parts):
         local, passthrough = address(self.reserved.local), address(self.reserved.passthrough)
         text = "o2: the data plane reaches the application"
         yield self.leave(text, source=passthrough, out_interface=loopback)
+        if self.policy.inbound.is_transparent:
+            text = "t1: the data plane reaches the application from the client's address"
+            interface, matches = tproxy.from_client(self)
+            yield self.leave(text, out_interface=interface, matches=matches)
         yield Rule(
             INBOUND,
             out_interface=loopback,

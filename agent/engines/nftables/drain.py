@@ -12,12 +12,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from agent.engines.base import DIALLED_MARK
+from agent.engines.nftables import tproxy
 from agent.engines.nftables.nft import Objects
-from agent.engines.nftables.table import TABLE, Chain, Hook, Rule, Set, Table
+from agent.engines.nftables.table import FAMILY, NAME, TABLE, Chain, Hook, Rule, Set, Table
 
 PORTS = "draining_ports"
+ANSWERS_TABLE = f"{FAMILY} {NAME}_answers"
 _CHAIN = "draining"
 _PROC = Path("/proc/net/nf_conntrack")
+_MARK = re.compile(r" mark=(\d+)")
 _TUPLE = re.compile(r"src=(?P<src>\S+) dst=(?P<dst>\S+) sport=(?P<sport>\d+) dport=(?P<dport>\d+)")
 _OVER = ("TIME_WAIT", "CLOSE")
 _TCP = 6
@@ -44,6 +48,12 @@ def leftover(current: Objects | None, also: Iterable[int] = ()) -> str:
     # The kernel makes the new chains before it lets go of the old ones, so NAT always has a user.
     clearing = f"delete table {TABLE}\n" if current is not None else ""
     return clearing + table.render()
+
+
+def answers_leftover() -> str:
+    """The transaction that makes a table of its own which brings applications' answers back as `tproxy` did."""
+    chain = Chain(tproxy.ANSWERS, (tproxy.answer(),), Hook("route", "output", tproxy.MANGLE))
+    return Table((), (chain,), ANSWERS_TABLE).render()
 
 
 def is_leftover(current: Objects) -> bool:
@@ -90,6 +100,27 @@ def running(ports: Iterable[int]) -> int:
         return 0
 
 
+def dialled() -> int:
+    """How many TCP connections the data plane has dialled from its clients' addresses, and have not ended.
+
+    0 as well when the kernel cannot be asked.
+    """
+    if _PROC.exists():
+        lines = _PROC.read_text(errors="replace").splitlines()
+        return sum(1 for line in lines if _is_dialled(line))
+    try:
+        return sum(1 for entry in _entries() if (entry.get_attr("CTA_MARK") or 0) & DIALLED_MARK and _is_alive(entry))
+    except OSError:
+        return 0
+
+
+def _is_dialled(line: str) -> bool:
+    fields, mark = line.split(), _MARK.search(line)
+    if len(fields) < 6 or fields[2] != "tcp" or fields[5] in _OVER:
+        return False
+    return mark is not None and bool(int(mark[1]) & DIALLED_MARK)
+
+
 def _runs(line: str, wanted: frozenset[int]) -> bool:
     """Whether a line of /proc/net/nf_conntrack is a TCP connection that was redirected to a port and has not ended.
 
@@ -108,16 +139,20 @@ def _runs(line: str, wanted: frozenset[int]) -> bool:
 
 def _translated_ports() -> Iterator[int]:
     """The ports that running connections were redirected to, from the kernel's conntrack table over netlink."""
+    for entry in _entries():
+        port = _translated_port(entry)
+        if port is not None:
+            yield port
+
+
+def _entries() -> Iterator[Any]:
     import socket
 
     from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
     for family in (socket.AF_INET, socket.AF_INET6):
         with NFCTSocket(nfgen_family=family) as conntrack:
-            for entry in conntrack.dump():
-                port = _translated_port(entry)
-                if port is not None:
-                    yield port
+            yield from conntrack.dump()
 
 
 def _translated_port(entry: Any) -> int | None:
@@ -125,9 +160,13 @@ def _translated_port(entry: Any) -> int | None:
     if not (entry.get_attr("CTA_STATUS") or 0) & _IPS_DST_NAT:
         return None
     proto = entry.get_attr("CTA_TUPLE_REPLY").get_attr("CTA_TUPLE_PROTO")
-    if proto.get_attr("CTA_PROTO_NUM") != _TCP:
-        return None
+    return int(proto.get_attr("CTA_PROTO_SRC_PORT")) if _is_alive(entry) else None
+
+
+def _is_alive(entry: Any) -> bool:
+    """Whether an entry is a TCP connection that has not ended."""
+    if entry.get_attr("CTA_TUPLE_REPLY").get_attr("CTA_TUPLE_PROTO").get_attr("CTA_PROTO_NUM") != _TCP:
+        return False
     info = entry.get_attr("CTA_PROTOINFO")
     tcp = info.get_attr("CTA_PROTOINFO_TCP") if info else None
-    state = tcp.get_attr("CTA_PROTOINFO_TCP_STATE") if tcp else 0
-    return None if state >= _TCP_CONNTRACK_TIME_WAIT else int(proto.get_attr("CTA_PROTO_SRC_PORT"))
+    return bool((tcp.get_attr("CTA_PROTOINFO_TCP_STATE") if tcp else 0) < _TCP_CONNTRACK_TIME_WAIT)

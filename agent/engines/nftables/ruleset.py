@@ -5,7 +5,7 @@ Four things of nf_tables shape it (docs/ruleset.md):
 - Chains of other tables at the same hook are asked whatever ours say, until one of them sets an address. `accept` ends
   only our own base chain; so an exclusion never keeps other software's rules from being asked.
 - Of two chains of equal priority at a hook the one registered last runs first. So ours never stand at the -100 that
-  everybody uses: "after the rules of others" is -99 and "before them" -101.
+  everybody uses: "after the rules of others" is -99 (-98 for what arrives, see `tproxy`) and "before them" -101.
 - `meta skuid != U` does not match packets without an owner. Where the specification says "not owned by U", U's packets
   are sent past the rule first.
 - The first `ct zone set` a packet meets counts; later ones are without effect.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.engines.base import SIGNATURE
+from agent.engines.nftables import tproxy
 from agent.engines.nftables.intervals import ports_by_uids
 from agent.engines.nftables.parts import ADDRESS, QUERY, SYN, TCP, Parts, arrives_at, interface, join, redirect_to
 from agent.engines.nftables.table import Chain, Hook, Rule, Table
@@ -25,6 +26,8 @@ from agent.policy import ALL_PORTS, DNS_PORT, LINK_LOCAL6, RESERVED, Family, Pol
 MANGLE = -150
 FIRST = -101
 LAST = -99
+ARRIVING_LAST = -98
+"""Leaves room for a chain of `tproxy` behind the rules of others and before ours."""
 
 LOG_LEVELS = ("emerg", "alert", "crit", "err", "warn", "notice", "info", "debug")
 
@@ -36,7 +39,8 @@ def table_for(policy: Policy) -> Table:
 
 class _Builder(Parts):
     def table(self) -> Table:
-        chains = (*zone_chains(self), *self._invalid(), *self._prerouting(), *self._output(), *self._called())
+        chains = (*zone_chains(self), *self._invalid(), *tproxy.prerouting_chains(self), *self._prerouting())
+        chains += (*tproxy.output_chains(self), *self._output(), *self._called())
         # A base chain costs every packet a call, even an empty one.
         chains = tuple(chain for chain in chains if chain.rules or chain.hook is None)
         return Table(tuple(self.sets.values()), chains)
@@ -57,16 +61,16 @@ class _Builder(Parts):
         policy = self.policy
         first = tuple(family for family in self.families if policy.inbound.insert or policy.networks(family))
         last = tuple(family for family in self.families if family not in first)
-        rules = [*self._log("PREROUTING:", first)]
+        rules = [*tproxy.settled(self), *self._log("PREROUTING:", first)]
         for family in first:
             for vnet in policy.networks(family):
                 rules += self._virtual_network(family, vnet)
         yield Chain("prerouting_first", (*rules, *self._arriving(first)), Hook("nat", "prerouting", FIRST))
         rules = [*self._log("PREROUTING:", last), *self._arriving(self.families)]
-        yield Chain("prerouting_last", tuple(rules), Hook("nat", "prerouting", LAST))
+        yield Chain("prerouting_last", tuple(rules), Hook("nat", "prerouting", ARRIVING_LAST))
 
     def _arriving(self, families: tuple[Family, ...]) -> Iterator[Rule]:
-        if families:
+        if families and not self.policy.inbound.is_transparent:
             local = join(self.guard(families), SYN, "fib daddr type local")
             yield Rule(local, "jump inbound", f"i0: new connections to this host {SIGNATURE}")
 
@@ -104,13 +108,15 @@ class _Builder(Parts):
     def _called(self) -> Iterator[Chain]:
         if not self.families:
             return
-        yield Chain("inbound", tuple(self._inbound()))
+        inbound = self.policy.inbound
+        yield Chain("inbound", tuple(self._inbound(redirect_to(inbound.port))))
+        yield from tproxy.called_chains(self, self._inbound(f"goto {tproxy.HAND_OVER}"))
         if self.capturing:
             yield Chain("dns", tuple(self._dns()))
             yield Chain("dns_tcp", tuple(self._dns_over_tcp()))
         yield Chain("outbound", tuple(self._outbound()))
 
-    def _inbound(self) -> Iterator[Rule]:
+    def _inbound(self, to_listener: str) -> Iterator[Rule]:
         """Passes with `return`, because self-calls of the data plane (o3) go on behind their jump."""
         inbound = self.policy.inbound
         if not inbound.enabled:
@@ -118,7 +124,6 @@ class _Builder(Parts):
             return
         for match in self.networks("excluded_sources", inbound.exclude_sources, "saddr"):
             yield Rule(match, "return", "i4: excluded sources")
-        to_listener = redirect_to(inbound.port)
         if inbound.include_ports:
             yield Rule(self.ports("included_inbound_ports", inbound.include_ports), to_listener, "i5: included ports")
             return
@@ -155,6 +160,9 @@ class _Builder(Parts):
         for family in self.families:
             passthrough = f"{ADDRESS[family]} saddr {RESERVED[family].passthrough.network_address}"
             yield Rule(join(loopback, passthrough), "accept", "o2: the data plane reaches the application")
+        if self.policy.inbound.is_transparent:
+            from_client = join(self.guard(), tproxy.from_client(self))
+            yield Rule(from_client, "accept", "t1: the data plane reaches the application from the client's address")
         for family in self.families:
             elsewhere = f"{ADDRESS[family]} daddr != {RESERVED[family].local.network_address}"
             text = "o3: the data plane calls this host's own address"

@@ -51,6 +51,8 @@ cat >/etc/systemd/network/40-vagrant.network <<'NETWORK'
 Driver=virtio_net
 [Network]
 DHCP=ipv4
+Address=fd15::15/64
+IPv6AcceptRA=no
 [DHCPv4]
 ClientIdentifier=mac
 UseDNS=no

@@ -57,6 +57,7 @@ class VagrantMachine(Machine):
         """Make everything as it was at `keep`. Open sessions are lost."""
         self._hang_up()
         self.vagrant("snapshot", "restore", "--no-provision", name)
+        self.wait_until_up()  # it is another process of qemu's, and the bridge has to learn where it is
 
     def vagrant(self, *words: str) -> str:
         """Run Vagrant for this machine, and keep what it says in `folder`. AssertionError with that when it fails."""

@@ -64,5 +64,5 @@ def _netlink(verb: str, interface: str, **arguments: Any) -> None:
         with IPRoute() as netlink:
             index = netlink.link_lookup(ifname=interface)[0]
             netlink.addr(verb, index=index, address=str(PASSTHROUGH6), prefixlen=128, **arguments)
-    except (NetlinkError, IndexError) as error:
+    except (NetlinkError, IndexError, OSError) as error:
         raise ApplyError(f"cannot {verb} {PASSTHROUGH6} on {interface}: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agent.errors import ApplyError
@@ -11,6 +13,8 @@ from agent.errors import ApplyError
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": SEARCH_PATH, "LC_ALL": "C"}
 TIMEOUT_SECONDS = 60.0
+INHERITED: set[int] = set()
+"""Descriptors of locks: they stay held until the last program that was started under them has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +40,38 @@ class Finished:
 def run(argv: Sequence[str], *, stdin: str | None = None, timeout: float = TIMEOUT_SECONDS) -> Finished:
     """Run a program to its end. `timeout` is in seconds.
 
-    Raises FileNotFoundError when it does not exist, ApplyError when it does not end in time (it is killed).
+    Raises FileNotFoundError when it does not exist, ApplyError when it cannot be started, or does not end in time (it
+    is killed).
     """
     try:
-        done = subprocess.run(
-            list(argv),
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=ENVIRONMENT,
-            timeout=timeout,
-            check=False,
-        )
+        with _input(stdin) as source:
+            done = subprocess.run(
+                list(argv),
+                stdin=source,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=ENVIRONMENT,
+                timeout=timeout,
+                check=False,
+                pass_fds=tuple(INHERITED),
+            )
     except subprocess.TimeoutExpired as late:
         raise ApplyError(f"{' '.join(argv)} did not end within {timeout:g} s and was killed") from late
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ApplyError(f"{argv[0]} cannot be started: {error.strerror}") from error
     return Finished(tuple(argv), done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def _input(text: str | None) -> Iterator[int]:
+    """A descriptor to read `text` from. No pipe: of a writer that is killed, the reader would take a part for all."""
+    if text is None:
+        yield subprocess.DEVNULL
+        return
+    with os.fdopen(os.memfd_create("tpctl"), "w+b") as file:
+        file.write(text.encode())
+        file.seek(0)
+        yield file.fileno()

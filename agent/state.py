@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import agent
+from agent import runner
 from agent.engine_options import EngineOptions
 from agent.errors import ApplyError
 from agent.policy import Policy
@@ -124,36 +125,100 @@ def save(state: State) -> None:
 
 
 def write(target: Path, document: Mapping[str, Any]) -> None:
-    """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written.
-
-    To be called under the lock: temporary files that lie there are those of a tpctl that was killed.
-    """
-    temporary = None
+    """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written."""
     try:
-        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f"{_TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
-        # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_TEMPORARY)
+        _written(target.parent, document).replace(target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _written(folder: Path, document: Mapping[str, Any]) -> Path:
+    """A temporary file in a folder, which is made if need be. Raises OSError; no file is left then."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY)
+    try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             json.dump(document, stream, indent=2)
             stream.write("\n")
             os.fchmod(descriptor, 0o644)
-        Path(temporary).replace(target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    return Path(temporary)
+
+
+def _unwritable(target: Path, error: OSError) -> ApplyError:
+    return ApplyError(f"the record {target} cannot be written: {error.strerror}")
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A record on its way to another's place. What needs room on the disk has it; only renames are left to do."""
+
+    target: Path
+    before: Path | None
+    """A second name of the record that was there."""
+    after: Path
+
+    def finish(self) -> None:
+        """Make the new record the one that counts. Raises ApplyError."""
+        try:
+            self.after.replace(self.target)
+        except OSError as error:
+            raise _unwritable(self.target, error) from error
+        if self.before:
+            with contextlib.suppress(OSError):  # the next command that takes the lock removes it
+                self.before.unlink()
+
+    def undo(self) -> None:
+        """Bring the old record back. Where even that fails, a record stays that says `installing`."""
+        with contextlib.suppress(OSError, ApplyError):
+            if self.before:
+                self.before.replace(self.target)
+                self.after.unlink(missing_ok=True)
+            else:
+                clear()
+
+
+def begin(state: State) -> Renewal:
+    """Put on record that `state` is being installed. Raises ApplyError; the record is then as it was."""
+    target = path()
+    before = target.with_name(f"{_TEMPORARY}before") if target.exists() else None
+    made: list[Path] = []
+    try:
+        made.append(_written(target.parent, document_of(dataclasses.replace(state, phase=INSTALLED))))
+        made.append(_written(target.parent, document_of(dataclasses.replace(state, phase=INSTALLING))))
+        if before:
+            before.unlink(missing_ok=True)
+            os.link(target, before)
+        made[1].replace(target)
     except OSError as error:
-        if temporary:
+        for file in (*made, *((before,) if before else ())):
             with contextlib.suppress(OSError):
-                Path(temporary).unlink(missing_ok=True)
-        raise ApplyError(f"the record {target} cannot be written: {error.strerror}") from error
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()
+        raise ApplyError(f"{_unwritable(target, error)}. Nothing was changed") from error
+    return Renewal(target, before, made[0])
 
 
 def clear() -> None:
-    """Forget the record, and the folder that held it."""
+    """Forget the record, and the folder that held it. Raises ApplyError when it cannot be removed."""
     folder = path().parent
-    for leftover in (folder / "state.json", *folder.glob(f"{_TEMPORARY}*")):
-        leftover.unlink(missing_ok=True)
+    try:
+        (folder / "state.json").unlink(missing_ok=True)
+        _clear_temporary(folder)
+    except OSError as error:
+        raise ApplyError(f"the record {folder / 'state.json'} cannot be removed: {error.strerror}") from error
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _clear_temporary(folder: Path) -> None:
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def now() -> str:
@@ -172,16 +237,21 @@ def locked() -> Iterator[None]:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor = _acquire(place)
     except OSError as error:
-        raise ApplyError(f"the lock {place} cannot be taken: {error.strerror}") from error
+        raise ApplyError(f"the lock {place} cannot be taken: {error.strerror}. Nothing was changed") from error
+    runner.INHERITED.add(descriptor)  # a program that outlives a killed tpctl still changes the rules
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # who holds it is good to know, no more
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):
+            _clear_temporary(path().parent)  # a tpctl that was killed left them
         with _undisturbed():
             yield
     finally:
-        if not path().exists():
-            place.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+        runner.INHERITED.discard(descriptor)
+        with contextlib.suppress(OSError):
+            if not path().exists():
+                place.unlink(missing_ok=True)
                 DIRECTORY.rmdir()
         os.close(descriptor)
 
@@ -209,12 +279,16 @@ def _acquire(place: Path) -> int:
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)
-                raise ApplyError(
-                    f"another tpctl (process {holder}) has held {place} for {LOCK_WAIT_SECONDS:g} s; "
-                    "nothing was changed"
-                ) from None
+                raise ApplyError(_held(place, holder)) from None
             time.sleep(LOCK_POLL_SECONDS)
         os.close(descriptor)
+
+
+def _held(place: Path, holder: str) -> str:
+    who = f"another tpctl (process {holder}) has"
+    if holder.isdecimal() and not Path("/proc", holder).exists():
+        who = f"a program that tpctl (process {holder}, which has ended) had started runs on, and has"
+    return f"{who} held {place} for {LOCK_WAIT_SECONDS:g} s; nothing was changed"
 
 
 def _is_still(place: Path, descriptor: int) -> bool:

@@ -100,6 +100,11 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(1)
+    except OSError as error:  # the kernel refused where nothing better can be said
+        if debug:
+            raise
+        fail(f"{error}; `tpctl status` shows what is installed now")
+        sys.exit(1)
     except Exception as error:  # the last resort
         if debug:
             raise

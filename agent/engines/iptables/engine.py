@@ -17,7 +17,7 @@ from agent.engines.iptables.change import TableChange, change, flushing, holding
 from agent.engines.iptables.legacy import LegacyBackend, xtables_lock
 from agent.engines.iptables.parts import FamilyRules, TableRules
 from agent.engines.iptables.ruleset import rules_for
-from agent.errors import HostError, TpctlError
+from agent.errors import ApplyError, HostError, TpctlError
 from agent.host import cgroups
 from agent.policy import Cgroup, Family, Policy
 
@@ -26,6 +26,8 @@ _LEGACY_CGROUP = (
     "which is gone: while the service does not run, no program can change the tables nat and raw; prefer "
     "--engine nftables"
 )
+
+ROLLED_BACK = "Everything was rolled back: the rules are as they were before"
 
 R = TypeVar("R")
 Tables = Mapping[str, saved.SavedTable]
@@ -93,7 +95,11 @@ class IptablesEngine:
         backends = self._backends(self.variant, self.choice.tools)
         before = self._retrying(lambda: self._replace(backends, plan))
         replaced = _installations(self.variant, before.values())
-        others, notices = self._clear_other_variant()
+        try:
+            others, notices = self._clear_other_variant()
+        except (TpctlError, OSError) as error:
+            with self._exclusive(backends):
+                raise ApplyError(f"{error}. {self._roll_back(backends, before)}") from error
         if plan.cgroup and self.variant == "legacy":
             notices.append(_LEGACY_CGROUP)
         return Applied((*replaced, *others), (*notices, *_unmarked_kuma_rules(before.values())))
@@ -173,8 +179,10 @@ class IptablesEngine:
             try:
                 for family, backend in backends.items():
                     self._commit(backend, _changes(before[family], plan.of(family)), plan.comments)
-            except TpctlError as error:
-                raise type(error)(f"{error}. {self._roll_back(backends, before)}") from error
+            except (TpctlError, OSError) as error:
+                outcome = self._roll_back(backends, before)
+                kind = type(error) if isinstance(error, TpctlError) and outcome == ROLLED_BACK else ApplyError
+                raise kind(f"{error}. {outcome}") from error
         return before
 
     def _roll_back(self, backends: Mapping[Family, Backend], before: Mapping[Family, Tables]) -> str:
@@ -189,9 +197,9 @@ class IptablesEngine:
                     _changes(changed, {name: wanted[name] for name in changed if name in wanted}),
                     comments=True,
                 )
-        except (TpctlError, ValueError) as failed:
+        except (TpctlError, OSError, ValueError) as failed:
             return f"The rollback failed too: {failed}. Run `tpctl uninstall`, then look at `tpctl status`"
-        return "Everything was rolled back: the rules are as they were before"
+        return ROLLED_BACK
 
     @staticmethod
     def _commit(backend: Backend, changes: tuple[TableChange, ...], comments: bool) -> None:

@@ -1,0 +1,66 @@
+"""The way back of a change that is being made: what has been done is undone in reverse order, as far as that goes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from agent.errors import ApplyError, HostError, TpctlError
+
+ROLLED_BACK = "Everything was rolled back: the host is as it was before"
+NOTHING_CHANGED = "Nothing was changed"
+_SAID = ("as it was before", "as they were before", "othing was changed", "othing was removed", "taken back")
+"""A failed step may have said itself what the state is."""
+
+
+class Undo:
+    """Collects how to undo each step that has been done."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+        self._has_changed = False
+
+    def add(self, step: Callable[[], object], *, changes_kernel: bool = True) -> None:
+        """Undo a step by calling `step`. One that only prepares a change does not count as a change of the host."""
+        self._steps.append(step)
+        self._has_changed |= changes_kernel
+
+    def roll_back(self, error: TpctlError | OSError) -> NoReturn:
+        """Undo everything, then raise what stopped the change, with the host's state now."""
+        failures = []
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except (TpctlError, OSError) as failed:
+                failures.append(str(failed))
+        if failures:
+            raise ApplyError(
+                f"{error}. The rollback failed too: {'; '.join(failures)}. Run `tpctl uninstall`, then look at "
+                "`tpctl status`"
+            ) from error
+        if isinstance(error, HostError) and not self._has_changed:
+            raise error
+        said = any(words in str(error) for words in _SAID) and not self._has_changed
+        state = "" if said else f". {ROLLED_BACK if self._has_changed else NOTHING_CHANGED}"
+        raise ApplyError(f"{error}{state}") from error
+
+
+class Failures:
+    """What went wrong in some steps of a change that goes on with the others."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Note what stops the block, and go on behind it."""
+        try:
+            yield
+        except (TpctlError, OSError) as error:
+            self._said.append(str(error))
+
+    def raise_if_any(self, state: str) -> None:
+        """Raise ApplyError with everything noted and the host's state now."""
+        if self._said:
+            raise ApplyError(f"{'; '.join(self._said)}. {state}")

@@ -44,10 +44,6 @@ class Change:
         """What brings back what stands there now. Raises HostError."""
         return Change(self.path, files.read(self.path), address.current())
 
-    def opposite(self) -> Change:
-        """What brings back what stands there now. Raises HostError."""
-        return Change(self.path, files.read(self.path), address.current())
-
     def carry_out(self) -> None:
         """Make it the file that counts. Raises ApplyError."""
         if self.after is None:

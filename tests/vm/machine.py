@@ -55,7 +55,7 @@ class Session:
     def cut(self) -> None:
         """What a lost network does: no goodbye."""
         self.process.kill()
-        self.process.wait()
+        self.process.wait(PATIENCE_SECONDS)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 if stream:
@@ -74,6 +74,7 @@ class Machine:
         self.forwarded = {port: _free_port() for port in (22, *ports)}
         """Ports of the machine, and where on this host's 127.0.0.1 they are reached."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: list[Session] = []
         self._ssh_options = [
             "-i", str(folder / "key"), "-o", f"Port={self.forwarded[22]}", "-o", "StrictHostKeyChecking=no",
             "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes",
@@ -93,6 +94,7 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self._hang_up()
+        self._cut_sessions()
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -113,7 +115,9 @@ class Machine:
     def session(self) -> Session:
         """An interactive session over a connection of its own."""
         words = ["ssh", *self._ssh_options, "-o", "ControlPath=none", "root@127.0.0.1", "exec bash --norc"]
-        return Session(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._sessions.append(Session(process))
+        return self._sessions[-1]
 
     def said(self, command: str) -> str:
         """What a command prints, without the last line's end."""
@@ -167,6 +171,7 @@ class Machine:
     def go_back(self, name: str) -> None:
         """Make everything as it was at `keep`. Open sessions are lost."""
         self._hang_up()
+        self._cut_sessions()
         self._monitor(f"loadvm {name}")
 
     def _command(self) -> list[str]:
@@ -198,6 +203,10 @@ class Machine:
         """Close the shared connection."""
         words = ["ssh", *self._ssh_options, *self._shared, "-O", "exit", "root@127.0.0.1"]
         subprocess.run(words, capture_output=True, check=False)
+
+    def _cut_sessions(self) -> None:
+        while self._sessions:
+            self._sessions.pop().cut()
 
     def _monitor(self, command: str) -> None:
         """Have qemu's monitor run a command. AssertionError with its complaint."""

@@ -166,7 +166,7 @@ def test_kumactls_spellings_choose_the_ebpf_engine() -> None:
         ebpf_cgroup="/sys/fs/cgroup",
         ebpf_bpffs="/sys/fs/bpf",
         ebpf_instance_ip="10.0.0.1",
-        ebpf_programs_source_path="/tmp/kuma-ebpf",  # noqa: S108 - kumactl's default
+        ebpf_programs_source_path="/tmp/kuma-ebpf",
         ebpf_tc_attach_iface="eth0",
     )
     options = result.options

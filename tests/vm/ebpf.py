@@ -1,7 +1,7 @@
 """The eBPF engine under other kernels, in virtual machines: `python -m tests.vm.ebpf [--policies N] [release...]`.
 
-The kernels are those of Debian 11, 12 and 13, and are kept under /var/tmp/tpctl-vm. Needs qemu-system-x86 and a mirror of
-Debian in apt's sources.
+The kernels are those of Debian 11, 12 and 13, and are kept under /var/tmp/tpctl-vm. Needs qemu-system-x86 and a mirror
+of Debian in apt's sources.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ VM_PACKAGES := qemu-system-x86 mmdebstrap openssh-client
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
 TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dnsmasq-base $(VM_PACKAGES)
 BENCH_PACKAGES := nginx-common nginx-light wrk
+BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines bench-relay clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +78,10 @@ bench-scale: venv ## thousands of exclusions beside none, on each engine: instal
 bench-engines: venv ## each engine through the same Envoy and the same relay, in N rounds of a minute (N=5)
 	@.ci/packages $(BENCH_PACKAGES)
 	@$(BIN)/python -m tests.bench.engines $(if $(N),--rounds $(N))
+
+bench-relay: venv ## the relay beside HAProxy, Envoy, nginx and no proxy: rates, latency, CPU time, memory (six minutes)
+	@.ci/packages $(BENCH_RELAY_PACKAGES)
+	@$(BIN)/python -m tests.bench.relay $(if $(N),--rounds $(N)) --picture docs/relay-bench.svg
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

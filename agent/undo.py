@@ -9,6 +9,8 @@ from typing import NoReturn
 from agent.errors import ApplyError, HostError, TpctlError
 
 ROLLED_BACK = "Everything was rolled back: the host is as it was before"
+KUMACTLS_GONE = "The new rules were taken away again; kumactl's, which they had replaced, cannot be brought back"
+INSTALLED_AGAIN = "Everything was rolled back: the policy that was installed before is carried out again"
 NOTHING_CHANGED = "Nothing was changed"
 _SAID = ("as it was before", "as they were before", "othing was changed", "othing was removed", "taken back")
 """A failed step may have said itself what the state is."""
@@ -26,8 +28,11 @@ class Undo:
         self._steps.append(step)
         self._has_changed |= changes_kernel
 
-    def roll_back(self, error: TpctlError | OSError) -> NoReturn:
-        """Undo everything, then raise what stopped the change, with the host's state now."""
+    def roll_back(self, error: TpctlError | OSError, outcome: str = ROLLED_BACK) -> NoReturn:
+        """Undo everything, then raise what stopped the change, with the host's state now.
+
+        `outcome` describes it for the case that the host had been changed.
+        """
         failures = []
         while self._steps:
             try:
@@ -42,7 +47,7 @@ class Undo:
         if isinstance(error, HostError) and not self._has_changed:
             raise error
         said = any(words in str(error) for words in _SAID) and not self._has_changed
-        state = "" if said else f". {ROLLED_BACK if self._has_changed else NOTHING_CHANGED}"
+        state = "" if said else f". {outcome if self._has_changed else NOTHING_CHANGED}"
         raise ApplyError(f"{error}{state}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from agent.engine_options import EngineOptions
@@ -64,12 +65,49 @@ def select(options: EngineOptions) -> Selection:
 
 
 def available(options: EngineOptions) -> Iterator[Engine[Any]]:
-    """Every engine that can work on this host, to look for what may be installed."""
+    """Every engine that can work on this host, to look for what may be installed.
+
+    One that could not install anything now, but may have, is among them: to look and to remove takes less.
+    """
     for name, make in ENGINES.items():
         try:
             yield make(dataclasses.replace(options, engine=name))
         except HostError:
-            continue
+            engine = REMNANTS[name](options) if name in REMNANTS else None
+            if engine:
+                yield engine
+
+
+def _readable_nftables(options: EngineOptions) -> Engine[Any] | None:
+    from agent.engines.nftables import nft
+    from agent.engines.nftables.engine import NftablesEngine
+    from agent.engines.nftables.table import TABLE
+
+    try:
+        way = nft.find()
+        nft.held(way, TABLE)
+    except (HostError, nft.NftError):
+        return None
+    return NftablesEngine(way, options)
+
+
+def _pinned_ebpf(options: EngineOptions) -> Engine[Any] | None:
+    from agent.engines.ebpf.engine import EbpfEngine
+    from agent.engines.ebpf.place import Place, bpffs
+
+    try:
+        where = Place(Path("/"), bpffs())  # no program is attached any more, so the control groups do not matter
+        pinned = where.folder.is_dir()
+    except (HostError, OSError):
+        return None
+    return EbpfEngine(where, options, chooses_sockets=True) if pinned else None
+
+
+REMNANTS: dict[str, Callable[[EngineOptions], Engine[Any] | None]] = {
+    "nftables": _readable_nftables,
+    "ebpf": _pinned_ebpf,
+}
+"""What is left of an engine on a host on which it does not work (any more); None when that is nothing."""
 
 
 def _variant_reason(engine: Engine[Any]) -> str:

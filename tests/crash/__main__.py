@@ -1,0 +1,55 @@
+"""`python -m tests.crash`: prints what `make test-crash` promises; exits with 1 when anything is stuck."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from agent.rehearsal.cgroup import own_place
+from tests.crash.campaign import COMMANDS, FAILURES, HEALINGS, KILLS, campaign, summary
+from tests.crash.scene import FLAVOURS, scene
+
+ROW = "{:26} {:10} {:>6} {:>5} {:>5} {:>7} {:>6} {:>5} {:>7}"
+
+
+def main() -> None:
+    """Run the campaigns that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
+    parser.add_argument("--engine", action="append", choices=FLAVOURS, help="default: all")
+    parser.add_argument("--command", action="append", choices=COMMANDS, help="default: all")
+    parser.add_argument("--step", type=int, default=1, help="every so many points only")
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--failing", action="store_true", help="let calls fail, instead of killing at them")
+    given = parser.parse_args()
+    interferences = FAILURES if given.failing else KILLS
+    healings = ("uninstall",) if given.failing else HEALINGS
+    stuck = 0
+    print(ROW.format("engine", "command", "tried", "old", "new", "between", "healed", "stuck", "seconds"))
+    for flavour in given.engine or FLAVOURS:
+        with (
+            own_place() as place,
+            tempfile.TemporaryDirectory(dir="/var/tmp") as folder,
+            scene(flavour, place, Path(folder)) as made,
+        ):
+            for command in given.command or COMMANDS:
+                began = time.monotonic()
+                found = []
+                for trial in campaign(
+                    made, command, interferences, step=given.step, offset=given.offset, healings=healings
+                ):
+                    found.append(trial)
+                    if given.verbose or trial.faults:
+                        print(trial, flush=True)
+                one = summary(found)
+                stuck += one.stuck
+                figures = (one.points, one.old, one.new, one.between, one.healed, one.stuck)
+                print(ROW.format(flavour, command, *figures, round(time.monotonic() - began)), flush=True)
+    sys.exit(1 if stuck else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Runs `tpctl` over and over in one place, each time in a fork that already has every module, and interferes.
+
+`python -m tests.crash.server` reads a request a line, as JSON, and writes an answer a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.crash import notify, points
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LONGEST_RUN_SECONDS = 120.0
+_STUBBORN = -999
+KILL_CALLER, KILL_ALL, FAIL_ONCE, FAIL_FROM = "kill the caller", "kill all", "fail once", "fail from there"
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of the command, and what is done to it."""
+
+    how: str | None
+    at: int
+    errno: int
+    group: int
+    seen: list[str] = field(default_factory=list)
+    """Every point, in order."""
+    hit: str | None = None
+
+    def meet(self, listener: int, call: notify.Call) -> None:
+        """Decide about one call."""
+        what = points.describe(call)
+        if what is None:
+            notify.proceed(listener, call)
+            return
+        who = "" if call.process == self.group else f" ({_name(call.process)})"
+        self.seen.append(f"{what}{who}")
+        here = len(self.seen) == self.at
+        if here:
+            self.hit = self.seen[-1]
+        if here and self.how == KILL_CALLER:
+            os.kill(call.process, signal.SIGKILL)
+        elif here and self.how == KILL_ALL:
+            os.killpg(self.group, signal.SIGKILL)
+        elif (here and self.how == FAIL_ONCE) or self._keeps_failing(what):
+            notify.refuse(listener, call, self.errno)
+        else:
+            notify.proceed(listener, call)
+
+    def _keeps_failing(self, what: str) -> bool:
+        return self.how == FAIL_FROM and len(self.seen) >= self.at and what.partition(" ")[0] in points.FILES
+
+
+def _name(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return "?"
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the command once; hands back its exit code, what it printed, and the points."""
+    streams = [os.memfd_create(name) for name in ("out", "err")]
+    told, telling = os.pipe()
+    waiting, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        _command(request, streams, telling, waiting)
+    os.close(telling)
+    os.close(waiting)
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        os.setpgid(child, child)
+    listener = notify.fetch(child, int(os.read(told, 16)))
+    os.close(told)
+    os.close(go)
+    this = Run(request.get("how"), request.get("at", 0), request.get("errno", 0), child)
+    ended = _supervise(listener, this, request.get("seconds", _LONGEST_RUN_SECONDS))
+    os.close(listener)
+    status = _reap(child)
+    said = []
+    for stream in streams:
+        said.append(os.pread(stream, 1 << 20, 0).decode(errors="replace"))
+        os.close(stream)
+    status = status if ended else _STUBBORN
+    return {"exit": status, "out": said[0], "err": said[1], "points": this.seen, "hit": this.hit}
+
+
+def _command(request: dict[str, Any], streams: list[int], telling: int, waiting: int) -> None:
+    """What the fork does; never comes back."""
+    status = 70
+    try:
+        os.setpgid(0, 0)
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        listener = notify.watch(points.filter_program())
+        os.writev(telling, [str(listener).encode()])  # not write(2), which would wait for the listener
+        os.read(waiting, 1)
+        os.close(listener)
+        from agent import runner
+        from agent.cli.main import main
+
+        if "patience" in request:
+            runner.run.__kwdefaults__["timeout"] = request["patience"]
+        sys.argv = ["tpctl", *request["argv"]]
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _supervise(listener: int, this: Run, seconds: float) -> bool:
+    """Answer until nobody is left who asks; whether that came by itself."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    by_itself = True
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        events = poll.poll(left * 1000 if by_itself else 2000)
+        if not events and not by_itself:
+            return False
+        if not events:
+            by_itself = False
+            os.killpg(this.group, signal.SIGKILL)
+            continue
+        (_, event), *_ = events
+        if event & select.POLLIN:
+            call = notify.receive(listener)
+            if call:
+                this.meet(listener, call)
+        elif event & select.POLLHUP:
+            return by_itself
+
+
+def _reap(child: int) -> int:
+    """Wait for the command, and for the orphans that came to this process with its end."""
+    status = 0
+    while True:
+        try:
+            process, raw = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return status
+        if process == child:
+            status = os.waitstatus_to_exitcode(raw)
+
+
+def listing(roots: list[str]) -> dict[str, str]:
+    """Every file below the roots, with its content, and every folder, as this process sees them."""
+    found: dict[str, str] = {}
+    for root in roots:
+        for folder, _, files in os.walk(root):
+            found[f"{folder}/"] = ""
+            for name in files:
+                with contextlib.suppress(OSError):
+                    found[f"{folder}/{name}"] = Path(folder, name).read_text(errors="replace")
+    return found
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    if "list" in request:
+        return dict(listing(request["list"]))
+    if "write" in request:
+        path = Path(request["write"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(request["text"])
+        return {}
+    if "shell" in request:
+        done = subprocess.run(["sh", "-ec", request["shell"]], capture_output=True, text=True, check=False)
+        return {"exit": done.returncode, "out": done.stdout, "err": done.stderr, "points": [], "hit": None}
+    return run(request)
+
+
+def preload() -> None:
+    """Import what any command may import: a fork then begins where a process that did so by itself would be."""
+    import agent
+
+    for module in pkgutil.walk_packages(agent.__path__, "agent."):
+        importlib.import_module(module.name)
+    with contextlib.suppress(Exception):
+        from agent.engines.iptables import legacy
+
+        legacy.load()
+    for name in ("nftables", "pyroute2.iproute", "pyroute2.netlink.nfnetlink.nfctsocket", "structlog", "yaml"):
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module(name)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    requests = os.fdopen(os.dup(0), "r")
+    os.dup2(2, 1)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    preload()
+    print("ready", file=answers, flush=True)
+    for line in requests:
+        request = json.loads(line)
+        answer = _answer(request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

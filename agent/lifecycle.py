@@ -57,6 +57,8 @@ def install(policy: Policy, options: EngineOptions, *, confirm_within: float | N
     selection = registry.select(options)
     if options.reload_firewalld:
         in_step.require_firewalld()
+    elif selection.engine.name == "iptables":
+        in_step.await_firewalld()
     with state.locked():
         previous = state.load()
         adapted, notices = _adapted(policy)
@@ -342,8 +344,8 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
             removal = engine.remove(dry_run=dry_run, footprint=footprint)
             removed += removal.removed
             notices += removal.notices
-    gone = "The rest was removed" if removed and not dry_run else "Nothing was removed"
-    failures.raise_if_any(f"{gone}; run `tpctl uninstall` again, `tpctl status` shows what is installed now")
+    rest = "The rest was removed. " if removed and not dry_run else ""
+    failures.raise_if_any(f"{rest}Run `tpctl uninstall` again; `tpctl status` shows what is installed now")
     name = record.policy.loopback if record else "lo"
     with failures.kept():
         if loopback.remove(name, dry_run=dry_run):

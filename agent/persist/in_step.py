@@ -63,6 +63,17 @@ def require_firewalld() -> None:
         raise HostError("--firewalld-reload: firewalld does not run on this host; leave the flag out, or start it")
 
 
+def await_firewalld() -> None:
+    """Let a firewalld that is just starting flush the tables first.
+
+    systemd takes it for started when it has its name on the bus; asked for its state, it answers when its rules are in.
+    """
+    from agent.persist import firewalld
+
+    if in_first_namespace() and firewalld.DIRECTORY.is_dir():
+        firewalld.is_running()
+
+
 def reload() -> None:
     """Let firewalld read its files. Raises ApplyError."""
     from agent.persist import firewalld

@@ -11,8 +11,9 @@ POLICY = "/root/policy.json"
 FLAGS = "--kuma-dp-user kuma-dp --redirect-dns --exclude-inbound-ports 22,9100 --exclude-outbound-ports 9200"
 DATA_PLANE = (15006, 15001, 15053)
 CONFIG = "/etc/tpctl/config.yaml"
-FIREWALLD = "systemctl restart firewalld && until firewall-cmd --state; do sleep 0.2; done"
-"""Starts it, and waits for its rules: systemd is content with its name on the bus."""
+UNTIL_FIREWALLD_RUNS = "until firewall-cmd --state; do sleep 0.2; done"
+"""systemd is content with its name on the bus; its rules come later."""
+FIREWALLD = f"systemctl restart firewalld && {UNTIL_FIREWALLD_RUNS}"
 LET_IPV6_PASS = "sed -i 's/^RFC3964_IPv4=.*/RFC3964_IPv4=no/' /etc/firewalld/firewalld.conf"
 """What `status` asks for: with its defaults firewalld rejects redirected IPv6 connections of the host."""
 _WORLD = {
@@ -64,6 +65,7 @@ def write_config(machine: Machine, flags: str) -> None:
 
 def world(machine: Machine) -> dict[str, str]:
     """Everything that tpctl could have changed, except a configuration that is its owner's."""
+    machine.run(f"! systemctl is-active --quiet firewalld || {UNTIL_FIREWALLD_RUNS}")
     found = {name: machine.run(command, check=False).stdout for name, command in _WORLD.items()}
     found["files"] = "\n".join(line for line in found["files"].splitlines() if CONFIG not in line)
     return found

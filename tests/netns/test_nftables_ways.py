@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +133,11 @@ def test_invalid_packets_are_dropped_only_in_the_families_of_the_policy() -> Non
             counted = {counter.rule: counter.packets for counter in engine.inspect(None).counters}
     assert counted["tpctl/i1: invalid packets are dropped"] == 1
     assert counted[f"tpctl/i0: new connections to this host {SIGNATURE}"] == 0
+
+
+def test_a_python_module_without_dry_runs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nftables", SimpleNamespace(Nftables=object))  # as in Debian 11
+    assert isinstance(nft.find(), ProgramNft)
 
 
 def test_the_program_is_used_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,9 @@ class ProgramNft:
 def find() -> Nft:
     """The way to nf_tables on this host. Raises HostError when there is none."""
     try:
-        return LibraryNft(importlib.import_module("nftables"))
+        module = importlib.import_module("nftables")
+        if hasattr(module.Nftables, "set_dry_run"):  # that of nftables 0.9.8 (Debian 11) has none
+            return LibraryNft(module)
     except (ImportError, OSError):  # OSError: the module is there, the shared library is not
         pass
     try:

@@ -15,6 +15,7 @@ from agent.engines.nftables import drain, nft
 from agent.engines.nftables.engine import NftablesEngine, load, still_running
 from agent.engines.nftables.nft import Nft, NftError
 from agent.errors import ApplyError, HostError
+from agent.policy import Policy
 
 
 def hold(ports: Iterable[int]) -> tuple[str, ...]:
@@ -30,39 +31,40 @@ def tidy() -> int:
     return (engine.drain_leftovers() or 0) if engine else 0
 
 
-def hold_answers() -> int:
-    """Before the rules of `--inbound-mode tproxy` go: let connections that were dialled from clients' addresses finish.
+def hold_answers(policy: Policy | None) -> None:
+    """Before the rules of `--inbound-mode tproxy` go: let connections that are dialled from clients' addresses finish.
 
-    Hands back how many there are; with none, nothing is left, and nobody needs `agent.routing` any more.
+    `policy` is the one that goes, if it is known.
     """
-    running = drain.dialled()
-    way = _way() if running else None
+    way = _way()
     if way is None or _held(way):
-        return running if way else 0
+        return
     try:
-        way.execute(drain.answers_leftover())
+        way.execute(drain.answers_leftover(policy))
     except NftError as refused:
         raise ApplyError(f"nf_tables refused the table {drain.ANSWERS_TABLE}: {refused}") from refused
-    return running
 
 
 def release_answers() -> None:
-    """Remove the table that `hold_answers` left: an installation does its work again."""
+    """Remove the table that `hold_answers` left: an installation does its work."""
     way = _way()
     if way and _held(way):
         _delete(way)
 
 
-def tidy_answers() -> int:
-    """Remove what `hold_answers` left once nothing needs it; hands back how many connections still do."""
+def tidy_answers(*, dry_run: bool = False) -> tuple[int, tuple[str, ...]]:
+    """Once the rules are gone: remove what `hold_answers` left, and `agent.routing`, unless connections need them.
+
+    Hands back how many do, and what was removed, or would be.
+    """
     way = _way()
-    if way is None or not _held(way):
-        return 0
-    running = drain.dialled()
-    if not running:
+    held = way is not None and _held(way)
+    running = drain.dialled() if held else 0
+    if running:
+        return running, ()
+    if held and way and not dry_run:
         _delete(way)
-        routing.remove()
-    return running
+    return 0, routing.remove(dry_run=dry_run)
 
 
 def dialled_run(count: int) -> str:

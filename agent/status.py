@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import agent
-from agent import confirm, draining, state
+from agent import confirm, draining, routing, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Inspection
@@ -69,7 +69,15 @@ def report() -> Report:
     shown = found[recorded if recorded in holding else (holding or list(found))[0]]
     ports = tuple(_ports(record.policy)) if record and shown.installed else ()
     running = 0 if "nftables" in holding else draining.tidy()
+    transparent = record is not None and record.policy.inbound.is_transparent and shown.installed
+    if not holding or (record and not record.policy.inbound.is_transparent):
+        running += draining.tidy_answers()[0]
     problems = [*_problems(record, shown, ports)]
+    if record and transparent and not record.policy.families <= routing.present():
+        problems.append(
+            f"the rule or route of the routing table {routing.TABLE} is missing: answers to clients in whose name the "
+            "data plane dials leave this host; `tpctl apply` brings them back"
+        )
     if record and shown.installed:
         problems += firewall_problems(record.policy, shown.engine)
     problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]

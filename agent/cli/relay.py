@@ -74,6 +74,12 @@ _OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
     help="Begin inbound connections to the application with a PROXY protocol header.",
 )
 @click.option(
+    "--transparent",
+    is_flag=True,
+    help="For tpctl install --inbound-mode tproxy: inbound connections reach the application from the client's own "
+    "address. Needs CAP_NET_ADMIN, which --user keeps.",
+)
+@click.option(
     "--allow-metadata-addresses",
     is_flag=True,
     help="Dial the addresses of cloud metadata services, such as 169.254.169.254, for clients that ask for them.",

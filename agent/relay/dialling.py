@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from select import EPOLLOUT
 from typing import NamedTuple
 
+from agent.relay import client_ports
 from agent.relay.deadlines import Deadlines
 from agent.relay.dials import Dial
 from agent.relay.loop import Loop
 from agent.relay.original_destination import Destination
-from agent.relay.sockets import make_transparent
 
 IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: choose the source port at connect(), so that every destination has all ports for itself."""
@@ -96,10 +96,7 @@ class Dialling:
         self._failed(error)
 
     def _dial(self, dial: Dial) -> None:
-        upstream = socket.socket(dial.destination.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._socket = upstream
-        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        destination = self._bind(upstream, dial)
+        upstream, destination = self._bound(dial)
         code = upstream.connect_ex(destination.sockaddr)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
@@ -108,13 +105,28 @@ class Dialling:
         self._exchange.own_dials.add(self._link)
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
+    def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
+        """A socket, and what to dial with it."""
+        for left in reversed(range(client_ports.SOCKETS)):
+            upstream = socket.socket(dial.destination.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._socket = upstream
+            upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                return upstream, self._bind(upstream, dial)
+            except client_ports.NoPortError:
+                self._drop()
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
     def _bind(self, upstream: socket.socket, dial: Dial) -> Destination:
         """Choose the source address; returns what to dial from there."""
         if dial.source is None:
             return dial.destination
+        if dial.transparent:
+            client_ports.bind(upstream, dial.source, dial.destination)
+            return dial.destination
         try:
-            if dial.transparent:
-                make_transparent(upstream)
             upstream.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             upstream.bind((dial.source, 0))
         except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class Flags:
     outbound_listen: str | None = None
     trusted_ips: Sequence[str] = ()
     send_proxy_protocol: str | None = None
+    transparent: bool = False
     allow_metadata_addresses: bool = False
     dns: DnsSettings = field(default_factory=DnsSettings)
     workers: int = 1
@@ -77,12 +78,13 @@ class _Reading:
         self._check_numbers()
         trusted = self._read("--trusted-ips", read.trusted, list(flags.trusted_ips), TrustedSources())
         version = int(flags.send_proxy_protocol[1]) if flags.send_proxy_protocol else None
+        inbound = self._listen("--inbound-listen", flags.inbound_listen, flags.inbound_port)
         listeners = (
             ListenerSettings(
                 "inbound",
                 Role.INBOUND,
-                self._listen("--inbound-listen", flags.inbound_listen, flags.inbound_port),
-                source=Source.PASSTHROUGH,
+                replace(inbound, transparent=True) if flags.transparent else inbound,
+                source=Source.CLIENT if flags.transparent else Source.PASSTHROUGH,
                 allow_metadata_addresses=flags.allow_metadata_addresses,
                 trusted_ips=trusted,
                 send_proxy_protocol=version,

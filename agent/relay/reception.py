@@ -14,9 +14,10 @@ from agent.relay.ends import TlsEnd
 from agent.relay.greeting import Greeting
 from agent.relay.handshake import Handshake
 from agent.relay.loop import Loop
-from agent.relay.original_destination import Destination, recover, unmapped
+from agent.relay.original_destination import Destination, from_socket_name, recover, unmapped
 from agent.relay.proxy_protocol import Header
 from agent.relay.route import Peer, Refusal, Route
+from agent.relay.settings import Source
 from agent.relay.tls import Tls
 
 _UNKNOWN = Destination("0.0.0.0", 0)
@@ -26,13 +27,26 @@ _UNKNOWN = Destination("0.0.0.0", 0)
 class Guest:
     """A client that was accepted: who it is, where it wanted to go, and when it came."""
 
-    __slots__ = ("counted", "destination", "end", "header", "moved", "peer", "route", "since", "socket")
+    __slots__ = (
+        "counted",
+        "destination",
+        "end",
+        "header",
+        "is_translated",
+        "moved",
+        "peer",
+        "route",
+        "since",
+        "socket",
+    )
 
     def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
         self.socket = sock
         self.route = route
         self.peer = peer
         self.destination = destination
+        self.is_translated = False
+        """Whether NAT brought it here, as far as anybody asks: then nobody brings answers to its address back."""
         self.since = time.monotonic()
         self.header: Header | None = None
         """What it began with, where the PROXY protocol is spoken."""
@@ -47,7 +61,10 @@ class Guest:
     def accepted(cls, sock: socket.socket, name: Any, route: Route) -> Guest:
         """With what the kernel knows of it; `name` is what accept() returned. Raises OSError if it has gone."""
         if isinstance(name, tuple):
-            return cls(sock, route, Peer(unmapped(name[0]), name[1]), recover(sock, name[0]))
+            guest = cls(sock, route, Peer(unmapped(name[0]), name[1]), recover(sock, name[0]))
+            if route.settings.source is Source.CLIENT:
+                guest.is_translated = from_socket_name(sock.getsockname()) != guest.destination
+            return guest
         return cls(sock, route, Peer(None, 0), _UNKNOWN)
 
 

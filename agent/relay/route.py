@@ -6,8 +6,10 @@ import enum
 import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import NamedTuple
 
+from agent.policy import is_scoped
 from agent.relay import dials
 from agent.relay.access import is_metadata, reaches_loopback_from_afar
 from agent.relay.dialling import Link
@@ -73,17 +75,20 @@ class Route:
         self._elsewhere = frozenset(one.host for one in named if not surroundings.is_local(one))
         """Upstreams on other hosts, which could not answer 127.0.0.6."""
 
-    def decide(self, peer: Peer, destination: Destination) -> Sequence[Dial] | Refusal:
-        """What to dial, best first, for a client that wanted to go to `destination`."""
+    def decide(self, peer: Peer, destination: Destination, *, translated: bool = False) -> Sequence[Dial] | Refusal:
+        """What to dial, best first, for a client that wanted to go to `destination`.
+
+        `translated` connections were brought here by NAT, so that their client's address cannot be dialled from.
+        """
         settings, around = self.settings, self._surroundings
         if settings.role is Role.INBOUND and peer.host and not settings.access.admits(peer.host):
             return Refusal.SOURCE
         if isinstance(settings.upstream, FixedAddress):
-            return self._dials(peer, settings.upstream.destination)
+            return self._dials(peer, settings.upstream.destination, translated)
         behind = around.vips(destination) if settings.role is Role.OUTBOUND else None
         if behind is not None:
             return self._behind(peer, behind)
-        return self._refusal(peer, destination) or self._dials(peer, self._service(destination))
+        return self._refusal(peer, destination) or self._dials(peer, self._service(destination), translated)
 
     def _behind(self, peer: Peer, upstreams: Sequence[Destination]) -> Sequence[Dial] | Refusal:
         """What to dial for a virtual address: those of its upstreams that may be dialled."""
@@ -129,13 +134,28 @@ class Route:
         address, port = upstream.services[destination.port]
         return destination._replace(port=port) if address is None else _at(address, port)
 
-    def _dials(self, peer: Peer, destination: Destination) -> Sequence[Dial]:
-        if self.settings.source is Source.PASSTHROUGH and destination.host not in self._elsewhere:
-            return dials.inbound(destination)
-        same_family = peer.host is not None and (":" in peer.host) == (destination.family == socket.AF_INET6)
-        if self.settings.source is Source.CLIENT and same_family:
+    def _dials(self, peer: Peer, destination: Destination, translated: bool = False) -> Sequence[Dial]:
+        source = self.settings.source
+        if source is Source.CLIENT and peer.host and not translated and self._can_answer(destination, peer.host):
             return (Dial(destination, peer.host, transparent=True),)
+        from_passthrough = source is Source.PASSTHROUGH or (source is Source.CLIENT and not self._is_away(destination))
+        if from_passthrough and destination.host not in self._elsewhere:
+            return dials.inbound(destination)
         return dials.outbound(destination)
+
+    def _is_away(self, destination: Destination) -> bool:
+        return not self._surroundings.is_local(destination)
+
+    def _can_answer(self, destination: Destination, client: str) -> bool:
+        """Whether an answer to the client's address can be brought back to the relay (docs/ruleset.md, TPROXY).
+
+        Not to an address of this host: such a connection comes from the data plane itself (o3), and would again.
+        """
+        if (":" in client) != (destination.family == socket.AF_INET6):
+            return False
+        if destination.host.startswith("127.") or is_scoped(ip_address(client)):
+            return False
+        return self._is_away(destination._replace(host=client))
 
 
 def _named(upstream: Upstream) -> list[Destination]:

@@ -14,7 +14,8 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
 _ANY_STATE = 0xFFFFFFFF
-_TCP_LISTEN = 10
+_TCP_TIME_WAIT, _TCP_LISTEN = 6, 10
+"""include/net/tcp_states.h"""
 _NO_COOKIE = b"\xff" * 8
 _REPLY_LIMIT = 8192
 
@@ -24,11 +25,12 @@ _ID = struct.Struct("!HH16s16s")
 _REPLY = struct.Struct("=BBBB")
 
 
-def build_request(destination: Destination) -> bytes:
-    """Ask for the socket that a connection from nowhere in particular to `destination` would reach."""
+def build_request(destination: Destination, client: tuple[str, int] | None = None) -> bytes:
+    """Ask for the socket that a segment of `client`, or of nobody in particular, to `destination` would reach."""
     local = socket.inet_pton(destination.family, destination.host)
+    remote, port = (socket.inet_pton(destination.family, client[0]), client[1]) if client else (bytes(16), 0)
     # The kernel calls our side the source: `idiag_src` is where the connection arrives (net/ipv4/inet_diag.c).
-    identity = _ID.pack(destination.port, 0, local, bytes(16)) + struct.pack("=I", destination.scope) + _NO_COOKIE
+    identity = _ID.pack(destination.port, port, local, remote) + struct.pack("=I", destination.scope) + _NO_COOKIE
     body = _REQUEST.pack(destination.family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE) + identity
     return _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body
 
@@ -42,15 +44,32 @@ def is_wildcard_listener(reply: bytes) -> bool:
     return bool(state == _TCP_LISTEN and not any(bound))
 
 
+def is_connection(reply: bytes) -> bool:
+    """Whether the kernel's answer is the socket of a connection that has not ended: a SYN opens one anew that has."""
+    if len(reply) < _HEADER.size + _REPLY.size or _HEADER.unpack_from(reply)[1] != _SOCK_DIAG_BY_FAMILY:
+        return False
+    return _REPLY.unpack_from(reply, _HEADER.size)[1] not in (_TCP_LISTEN, _TCP_TIME_WAIT)
+
+
+def is_connected(destination: Destination, client: tuple[str, int]) -> bool:
+    """Whether this host has a connection of that very client to a destination. False if the kernel cannot be asked."""
+    return is_connection(_asked(build_request(destination, client)))
+
+
 def serves_every_address(destination: Destination) -> bool:
     """Whether what listens at a destination of this host listens at all of its addresses.
 
     False when nothing listens there, and when the kernel cannot be asked: not dialling is safe.
     """
+    return is_wildcard_listener(_asked(build_request(destination)))
+
+
+def _asked(request: bytes) -> bytes:
+    """The kernel's answer; empty when there is none."""
     try:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as netlink:
-            netlink.send(build_request(destination))
-            return is_wildcard_listener(netlink.recv(_REPLY_LIMIT))
+            netlink.send(request)
+            return netlink.recv(_REPLY_LIMIT)
     except OSError:
-        return False
+        return b""

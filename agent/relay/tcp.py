@@ -97,7 +97,7 @@ class TcpRelay:
     def _admit(self, guest: Guest) -> None:
         """Dial for a client, or refuse it."""
         route = guest.route
-        dials = route.decide(guest.peer, guest.destination)
+        dials = route.decide(guest.peer, guest.destination, translated=guest.is_translated)
         limit = route.settings.limits.connections_per_source
         if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
             if self._counts.connections_of(route.slot, guest.peer.host) >= limit:

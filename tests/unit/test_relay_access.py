@@ -117,8 +117,12 @@ def test_what_is_dialled() -> None:
     assert inbound.decide(CLIENT, HERE) == (Dial(HERE, "127.0.0.6", Destination("127.0.0.1", 8080)),)
     transparent = route(role=Role.INBOUND, source=Source.CLIENT)
     assert transparent.decide(CLIENT, HERE) == (Dial(HERE, CLIENT.host, transparent=True),)
-    assert transparent.decide(Peer("2001:db8::9", 1), HERE) == (Dial(HERE),)
-    assert transparent.decide(Peer(None, 0), HERE) == (Dial(HERE),)
+    # Nobody could bring the answer back, or the address would not tell the connection from the data plane's own.
+    for other in (Peer("2001:db8::9", 1), Peer(None, 0), Peer(HERE.host, 9)):
+        assert transparent.decide(other, HERE) == inbound.decide(CLIENT, HERE)
+    assert transparent.decide(CLIENT, HERE, translated=True) == inbound.decide(CLIENT, HERE)
+    scoped = Destination("2001:db8::2", 8080, V6)
+    assert transparent.decide(Peer("fe80::9", 1), scoped) == (Dial(scoped),)
 
 
 def test_a_fixed_address_is_dialled_from_the_passthrough_address_only_if_it_is_on_this_host() -> None:

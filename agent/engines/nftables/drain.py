@@ -15,7 +15,9 @@ from typing import Any
 from agent.engines.base import DIALLED_MARK
 from agent.engines.nftables import tproxy
 from agent.engines.nftables.nft import Objects
+from agent.engines.nftables.parts import Parts
 from agent.engines.nftables.table import FAMILY, NAME, TABLE, Chain, Hook, Rule, Set, Table
+from agent.policy import Policy
 
 PORTS = "draining_ports"
 ANSWERS_TABLE = f"{FAMILY} {NAME}_answers"
@@ -50,10 +52,20 @@ def leftover(current: Objects | None, also: Iterable[int] = ()) -> str:
     return clearing + table.render()
 
 
-def answers_leftover() -> str:
-    """The transaction that makes a table of its own which brings applications' answers back as `tproxy` did."""
-    chain = Chain(tproxy.ANSWERS, (tproxy.answer(),), Hook("route", "output", tproxy.MANGLE))
-    return Table((), (chain,), ANSWERS_TABLE).render()
+def answers_leftover(policy: Policy | None) -> str:
+    """The transaction that makes a table of its own which brings applications' answers back as `tproxy` did.
+
+    It also looks after what the data plane accepted under `policy` and has not dialled for yet: that is not redirected
+    by the rules that come.
+    """
+    chains: tuple[Chain, ...]
+    if policy is None:
+        chains = (Chain(tproxy.ANSWERS, (tproxy.answer(),), Hook("route", "output", tproxy.MANGLE)),)
+    else:
+        parts = Parts(policy)
+        kept = Chain("dialled", tuple(tproxy.undisturbed(parts)), Hook("nat", "output", tproxy.FIRST))
+        chains = (*tproxy.output_chains(parts), kept)
+    return Table((), chains, ANSWERS_TABLE).render()
 
 
 def is_leftover(current: Objects) -> bool:

@@ -47,10 +47,19 @@ _TAKEN = "the connection was redirected already"
 def settled(parts: Parts) -> Iterator[Rule]:
     """Keep the nat chains that others have behind ours from changing what was handed over: NAT to where it goes."""
     if parts.policy.inbound.is_transparent and parts.policy.inbound.insert:
-        for family in parts.families:
-            ip = ADDRESS[family]
-            match = join(parts.nfproto(family), TCP, _ARRIVED)
-            yield Rule(match, f"dnat {ip} to {ip} daddr", "what was handed over keeps its destination")
+        yield from _to_where_it_goes(parts, _ARRIVED, "what was handed over keeps its destination")
+
+
+def undisturbed(parts: Parts) -> Iterator[Rule]:
+    """The same for what the data plane dials from its clients' addresses."""
+    return _to_where_it_goes(parts, _DIALLED, "what was dialled keeps its destination")
+
+
+def _to_where_it_goes(parts: Parts, mark: str, text: str) -> Iterator[Rule]:
+    """Once a chain has set an address, no later one is asked, even if it is the same address."""
+    for family in parts.families:
+        ip = ADDRESS[family]
+        yield Rule(join(parts.nfproto(family), TCP, mark), f"dnat {ip} to {ip} daddr", text)
 
 
 def output_chains(parts: Parts) -> Iterator[Chain]:

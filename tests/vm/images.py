@@ -46,7 +46,9 @@ PACKAGES = (
     "systemd-sysv", "udev",
 )  # fmt: skip
 PYTHON_PACKAGES = ("python3-dev", "python3-venv")
-BUILD_PACKAGES = ("gcc", "libc6-dev", "libffi-dev", "libssl-dev", "make", "zlib1g-dev")
+BUILD_PACKAGES = (
+    "gcc", "libbz2-dev", "libc6-dev", "libffi-dev", "liblzma-dev", "libsqlite3-dev", "libssl-dev", "make", "zlib1g-dev",
+)  # fmt: skip
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 SIZE = "3G"
 UNUSED_SECONDS = 7 * 24 * 3600
@@ -78,7 +80,8 @@ class Recipe:
     @property
     def key(self) -> str:
         """Changes whenever the image would."""
-        constants = (PYTHONS[self.release], PACKAGES, PYTHON_PACKAGES, MODULES, SIZE, _INIT, _LEFT_OUT)
+        own = BUILD_PACKAGES if self.release in OWN_PYTHON else ()
+        constants = (PYTHONS[self.release], own, PACKAGES, PYTHON_PACKAGES, MODULES, SIZE, _INIT, _LEFT_OUT)
         parts = [repr(self), SCRIPT.read_text(), repr(constants), _envoy_version()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -172,10 +175,10 @@ def _fill_seed(recipe: Recipe, seed: Path) -> None:
 
 def _own_python(release: str) -> Path:
     """A tree with /usr/local/bin/python3.11, compiled for a release."""
-    tree = debian.KEPT / f"{release}-python{PYTHONS[release]}"
+    name = f"python{PYTHONS[release]}"
+    tree = debian.KEPT / f"{release}-{name}-{hashlib.sha256(repr(BUILD_PACKAGES).encode()).hexdigest()[:12]}"
     if tree.exists():
         return tree
-    name = f"python{PYTHONS[release]}"
     with tempfile.TemporaryDirectory(prefix="building-", dir=debian.KEPT) as work:
         debian.apt("bookworm", "-q", "update", sources="deb-src")
         debian.apt("bookworm", "-q", "source", "--download-only", name, sources="deb-src")

@@ -177,6 +177,8 @@ def carry_out(
         replaced = _remove_others(engine, record)
         answers: tuple[str, ...] = ()
         if ending:
+            if previous:
+                undo.add(lambda: routing.add(previous.policy.loopback, previous.policy.families), changes_kernel=False)
             _, answers = _end_routes()
         elif policy.inbound.is_transparent:
             _take_over_routes(policy)

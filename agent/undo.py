@@ -12,7 +12,14 @@ ROLLED_BACK = "Everything was rolled back: the host is as it was before"
 KUMACTLS_GONE = "The new rules were taken away again; kumactl's, which they had replaced, cannot be brought back"
 INSTALLED_AGAIN = "Everything was rolled back: the policy that was installed before is carried out again"
 NOTHING_CHANGED = "Nothing was changed"
-_SAID = ("as it was before", "as they were before", "othing was changed", "othing was removed", "taken back")
+_SAID = (
+    "as it was before",
+    "tpctl status",
+    "as they were before",
+    "othing was changed",
+    "othing was removed",
+    "taken back",
+)
 """A failed step may have said itself what the state is."""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 INIT = Path("/proc/1")
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+"""How the kernel writes a space, tab, newline or backslash of a path."""
 
 
 def mounts(process: str, kind: str) -> list[Path]:
@@ -13,7 +16,7 @@ def mounts(process: str, kind: str) -> list[Path]:
     for line in Path("/proc", process, "mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         before, _, after = line.partition(" - ")
         if after.split(" ", 1)[0] == kind:
-            found.append(Path(before.split(" ")[4]))
+            found.append(Path(_ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])))
     return found
 
 

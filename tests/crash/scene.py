@@ -1,7 +1,8 @@
 """A host to be hurt: two policies, connections that tell them apart, and everything that can be left behind.
 
 The command runs in mount and control group namespaces of its own: /run, /tmp and what is mounted as the root of cgroup2
-belong to the scene. So an eBPF program reaches only sockets of this process, and no lock is shared with anybody.
+belong to the scene, and of the machine's own mounts nothing is to be seen, even by way of process 1. So an eBPF program
+reaches only sockets of this process, and no lock is shared with anybody.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ mkdir /run/cgroup
 mount -t cgroup2 none /run/cgroup
 mount -t tmpfs none /tmp
 mount -t tmpfs none /var/cache
-mkdir /run/sshd
+touch /run/nothing
+mount --bind /run/nothing /proc/1/mountinfo
 eval "$2"
 exec "$3" -m tests.crash.server
 """
@@ -126,8 +128,8 @@ class Host:
         return done
 
     def beside(self) -> list[str]:
-        """What to put before a program's arguments, to start it in the command's namespaces."""
-        return ["nsenter", f"--target={self.server.pid}", "--mount", "--cgroup", "--net", f"--wd={ROOT_DIRECTORY}"]
+        """What to put before a program to start it from inside the host's network namespace, beside the command."""
+        return ["nsenter", f"--target={self.server.pid}", "--mount", "--cgroup", f"--wd={ROOT_DIRECTORY}"]
 
     def ok(self, *argv: str) -> Done:
         """Run the command, which must succeed."""
@@ -258,7 +260,7 @@ def scene(flavour: str, place: OwnPlace, folder: Path) -> Iterator[Scene]:
 
 def _counts(path: str) -> bool:
     """Locks stay behind where they are other programs' too, and the control groups are the kernel's."""
-    return not path.startswith(("/run/cgroup", "/run/xtables.lock", "/run/ebtables.lock"))
+    return not path.startswith(("/run/cgroup", "/run/mount", "/run/xtables.lock", "/run/ebtables.lock"))
 
 
 def _connections(layout: Layout) -> Iterator[tuple[str, Connection]]:

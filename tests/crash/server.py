@@ -115,7 +115,7 @@ def _command(request: dict[str, Any], streams: list[int], telling: int, waiting:
         from agent.cli.main import main
 
         if "patience" in request:
-            runner.run.__kwdefaults__["timeout"] = request["patience"]
+            runner.run.__kwdefaults__.update(timeout=request["patience"])  # type: ignore[union-attr]
         sys.argv = ["tpctl", *request["argv"]]
         try:
             main()

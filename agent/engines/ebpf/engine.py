@@ -168,7 +168,8 @@ class EbpfEngine:
             return Removal(removed + beside + _of_dead(dead))
         try:
             beside, notices = companion.remove(dry_run=False, draining=draining)
-            unpin(folder, tuple(name for name in names if name in _REDIRECTING))
+            with suppress(OSError):  # tried again below
+                unpin(folder, tuple(name for name in names if name in _REDIRECTING))
             if names and draining:
                 time.sleep(_SETTLE_SECONDS)
             unpin(folder, tuple(program.name for program in PROGRAMS))
@@ -178,7 +179,9 @@ class EbpfEngine:
                     directory.rmdir()
             removed += tuple(f"eBPF: programs under {_unpinned(other)}" for other in self.where.elsewhere())
         except OSError as error:
-            raise ApplyError(f"the eBPF programs under {folder} cannot be removed: {error.strerror}") from error
+            raise ApplyError(
+                f"the eBPF programs under {folder} cannot be removed: {error.strerror}; those that could be were"
+            ) from error
         return Removal(removed, notices)
 
 

@@ -97,10 +97,9 @@ class Switch:
                 try:
                     self._put(program, loaded[program.name], before.links.get(program.name), undo)
                 except OSError as error:
-                    undo.close()
                     raise ApplyError(
                         f"the kernel refused to attach the eBPF program {program.name} to {program.scope.value}: "
-                        f"{error.strerror}. Everything is as it was before"
+                        f"{error.strerror}. {_undone(undo)}"
                     ) from error
             undo.pop_all()
             for link in self.superseded:
@@ -122,13 +121,18 @@ class Switch:
         """Pin a new link under its name. An old one (of another cgroup, or of a dead namespace) goes only after."""
         final, temporary = self.folder / program.name, self.folder / f"{program.name}{_NEXT}"
         temporary.unlink(missing_ok=True)
-        syscall.pin(link, temporary)
-        if old:
-            # Its descriptor keeps it attached until the whole switch is done.
-            final.unlink()
-            undo.callback(syscall.pin, old.link, final)
-            self.superseded.append(old.link)
-        temporary.rename(final)
+        try:
+            syscall.pin(link, temporary)
+            if old:
+                # Its descriptor keeps it attached until the whole switch is done.
+                final.unlink()
+                undo.callback(syscall.pin, old.link, final)
+                self.superseded.append(old.link)
+            temporary.rename(final)
+        except OSError:
+            syscall.detach(link)  # whatever is pinned now does nothing
+            temporary.unlink(missing_ok=True)
+            raise
         undo.callback(unpin, self.folder, (program.name,))
 
     def _attach(self, program: Program, code: int) -> int:
@@ -144,6 +148,18 @@ class Switch:
             os.close(target)
 
 
+def _undone(undo: ExitStack) -> str:
+    """Undo, and say what the state is now."""
+    try:
+        undo.close()
+    except OSError as failed:
+        return (
+            f"Taking the others back failed in part: {failed.strerror}. Run `tpctl uninstall`, then look at "
+            "`tpctl status`"
+        )
+    return "Everything is as it was before"
+
+
 def _put_back(old: Attached) -> None:
     code = syscall.program_by_id(old.info.program)
     try:
@@ -153,18 +169,29 @@ def _put_back(old: Attached) -> None:
 
 
 def unpin(folder: Path, names: tuple[str, ...]) -> None:
-    """Detach pinned programs and remove the pins; those that are not there are passed over. Raises OSError."""
-    for name in names:
-        for path in (folder / name, folder / f"{name}{_NEXT}"):
-            try:
-                link = syscall.pinned(path)
-            except FileNotFoundError:
-                continue
-            try:
-                syscall.detach(link)
-            finally:
-                os.close(link)
-            path.unlink(missing_ok=True)
+    """Detach pinned programs and remove the pins; those that are not there are passed over.
+
+    Raises OSError for the first that did not go; the others went.
+    """
+    failed: OSError | None = None
+    for path in (folder / f"{name}{ending}" for name in names for ending in ("", _NEXT)):
+        try:
+            _unpin(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failed = failed or error
+    if failed:
+        raise failed
+
+
+def _unpin(path: Path) -> None:
+    link = syscall.pinned(path)
+    try:
+        syscall.detach(link)
+    finally:
+        os.close(link)
+        path.unlink(missing_ok=True)
 
 
 def is_dead(folder: Path) -> bool:

@@ -138,6 +138,10 @@ def find(top: Path | None = None, pins: Path | None = None) -> Place:
         chosen = top or cgroups.root()
     except HostError as error:
         raise HostError(f"the eBPF engine needs cgroup2: {error}; {_INSTEAD}") from error
-    if not (chosen / "cgroup.procs").exists():
+    try:
+        is_group = (chosen / "cgroup.procs").exists()
+    except OSError as error:
+        raise HostError(f"the control groups below {chosen} are out of reach: {error.strerror}; {_INSTEAD}") from error
+    if not is_group:
         raise HostError(f"{chosen} is no directory of control groups; {_INSTEAD}")
     return Place(chosen, pins or bpffs())

@@ -1,0 +1,38 @@
+"""A sample of `make test-crash`: killed, or failing, at some of the points; other ones at each run.
+
+The points are chosen by the clock, and a failure names its own. `python -m tests.crash --engine E --command C
+--step 1 --verbose` tries them all.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.rehearsal.cgroup import own_place
+from tests.crash.campaign import COMMANDS, FAILURES, KILLS, Interference, attempt, points_of
+from tests.crash.scene import scene
+
+pytestmark = pytest.mark.root
+
+TRIALS = 4
+_OFFSET = int(time.time())
+
+
+@pytest.mark.parametrize("flavour", ["nftables", "iptables nft", "iptables legacy", "ebpf"])
+def test_a_sample_of_points(flavour: str, tmp_path: Path) -> None:
+    ways: tuple[Interference, ...] = (*KILLS, FAILURES[_OFFSET % len(FAILURES)])
+    command = COMMANDS[(_OFFSET // 7) % len(COMMANDS)]
+    with own_place() as place, scene(flavour, place, tmp_path) as made:
+        count = len(points_of(made, command))
+        states = set()
+        for number in range(TRIALS):
+            at = 1 + (_OFFSET + number * count // TRIALS) % count
+            healing = ("install", "uninstall")[number % 2]
+            trial = attempt(made, command, ways[number % len(ways)], at, healing)
+            assert trial, f"there is no point {at} in {command} any more"
+            assert not trial.faults, str(trial)
+            states.add(trial.state)
+        assert states <= {"old", "new", "between"}

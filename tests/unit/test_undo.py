@@ -1,0 +1,76 @@
+"""What a change that failed says of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from agent.errors import ApplyError, HostError, TpctlError
+from agent.undo import ROLLED_BACK, Failures, Undo
+
+
+def message(undo: Undo, error: TpctlError | OSError) -> str:
+    with pytest.raises(TpctlError) as raised:
+        undo.roll_back(error)
+    return str(raised.value)
+
+
+def failing() -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_steps_are_undone_in_reverse_order() -> None:
+    done: list[int] = []
+    undo = Undo()
+    for number in range(3):
+        undo.add(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert message(undo, ApplyError("it failed")) == f"it failed. {ROLLED_BACK}"
+    assert done == [2, 1, 0]
+
+
+def test_what_cannot_be_undone_does_not_keep_the_rest() -> None:
+    done: list[str] = []
+    undo = Undo()
+    undo.add(lambda: done.append("first"))
+    undo.add(failing)
+    said = message(undo, ApplyError("it failed"))
+    assert done == ["first"]
+    assert "The rollback failed too: [Errno 5] Input/output error" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ApplyError("no"), "no. Nothing was changed"),
+        (ApplyError("no. The rules are as they were before"), "no. The rules are as they were before"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device. Nothing was changed"),
+    ],
+)
+def test_preparations_are_no_change(error: TpctlError | OSError, said: str) -> None:
+    undo = Undo()
+    undo.add(lambda: None, changes_kernel=False)
+    assert message(undo, error) == said
+
+
+def test_exit_2_means_that_nothing_was_touched() -> None:
+    with pytest.raises(HostError):
+        Undo().roll_back(HostError("it lacks something"))
+    undo = Undo()
+    undo.add(lambda: None)
+    with pytest.raises(ApplyError):
+        undo.roll_back(HostError("it lacks something"))
+
+
+@pytest.mark.parametrize("steps", [[], [failing], [failing, failing]])
+def test_failures_are_kept_until_the_end(steps: list[Callable[[], None]]) -> None:
+    failures = Failures()
+    for step in steps:
+        with failures.kept():
+            step()
+    if not steps:
+        failures.raise_if_any("so be it")
+        return
+    with pytest.raises(ApplyError, match="so be it") as raised:
+        failures.raise_if_any("so be it")
+    assert str(raised.value).count("Errno 5") == len(steps)

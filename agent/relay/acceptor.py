@@ -36,6 +36,7 @@ class Acceptor:
         self._accepted = accepted
         self._is_full = is_full
         self._sockets: dict[socket.socket, str] = {}
+        self._families: dict[socket.socket, int] = {}
         self._resting: set[socket.socket] = set()
         self._pause: Timer | None = None
         self.paused: Callable[[], None] | None = None
@@ -45,12 +46,14 @@ class Acceptor:
         """Accept the connections of a listening socket. Once more for the same socket, to give it another name."""
         is_new = sock not in self._sockets
         self._sockets[sock] = name
+        self._families[sock] = int(sock.family)
         if is_new:
             self._watch(sock)
 
     def leave(self, sock: socket.socket) -> None:
         """Accept no more of its connections; they wait for whoever else has the socket. It is closed here."""
         self._sockets.pop(sock)
+        self._families.pop(sock)
         self._resting.discard(sock)
         self._loop.close(sock)
 
@@ -81,7 +84,8 @@ class Acceptor:
     def _accept_one(self, sock: socket.socket) -> bool:
         """Whether another connection may be waiting."""
         try:
-            client, peer = sock.accept()
+            # Not accept(): that converts the family and the type of the listener to enumerations every time.
+            descriptor, peer = sock._accept()  # type: ignore[attr-defined]
         except BlockingIOError:
             return False
         except OSError as error:
@@ -90,6 +94,7 @@ class Acceptor:
                 self._rest(self._sockets)
                 return False
             return True  # the client has gone already (accept(2))
+        client = socket.socket(self._families[sock], socket.SOCK_STREAM, 0, descriptor)
         try:
             self._accepted(client, peer, self._sockets[sock])
         except OSError:

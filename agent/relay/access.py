@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 
 from agent.relay.networks import NONE, NetworkSet
@@ -23,6 +24,9 @@ METADATA = NetworkSet.of(
     "fe80::a9fe:a9fe/128",  # OpenStack
 )
 """Where cloud providers hand out a machine's credentials to whoever asks from it."""
+
+_REMEMBERED = 4096
+"""Addresses that were looked at: parsing one costs a twentieth of a connection."""
 
 _NAT64 = bytes.fromhex("0064ff9b0000000000000000")
 """RFC 6052: the well-known prefix, behind which a translator reaches IPv4 addresses."""
@@ -47,6 +51,7 @@ class Access:
 EVERYBODY = Access()
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def is_metadata(destination: Destination) -> bool:
     """Whether an address belongs to a cloud's metadata service, also when a NAT64 gateway would translate it."""
     if destination.family == socket.AF_INET6:
@@ -64,8 +69,13 @@ def reaches_loopback_from_afar(
     `client` is None for a unix socket, whose clients are on this host. `is_local` is asked for loopback destinations
     only, so it may be slow.
     """
-    address = ip_address(destination.host)
-    if client is None or not (address.is_loopback or address.is_unspecified):
+    if client is None or not _means_this_host(destination.host):
         return False
     family = socket.AF_INET6 if ":" in client else socket.AF_INET
     return not is_local(Destination(client, destination.port, family))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _means_this_host(host: str) -> bool:
+    address = ip_address(host)
+    return address.is_loopback or address.is_unspecified

@@ -213,11 +213,28 @@ class Connection:
         return False
 
     def _on_client(self, mask: int) -> None:
-        self._client_mask = self._on_event(mask, self._client, self._client_mask, (self._up, self._down))
+        up = self._up
+        if mask == EPOLLIN and up is not None:  # nearly always
+            try:
+                if up.move():
+                    return
+            except OSError as error:
+                self.reset(error, self._who_reset())
+        else:
+            self._client_mask = self._on_event(mask, self._client, self._client_mask, (up, self._down))
         self._arm()
 
     def _on_upstream(self, mask: int) -> None:
         assert self._upstream is not None
+        down = self._down
+        if mask == EPOLLIN and down is not None:  # nearly always
+            try:
+                if down.move():
+                    return
+            except OSError as error:
+                self.reset(error, self._who_reset())
+            self._arm()
+            return
         self._upstream_mask = self._on_event(mask, self._upstream, self._upstream_mask, (self._down, self._up))
         self._arm()
 
@@ -292,3 +309,6 @@ class Connection:
         self._dialling.close()
         self._context.exchange.loop.close(self._client)
         done(self)
+        # What refers to each other is taken apart, so that it goes at once, without the garbage collector.
+        self._up = self._down = self._shaking = None
+        del self._dialling

@@ -18,6 +18,9 @@ from agent.relay.original_destination import Destination
 IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: choose the source port at connect(), so that every destination has all ports for itself."""
 
+_BYTES_RECEIVED = 128
+"""linux/tcp.h: where tcpi_bytes_received is in struct tcp_info."""
+
 
 class Link(NamedTuple):
     """Both ends of a connection. Neither alone tells one from another: ports are shared between destinations."""
@@ -27,11 +30,32 @@ class Link(NamedTuple):
     destination: Destination
 
 
+class OwnDials(dict[Link, socket.socket]):
+    """The connections a worker has opened, by their ends. Contains those that may be coming back to it.
+
+    The ends that accept() shows are no proof: two connections of one client port to different servers are redirected
+    to the same listener, so the kernel gives one of them another source port, which may be that of a dial. But nobody
+    can have answered a dial that has come back and is only being accepted.
+    """
+
+    __slots__ = ()
+
+    def __contains__(self, link: object) -> bool:
+        dial = self.get(link)  # type: ignore[call-overload]
+        if dial is None:
+            return False
+        try:
+            info = dial.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
+        except OSError:
+            return False
+        return not any(info[_BYTES_RECEIVED:])
+
+
 class Exchange(NamedTuple):
     """What all dials of a worker share."""
 
     loop: Loop
-    own_dials: set[Link]
+    own_dials: OwnDials
     """The connections this worker has opened itself."""
     missing_source: Callable[[str], None]
     """Told when an address to dial from does not exist on this host."""
@@ -102,7 +126,7 @@ class Dialling:
             raise OSError(code, os.strerror(code))
         host, port = upstream.getsockname()[:2]
         self._link = Link(host, port, destination)
-        self._exchange.own_dials.add(self._link)
+        self._exchange.own_dials[self._link] = upstream
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
     def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
@@ -153,7 +177,7 @@ class Dialling:
     def _drop(self) -> None:
         """Let go of an attempt."""
         if self._link is not None:
-            self._exchange.own_dials.discard(self._link)
+            self._exchange.own_dials.pop(self._link, None)
             self._link = None
         if self._socket is not None:
             self._exchange.loop.close(self._socket)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from agent.relay.original_destination import Destination
 _FAMILY = {socket.AF_INET: Family.IPV4, socket.AF_INET6: Family.IPV6}
 PASSTHROUGH = {af: str(RESERVED[family].passthrough.network_address) for af, family in _FAMILY.items()}
 LOCAL = {af: str(RESERVED[family].local.network_address) for af, family in _FAMILY.items()}
+
+_REMEMBERED = 4096
+"""Ways to reach somebody: connections to the same destination share them."""
 
 
 class Dial(NamedTuple):
@@ -29,6 +33,7 @@ class Dial(NamedTuple):
     """The source is somebody else's address (IP_TRANSPARENT)."""
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def inbound(destination: Destination) -> tuple[Dial, ...]:
     """How to reach the application a client meant.
 
@@ -40,6 +45,7 @@ def inbound(destination: Destination) -> tuple[Dial, ...]:
     return (Dial(destination, PASSTHROUGH[family], destination._replace(host=LOCAL[family], scope=0)),)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def outbound(destination: Destination) -> tuple[Dial, ...]:
     """How to reach the server an application meant."""
     return (Dial(destination),)

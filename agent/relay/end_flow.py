@@ -22,21 +22,24 @@ class EndFlow:
         """Bytes that were passed on, as the application sees them."""
         self.wish = READ
 
-    def move(self) -> None:
-        """Pass on what can be passed on now, and update `wish`. Raises OSError when either end is broken."""
+    def move(self) -> bool:
+        """Pass on what can be passed on now, and update `wish`. Raises OSError when either end is broken.
+
+        Returns False, that is, `wish` has to be looked at, whatever became of it.
+        """
         for _ in range(_ROUNDS):
             if self.wish is DONE:
-                return
+                return False
             if not self._sink.flush():
                 self.wish = WRITE
-                return
+                return False
             if self._ended:
                 self.wish = DONE
-                return
+                return False
             data = self._source.read()
             if data is None:
                 self.wish = READ
-                return
+                return False
             if data:
                 self._sink.write(data)
                 self.moved += len(data)
@@ -46,6 +49,7 @@ class EndFlow:
         # There may be more, of which epoll knows nothing because OpenSSL has it already. The sink can be written, so
         # that waiting for that comes back at once.
         self.wish = WRITE
+        return False
 
     def abandon(self) -> None:
         """Nothing more will be moved, because the connection is over."""

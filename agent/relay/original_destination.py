@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 SO_ORIGINAL_DST = 80
@@ -16,6 +17,9 @@ _SOCKADDR_IN = struct.Struct("=H2s4s8x")
 _SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
 _MAPPED_TEXT = "::ffff:"
 _MAPPED_BYTES = b"\0" * 10 + b"\xff\xff"
+
+_REMEMBERED = 4096
+"""Destinations: connections to the same one share it."""
 
 _NOT_TRANSLATED = (errno.ENOENT, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 """conntrack does not know the connection, or is not even loaded: nobody translated its destination."""
@@ -51,6 +55,7 @@ def unmapped(host: str) -> str:
     return host[len(_MAPPED_TEXT) :] if is_mapped(host) else host
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def parse_ipv4(raw: bytes) -> Destination:
     """The destination in a struct sockaddr_in. Raises ValueError when it is none."""
     if len(raw) != _SOCKADDR_IN.size:
@@ -61,6 +66,7 @@ def parse_ipv4(raw: bytes) -> Destination:
     return Destination(socket.inet_ntop(socket.AF_INET, address), int.from_bytes(port, "big"))
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def parse_ipv6(raw: bytes) -> Destination:
     """The destination in a struct sockaddr_in6. Raises ValueError when it is none."""
     if len(raw) != _SOCKADDR_IN6.size:
@@ -90,7 +96,7 @@ def recover(connection: socket.socket, peer_host: str) -> Destination:
     """
     try:
         # The kernel keeps the two families' translations apart, and a dual-stack socket has connections of both.
-        if connection.family == socket.AF_INET or is_mapped(peer_host):
+        if ":" not in peer_host or is_mapped(peer_host):
             return parse_ipv4(connection.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, _SOCKADDR_IN.size))
         return parse_ipv6(connection.getsockopt(socket.IPPROTO_IPV6, IP6T_SO_ORIGINAL_DST, _SOCKADDR_IN6.size))
     except OSError as error:

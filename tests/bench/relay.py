@@ -142,6 +142,11 @@ def memory(at: Standing) -> float:
     return total / 1024
 
 
+def told(folder: Path) -> str:
+    """The end of what a data plane has logged."""
+    return "".join(path.read_text()[-1000:] for path in folder.glob("*.log"))
+
+
 def measure_memory(at: Standing, count: int) -> tuple[float, float]:
     """Its megabytes before and while it holds so many idle connections."""
     before = memory(at)
@@ -150,7 +155,7 @@ def measure_memory(at: Standing, count: int) -> tuple[float, float]:
     assert process.stdout is not None
     try:
         if process.stdout.readline() != b"held\n":
-            raise AssertionError(f"{count} connections could not be held")
+            raise AssertionError(f"{count} connections could not be held: {told(at.folder)}")
         return before, memory(at)
     finally:
         process.kill()
@@ -172,7 +177,10 @@ def measure_round(home: Path, results: Results, options: argparse.Namespace, *, 
             for name, at in ready:
                 if name != "none":
                     progress(f"{name}: {options.idle} idle connections")
-                    results.memory[name] = measure_memory(at, options.idle)
+                    try:
+                        results.memory[name] = measure_memory(at, options.idle)
+                    except AssertionError as failed:
+                        raise AssertionError(f"{name}: {failed}") from None
     progress("")
 
 

@@ -20,6 +20,7 @@ CHUNK = 256 * 1024
 UPLOAD, DOWNLOAD, HOLD = b"u", b"d", b"h"
 _DESCRIPTORS = 60_000
 _TIMEOUT = 60.0
+_AT_ONCE = 64
 
 
 def raise_descriptor_limit() -> int:
@@ -106,14 +107,15 @@ def measure(kind: bytes, address: tuple[str, int], streams: int, seconds: float)
 
 def hold(address: tuple[str, int], count: int) -> list[socket.socket]:
     """That many connections, over each of which a byte has gone there and back."""
-    kept = []
-    for _ in range(count):
-        sock = socket.create_connection(address, timeout=_TIMEOUT)
-        sock.send(HOLD)
-        kept.append(sock)
-    for sock in kept:
-        if sock.recv(1) != HOLD:
-            raise SystemExit("a connection was lost")
+    kept: list[socket.socket] = []
+    while len(kept) < count:
+        some = [socket.create_connection(address, timeout=_TIMEOUT) for _ in range(min(_AT_ONCE, count - len(kept)))]
+        for sock in some:
+            sock.send(HOLD)
+        for sock in some:
+            if sock.recv(1) != HOLD:
+                raise SystemExit("a connection was lost")
+        kept += some
     return kept
 
 

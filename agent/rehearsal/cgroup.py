@@ -141,15 +141,23 @@ def own_place() -> Iterator[OwnPlace]:
 def _clear_abandoned(directory: Path) -> None:
     """Remove what a rehearsal left that was killed: groups of that name, of a process that is gone, without any other.
 
-    The kernel removes none with people in it.
+    The process may be alive in another namespace of processes: then there is somebody in it.
     """
     for home in directory.glob(f"{NAME}-*-*"):
         owner = home.name.split("-")[-2]
-        if not Path("/proc", owner).exists():
+        if not Path("/proc", owner).exists() and not _populated(home):
             with contextlib.suppress(OSError):
                 for group_directory in sorted((path for path in home.rglob("*") if path.is_dir()), reverse=True):
                     group_directory.rmdir()
                 home.rmdir()
+
+
+def _populated(directory: Path) -> bool:
+    """Whether any process is in a group, or in one below it."""
+    try:
+        return "populated 1" in (directory / "cgroup.events").read_text(encoding="ascii")
+    except OSError:
+        return True
 
 
 def _remove(directory: Path) -> None:

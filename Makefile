@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := python3-venv python3-dev gcc libc6-dev python3-bpfcc python3-nftables iptables nftables iproute2 conntrack \
 	dnsutils curl util-linux strace procps
-VM_PACKAGES := qemu-system-x86 mmdebstrap openssh-client
+VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs mount openssh-client
 # Real peers of the tests. None of them is started, nor at the next boot (.ci/packages).
 TEST_PACKAGES := firewalld dbus openssh-server openssh-client systemd haproxy dnsmasq-base $(VM_PACKAGES)
 BENCH_PACKAGES := nginx-common nginx-light wrk

@@ -43,7 +43,10 @@ def chains(parts: Parts, inbound: Iterable[Rule]) -> Chains:
 def jumps(parts: Parts, place: int) -> Iterator[Jump]:
     """Those of mangle; with `--redirect-inbound-insert-instead-of-append` from `place` on."""
     away = Criterion(parts.policy.loopback, negated=True)
-    running = (_ARRIVED, match("conntrack", ("ctdir", "ORIGINAL")))
+    # While one mode replaces the other, table by table, a SYN may meet both TPROXY and REDIRECT. What follows it has to
+    # be translated before its socket can be found.
+    untranslated = Option("ctstate", ("DNAT",), negated=True)
+    running = (_ARRIVED, match("conntrack", untranslated, ("ctdir", "ORIGINAL")))
     local = match("addrtype", ("dst-type", "LOCAL"))
     text = "what was handed over; an answer to a SYN cookie finds its listener only so"
     arriving = f"i0: new connections to this host {SIGNATURE}"

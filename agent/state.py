@@ -12,6 +12,7 @@ import datetime
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -218,7 +219,26 @@ def clear() -> None:
 
 def _clear_temporary(folder: Path) -> None:
     for leftover in folder.glob(f"{_TEMPORARY}*"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for the block, out of everybody's reach; should tpctl be killed, the next to take the lock removes it.
+
+    To be called under the lock. Raises OSError.
+    """
+    parent = path().parent
+    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=_TEMPORARY) as folder:
+            yield Path(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            parent.rmdir()  # only goes when there is no record
 
 
 def now() -> str:
@@ -234,7 +254,6 @@ def locked() -> Iterator[None]:
     """
     place = DIRECTORY / f"{namespace_key()}.lock"
     try:
-        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor = _acquire(place)
     except OSError as error:
         raise ApplyError(f"the lock {place} cannot be taken: {error.strerror}. Nothing was changed") from error
@@ -270,7 +289,11 @@ def _acquire(place: Path) -> int:
     """A descriptor that holds the lock."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # an uninstall has just removed the directory
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(place, descriptor):

@@ -103,9 +103,12 @@ def _remove(root: Path) -> list[str]:
     if record and record.options.store_firewalld:
         lifecycle.install(record.policy, dataclasses.replace(record.options, store_firewalld=False))
         done.append("took the rules out of firewalld's direct.xml")
-    elif root == systemd.ROOT and (change := firewalld.removing()):
-        change.carry_out()
-        done.append("took the rules out of firewalld's direct.xml")
+    elif root == systemd.ROOT:
+        with state.locked():
+            change = firewalld.removing()
+            if change:
+                change.carry_out()
+                done.append("took the rules out of firewalld's direct.xml")
     return done
 
 

@@ -7,12 +7,11 @@ then writes what direct.xml says. So the file holds all our rules, and is checke
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent import runner
+from agent import runner, state
 from agent.engines.iptables.saved import KUMA_CHAINS, OWN_CHAINS
 from agent.errors import ApplyError, HostError
 from agent.host.proc import in_first_namespace
@@ -141,18 +140,16 @@ def reload() -> None:
 
 def _check(content: bytes) -> None:
     """Let firewalld judge its whole configuration with this direct.xml in it. Raises HostError."""
-    with tempfile.TemporaryDirectory(prefix="tpctl-firewalld-") as folder:
-        copy = Path(folder) / "firewalld"
-        try:
+    try:
+        with state.scratch() as folder:
+            copy = folder / "firewalld"
             shutil.copytree(DIRECTORY, copy)
             (copy / "direct.xml").write_bytes(content)
             done = runner.run([CHECKER, "--system-config", str(copy), "--check-config"])
-        except FileNotFoundError:
-            raise HostError(
-                f"{CHECKER} is not on this host, so direct.xml cannot be checked; install firewalld"
-            ) from None
-        except (OSError, shutil.Error, ApplyError) as error:
-            raise HostError(f"firewalld's configuration cannot be checked: {error}") from error
+    except FileNotFoundError:
+        raise HostError(f"{CHECKER} is not on this host, so direct.xml cannot be checked; install firewalld") from None
+    except (OSError, shutil.Error, ApplyError) as error:
+        raise HostError(f"firewalld's configuration cannot be checked: {error}") from error
     if not done.ok:
         said = done.failure().replace(str(copy), str(DIRECTORY))
         raise HostError(f"firewalld refuses its configuration with tpctl's rules in it; nothing was written: {said}")

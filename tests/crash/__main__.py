@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from agent.rehearsal.cgroup import own_place
+from tests.crash import at_once
 from tests.crash.campaign import COMMANDS, FAILURES, HEALINGS, KILLS, campaign, summary
 from tests.crash.scene import FLAVOURS, scene
 
@@ -24,7 +25,10 @@ def main() -> None:
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--failing", action="store_true", help="let calls fail, instead of killing at them")
+    parser.add_argument("--at-once", type=int, metavar="N", help="only start so many commands at the same time")
     given = parser.parse_args()
+    if given.at_once:
+        sys.exit(0 if at_once.main(given.at_once) else 1)
     interferences = FAILURES if given.failing else KILLS
     healings = ("uninstall",) if given.failing else HEALINGS
     stuck = 0

@@ -12,7 +12,7 @@ BENCH_PACKAGES := nginx-common nginx-light wrk
 BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines bench-relay clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines bench-relay clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ test-mutations: venv ## deliberately broken engines: how many of them the suite 
 
 fuzz: venv ## random input for the relay's parsers (N=1000000 for each, hours for those of files)
 	@$(BIN)/python -m tests.fuzz $(or $(N),1000000)
+
+test-crash: venv ## killed and failing at every system call that changes anything, and 50 commands at once (STEP=5: each fifth)
+	@.ci/packages $(TEST_PACKAGES)
+	@$(BIN)/python -m tests.crash --step $(or $(STEP),1)
+	@$(BIN)/python -m tests.crash --failing --step $(or $(STEP),1)
+	@$(BIN)/python -m tests.crash --at-once 50
 
 test-vm: venv ## reboots, firewalld, ssh and data planes in virtual machines of Debian 11, 12 and 13 (VM_RELEASES=...)
 	@.ci/packages $(VM_PACKAGES)

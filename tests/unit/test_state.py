@@ -5,6 +5,7 @@ The fixtures are never written anew; a new format gets a new file.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from agent import confirm, state
+from agent import confirm, runner, state
 from agent.before import Before
 from agent.engine_options import EngineOptions
 from agent.errors import ApplyError
@@ -155,11 +156,34 @@ def test_a_record_that_makes_no_sense_counts_as_none(place: Path, damage: dict[s
     assert confirm.load() is None
 
 
-def test_a_killed_writer_s_temporary_file_goes_with_the_next_record(place: Path) -> None:
-    leftover = state.path().with_name(".state-abcdefgh")
-    leftover.write_text("{")
+def test_what_a_killed_tpctl_has_left_goes_with_the_next_lock(place: Path) -> None:
     state.save(RECORD)
-    assert [one.name for one in state.path().parent.iterdir()] == ["state.json"]
+    (place / ".state-abcdefgh").write_text("{")
+    (place / ".state-folder").mkdir()
+    (place / ".state-folder" / "file").write_text("")
+    with state.locked():
+        assert [one.name for one in place.iterdir()] == ["state.json"]
+    assert state.load() == RECORD
+
+
+def test_a_renewal_is_finished_or_undone(place: Path) -> None:
+    newer = dataclasses.replace(RECORD, version="9.9.9")
+    state.save(RECORD)
+    renewal = state.begin(newer)
+    assert (state.load() or RECORD).phase == state.INSTALLING
+    renewal.undo()
+    assert state.load() == RECORD
+    state.begin(newer).finish()
+    assert state.load() == newer
+    assert [one.name for one in place.iterdir()] == ["state.json"]
+
+
+def test_the_lock_outlives_its_holder_in_what_it_has_started(place: Path) -> None:
+    with state.locked():
+        (descriptor,) = runner.INHERITED
+        inherited = runner.run(["readlink", f"/proc/self/fd/{descriptor}"])
+    assert inherited.stdout.strip().endswith(".lock")
+    assert not runner.INHERITED
 
 
 def test_a_record_that_cannot_be_written_leaves_no_temporary_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

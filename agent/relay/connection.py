@@ -95,7 +95,7 @@ class Connection:
         self._seen = 0
         self._since = 0.0
         self.error: OSError | None = None
-        """Why the connection ended early; None when both sides closed it."""
+        """Why the connection ended early, while `done` is told; None when both sides closed it."""
         self.ending = Ending.CLOSED
 
     @property
@@ -311,4 +311,5 @@ class Connection:
         done(self)
         # What refers to each other is taken apart, so that it goes at once, without the garbage collector.
         self._up = self._down = self._shaking = None
+        self.error = None  # its traceback leads back here
         del self._dialling

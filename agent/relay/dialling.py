@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from select import EPOLLOUT
 from typing import NamedTuple
@@ -18,8 +19,10 @@ from agent.relay.original_destination import Destination
 IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: choose the source port at connect(), so that every destination has all ports for itself."""
 
-_BYTES_RECEIVED = 128
-"""linux/tcp.h: where tcpi_bytes_received is in struct tcp_info."""
+_INFO = struct.Struct("=44xI4xI72xQ")
+"""linux/tcp.h, struct tcp_info: tcpi_last_data_sent and tcpi_last_data_recv, milliseconds ago, both since the beginning
+while there was none; tcpi_bytes_received."""
+_SAME_TIME_MS = 50
 
 
 class Link(NamedTuple):
@@ -30,32 +33,27 @@ class Link(NamedTuple):
     destination: Destination
 
 
-class OwnDials(dict[Link, socket.socket]):
-    """The connections a worker has opened, by their ends. Contains those that may be coming back to it.
+def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
+    """Whether an accepted socket is the far end of our own dial, whose ends its own name already shows.
 
-    The ends that accept() shows are no proof: two connections of one client port to different servers are redirected
-    to the same listener, so the kernel gives one of them another source port, which may be that of a dial. But nobody
-    can have answered a dial that has come back and is only being accepted.
+    The name is no proof: two connections of one client port to different servers are redirected to the same listener,
+    so the kernel gives one of them another source port, which may be that of a dial. But what has come back was
+    established on both sides at the same time, and nobody can have answered it.
     """
-
-    __slots__ = ()
-
-    def __contains__(self, link: object) -> bool:
-        dial = self.get(link)  # type: ignore[call-overload]
-        if dial is None:
-            return False
-        try:
-            info = dial.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
-        except OSError:
-            return False
-        return not any(info[_BYTES_RECEIVED:])
+    try:
+        ours, theirs = (end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size) for end in (dial, accepted))
+    except OSError:
+        return False
+    _, since_established, received = _INFO.unpack(ours)
+    since_accepted, _, _ = _INFO.unpack(theirs)
+    return not received and abs(since_established - since_accepted) <= _SAME_TIME_MS
 
 
 class Exchange(NamedTuple):
     """What all dials of a worker share."""
 
     loop: Loop
-    own_dials: OwnDials
+    own_dials: dict[Link, socket.socket]
     """The connections this worker has opened itself."""
     missing_source: Callable[[str], None]
     """Told when an address to dial from does not exist on this host."""

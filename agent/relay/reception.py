@@ -89,7 +89,7 @@ class Reception:
 
     def receive(self, guest: Guest) -> None:
         """Begin with a client."""
-        refusal = guest.route.refuses_to_hear(guest.peer, guest.destination)
+        refusal = guest.route.refuses_to_hear(guest.peer, guest.destination, guest.socket)
         if refusal is not None:
             self._refuse(guest, refusal, None)
         elif guest.route.settings.listen.proxy_protocol:

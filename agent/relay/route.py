@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from agent.policy import is_scoped
 from agent.relay import dials
 from agent.relay.access import is_metadata, reaches_loopback_from_afar
-from agent.relay.dialling import Link
+from agent.relay.dialling import Link, are_one
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
@@ -54,7 +54,7 @@ class Surroundings:
     """What every route of a worker asks."""
 
     guard: SelfDialGuard
-    own_dials: Collection[Link]
+    own_dials: Mapping[Link, socket.socket]
     vips: Callable[[Destination], Sequence[Destination] | None]
     """What to dial for a virtual address of the local DNS zone; None for all other destinations."""
     is_local: Callable[[Destination], bool]
@@ -98,10 +98,12 @@ class Route:
         admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
         return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
 
-    def refuses_to_hear(self, peer: Peer, destination: Destination) -> Refusal | None:
+    def refuses_to_hear(self, peer: Peer, destination: Destination, accepted: socket.socket) -> Refusal | None:
         """Why a connection from this very peer is refused, whatever it has to say."""
-        if peer.host is not None and Link(peer.host, peer.port, destination) in self._surroundings.own_dials:
-            return Refusal.COMES_BACK
+        if peer.host is not None:
+            dial = self._surroundings.own_dials.get(Link(peer.host, peer.port, destination))
+            if dial is not None and are_one(dial, accepted):
+                return Refusal.COMES_BACK
         if self.settings.listen.proxy_protocol and peer.host not in self.settings.trusted_ips:
             return Refusal.UNTRUSTED
         return None

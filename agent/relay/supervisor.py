@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-_COLLECTED_EVERY = 100_000
+_COLLECTED_EVERY = 20_000
 """Objects made more than have gone."""
 RELOAD, RESTART = signal.SIGHUP, signal.SIGUSR2
 

@@ -16,7 +16,7 @@ from agent.relay import routes, signals, sock_diag, tally, tls
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
-from agent.relay.dialling import Exchange, OwnDials
+from agent.relay.dialling import Exchange, Link
 from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
 from agent.relay.loop import Loop
@@ -61,7 +61,7 @@ class Worker:
         self._draining = False
         self._supervised = supervisor is not None
         self._guard = SelfDialGuard(frozenset(), routes.is_local)
-        own_dials = OwnDials()
+        own_dials: dict[Link, socket.socket] = {}
         exchange = Exchange(self.loop, own_dials, self._missing_source, sock_diag.serves_every_address)
         context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
         self._tcp = TcpRelay(context, counts, log)

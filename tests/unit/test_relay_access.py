@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
@@ -103,7 +105,9 @@ def no_vips(_destination: Destination) -> Sequence[Destination] | None:
 
 
 def route(
-    own: Sequence[Link] = (), vips: Callable[[Destination], Sequence[Destination] | None] = no_vips, **settings: object
+    own: Mapping[Link, socket.socket] = MappingProxyType({}),
+    vips: Callable[[Destination], Sequence[Destination] | None] = no_vips,
+    **settings: object,
 ) -> Route:
     whole = ListenerSettings(**{"name": "x", "role": Role.OUTBOUND, "listen": read_listen("*:15001")} | settings)  # type: ignore[arg-type]
     guard = SelfDialGuard(frozenset(), is_local)
@@ -159,15 +163,26 @@ def test_what_is_refused(peer: Peer, destination: Destination, settings: dict[st
 
 
 def test_who_is_refused_before_a_word_is_said() -> None:
-    looping = route(own=[Link("198.51.100.9", 40000, SERVER)])
-    assert looping.refuses_to_hear(CLIENT, SERVER) is Refusal.COMES_BACK
-    assert looping.refuses_to_hear(CLIENT, HERE) is None
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dial = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        time.sleep(0.2)
+        later = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    looping = route(own={Link("198.51.100.9", 40000, SERVER): dial})
+    with dial, accepted, later, other:
+        assert looping.refuses_to_hear(CLIENT, SERVER, accepted) is Refusal.COMES_BACK
+        assert looping.refuses_to_hear(CLIENT, HERE, accepted) is None
+        assert looping.refuses_to_hear(CLIENT, SERVER, other) is None, "the kernel gave a client the dial's port"
+        accepted.send(b"x")
+        dial.recv(1)
+        assert looping.refuses_to_hear(CLIENT, SERVER, accepted) is None, "somebody has answered"
     proxied = route(
         listen=read_listen("*:15006 proxy_protocol"), trusted_ips=TrustedSources(NetworkSet.of("10.0.0.0/8"))
     )
-    assert proxied.refuses_to_hear(CLIENT, SERVER) is Refusal.UNTRUSTED
-    assert proxied.refuses_to_hear(Peer(None, 0), SERVER) is Refusal.UNTRUSTED
-    assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), SERVER) is None
+    assert proxied.refuses_to_hear(CLIENT, SERVER, other) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer(None, 0), SERVER, other) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), SERVER, other) is None
 
 
 def test_where_a_client_behind_a_proxy_wanted_to_go() -> None:

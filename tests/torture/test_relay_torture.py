@@ -1,0 +1,176 @@
+"""Thousands of connections at once through the relay, on each path of its pump: nothing lost, nothing left behind.
+
+TORTURE_CONNECTIONS says how many at once (1000; 9000 are possible with 20 000 descriptors).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from agent.relay.pump import MAX_PIPES
+from tests.netns import relay_net
+from tests.netns.certificates import Pki
+from tests.netns.relay_net import HOST4, PEER4, Net, Relay
+from tests.netns.test_relay_listeners import configured
+from tests.torture.peers import clients, server
+
+pytestmark = pytest.mark.root
+CONNECTIONS = int(os.environ.get("TORTURE_CONNECTIONS", "1000"))
+SECONDS = 60.0 + CONNECTIONS / 10
+PORT, ENCRYPTED, DECRYPTED = 9000, 7001, 7002
+WAVES = 3
+PLAIN = """
+workers: {workers}
+listeners: [{{listen: "[::]:15001 ipv6only=off backlog=8192", direction: outbound}}]
+"""
+ENCRYPTS = """
+listeners:
+  - listen: "*:7001 backlog=8192"
+    direction: outbound
+    upstream: 127.0.0.1:1443
+    upstream_tls: {{ca_file: {ca}, server_name: server.test}}
+"""
+DECRYPTS = """
+listeners:
+  - listen: "*:1443 ssl backlog=8192"
+    direction: outbound
+    upstream: {peer}:7002
+    ssl: {{certificate: {certificate}, certificate_key: {key}}}
+"""
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    network = Net()
+    try:
+        network.create()
+        yield network
+    finally:
+        network.remove()
+
+
+@pytest.fixture(autouse=True)
+def _descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def serve(listener: socket.socket, seed: int, count: int, tell: Connection) -> None:
+    """The server's process."""
+    tell.send(asyncio.run(asyncio.wait_for(server(listener, seed, count), SECONDS)))
+
+
+def wave(net: Net, address: tuple[str, int], seed: int, count: int) -> list[str]:
+    """Everything once; what went wrong. The server has the address's port, or, if that is the relay's, 7002."""
+    port = address[1] if address[0] == PEER4 else DECRYPTED
+    context = multiprocessing.get_context("fork")
+    with net.listen(net.peer, (PEER4, port)) as listener:
+        listener.listen(8192)
+        told, tell = context.Pipe(duplex=False)
+        process = context.Process(target=serve, args=(listener, seed, count, tell))
+        process.start()
+        tell.close()
+    with net.inside(net.host):
+        sockets = [socket.socket() for _ in range(count)]
+    try:
+        failures = asyncio.run(asyncio.wait_for(clients(sockets, address, seed), SECONDS))
+        return [*failures, *told.recv()]
+    finally:
+        for sock in sockets:
+            sock.close()
+        process.kill()
+        process.join()
+        told.close()
+
+
+def family(running: Relay) -> list[int]:
+    """The relay's process, and its workers."""
+    pid = running.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *map(int, children)]
+
+
+def descriptors(pids: list[int]) -> Counter[str]:
+    """How many sockets, pipes and others they have open."""
+    kinds: Counter[str] = Counter()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            kinds[str(link.readlink()).partition(":")[0]] += 1
+    return kinds
+
+
+def resident(pids: list[int]) -> int:
+    """Their memory in bytes."""
+    sizes = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+    return sum(sizes) * resource.getpagesize()
+
+
+def settled(pids: list[int], sockets: int) -> Counter[str]:
+    """Their descriptors, once the connections have gone."""
+    end = time.monotonic() + relay_net.TIMEOUT
+    while (found := descriptors(pids))["socket"] > sockets and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def torture(net: Net, relays: list[Relay], address: tuple[str, int], count: int) -> None:
+    """Several waves: nothing may go wrong, nothing may be left, and memory may not grow from one to the next."""
+    pids = [pid for running in relays for pid in family(running)]
+    before = descriptors(pids)
+    sizes = []
+    for seed in range(WAVES):
+        # A port of its own for each: conntrack remembers a connection that its server has reset for ten seconds, with
+        # its redirection, and applies that to whoever gets the same ports meanwhile, the data plane too.
+        shift = seed if address[0] == PEER4 else 0
+        failures = wave(net, (address[0], address[1] + shift), seed, count)
+        assert not failures, f"{len(failures)} of {count}: " + "\n".join(failures[:10])
+        after = settled(pids, before["socket"])
+        assert after["socket"] == before["socket"]
+        assert after["pipe"] - before["pipe"] <= 2 * MAX_PIPES * len(pids), "pipes are pooled, up to a limit"
+        assert after - Counter(pipe=after["pipe"]) == before - Counter(pipe=before["pipe"])
+        sizes.append(resident(pids))
+    # What the first wave needed is kept for the next ones; 200 bytes for each connection would be a leak.
+    assert sizes[-1] - sizes[0] <= 2 * 1024 * 1024 + 200 * count * (WAVES - 1) // 2, sizes
+    assert [pid for running in relays for pid in family(running)] == pids, "nobody has died"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_copies_and_splices(net: Net, tmp_path: Path, workers: int) -> None:
+    """The plain paths: small streams are copied, large ones spliced, through large pipes and, beyond the user's share
+    of pipe memory, through small ones or none."""
+    with configured(net, tmp_path, PLAIN.format(workers=workers)) as running:
+        torture(net, [running], (PEER4, PORT), CONNECTIONS)
+        endings = Counter(line["reason"] for line in running.lines() if line["event"] == "connection")
+        assert sum(endings.values()) == WAVES * CONNECTIONS
+        assert set(endings) == {"closed", "reset by the client", "reset by the upstream"}, json.dumps(endings)
+
+
+def test_tls_on_either_side(net: Net) -> None:
+    """Two relays, with TLS between them: the one encrypts, the other decrypts."""
+    count = max(CONNECTIONS // 10, 20)
+    with relay_net.public_directory() as directory:
+        pki = Pki(directory)
+        certificate, key = pki.server
+        first, second = directory / "first", directory / "second"
+        first.mkdir()
+        second.mkdir()
+        decrypts = DECRYPTS.format(peer=PEER4, certificate=certificate, key=key)
+        with (
+            configured(net, first, ENCRYPTS.format(ca=pki.root.path)) as one,
+            configured(net, second, decrypts) as other,
+        ):
+            torture(net, [one, other], (HOST4, ENCRYPTED), count)

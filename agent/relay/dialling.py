@@ -62,7 +62,10 @@ class Exchange(NamedTuple):
 
 
 class Dialling:
-    """Tries dials in turn. Calls `reached` with a connected socket, or `failed` with the last reason."""
+    """Tries dials in turn. Calls `reached` with a connected socket, or `failed` with the last reason.
+
+    The socket is still watched then: whoever gets it watches it otherwise, with one system call instead of two.
+    """
 
     __slots__ = ("_attempt", "_deadlines", "_dials", "_exchange", "_failed", "_link", "_reached", "_socket")
 
@@ -169,7 +172,6 @@ class Dialling:
             self._drop()
             self._next(OSError(code, os.strerror(code)))
             return
-        self._exchange.loop.forget(upstream.fileno())
         self._reached(upstream)
 
     def _drop(self) -> None:

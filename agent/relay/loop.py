@@ -40,8 +40,11 @@ class Loop:
         self._running = False
 
     def watch(self, fd: int, mask: int, handler: Handler) -> None:
-        """Call `handler` when `fd` is ready; errors and hang-ups are always reported."""
-        self._epoll.register(fd, mask)
+        """Call `handler` when `fd` is ready, and no other one any more; errors and hang-ups are always reported."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, mask)
+        else:
+            self._epoll.register(fd, mask)
         self._handlers[fd] = handler
 
     def change(self, fd: int, mask: int) -> None:

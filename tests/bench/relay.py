@@ -40,7 +40,7 @@ from tests.bench.wrk import PORT, REPORT, inside, server, used_seconds
 from tests.netns import relay_net
 from tests.netns.relay_net import Net
 
-ROUNDS = 4
+ROUNDS = 3
 SECONDS = 2
 BULK_SECONDS = 1.0
 IDLE = 10_000

@@ -26,16 +26,15 @@ from agent.policy import (
     of_family,
 )
 from agent.rehearsal.cgroup import BELOW
+from agent.rehearsal.choices import application_uid, can_answer_clients, data_plane_ports, redirected_ports
 from agent.rehearsal.layout import HOST_ADDRESS, HOST_LINK_LOCAL, PEER, PEER_LINK_LOCAL, Bridge, Layout, member
 
 ROOT = 0
-_APPLICATION_UIDS = (1000, 1001, 1002, 4242, 61000)
 _REMOTES: dict[Family, tuple[Address, ...]] = {
     Family.IPV4: tuple(map(ip_address, ("203.0.113.10", "198.51.100.10", "192.0.2.10", "9.9.9.10"))),
     Family.IPV6: tuple(map(ip_address, ("2001:db8:10::10", "2001:db8:ffff::10", "2600::10"))),
 }
 _BESIDE_LINK_LOCAL = ip_address("fec0::10")
-_ORDINARY_PORTS = (8080, 9090, 3000, 4000, 7777, 31337)
 _REUSED_PORT = 19053
 """A source port that a query of the data plane and one of an application share; no dial gets it otherwise."""
 _MOST_RANGES = 16
@@ -102,30 +101,6 @@ def probes(policy: Policy, layout: Layout) -> list[Probe]:
     return found
 
 
-def application_uid(policy: Policy) -> int:
-    """An ordinary user that no exclusion of the policy names, if there is one."""
-    ranges = [rule.uids for rule in policy.outbound.exclude_uids]
-    free = (uid for uid in _APPLICATION_UIDS if uid != policy.proxy_uid and not any(uid in r for r in ranges))
-    return next(free, 1000 if policy.proxy_uid != 1000 else 1001)
-
-
-def redirected_ports(policy: Policy) -> tuple[int, int]:
-    """A port that is redirected where connections arrive, and one where they leave, if the port lists allow any."""
-    inbound, outbound = policy.inbound, policy.outbound
-    return (
-        _redirected_port(policy, inbound.include_ports, inbound.exclude_ports),
-        _redirected_port(policy, outbound.include_ports, outbound.exclude_ports),
-    )
-
-
-def can_answer_clients(address: Address) -> bool:
-    """Whether an application on this address of the host can answer clients elsewhere.
-
-    The kernel routes nothing from 127.0.0.0/8 to them (route_localnet), not even what is then routed anew.
-    """
-    return not (address.version == 4 and address.is_loopback)
-
-
 def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
     inbound, outbound = policy.inbound, policy.outbound
     avoided = (*inbound.exclude_sources, *outbound.exclude_destinations)
@@ -143,18 +118,6 @@ def _cast(policy: Policy, layout: Layout, family: Family) -> _Cast:
         next(filter(ordinary, remotes), remotes[0]),
         *redirected_ports(policy),
     )
-
-
-def data_plane_ports(policy: Policy) -> frozenset[int]:
-    """The ports where the data plane itself listens."""
-    return frozenset((policy.inbound.port, policy.outbound.port, policy.dns.port))
-
-
-def _redirected_port(policy: Policy, include: Ports, exclude: Ports) -> int:
-    """A port that the port lists redirect, if there is one, so that the other rules are seen to make the difference."""
-    taken = data_plane_ports(policy) | {DNS_PORT}
-    wanted = (item.first for item in include) if include else (p for p in _ORDINARY_PORTS if not includes(exclude, p))
-    return next((port for port in wanted if port not in taken), _ORDINARY_PORTS[0])
 
 
 def _edges(policy: Policy, ranges: Ports) -> Iterator[int]:
@@ -289,6 +252,9 @@ def _to_self(cast: _Cast) -> Iterator[Probe]:
         delivered = cast.out(f"data plane from {passthrough} to the application", port, uid=proxy, to=cast.own)
         yield Probe(delivered.label, dataclasses.replace(delivered.connection, source=passthrough))
         if cast.policy.inbound.is_transparent:
+            # Self-calls are redirected by rules of their own then, not by those that arrivals go through.
+            for edge in _edges(cast.policy, cast.policy.inbound.include_ports or cast.policy.inbound.exclude_ports):
+                yield cast.out(f"data plane to its own host's port {edge}", edge, uid=proxy, to=cast.own)
             for to in (cast.own, *((cast.local,) if can_answer_clients(cast.local) else ())):
                 dialled = cast.out(f"data plane from a client's address to {to}", port, uid=proxy, to=to)
                 source = dataclasses.replace(dialled.connection, source=cast.remote, local_source=False)
@@ -398,7 +364,12 @@ def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]
         label = f"{query} to {server}"
         yield cast.arrive(label, DNS_PORT, source=source, to=server, protocol=Protocol.UDP)
     yield cast.arrive(f"{query} to the bridge's address", DNS_PORT, source=source, to=network[1], protocol=Protocol.UDP)
-    yield cast.arrive(f"{query} over TCP", DNS_PORT, source=source, to=cast.remote)
+    for to, asked in (
+        (cast.remote, ""),
+        (network[1], " to the bridge's address"),
+        (cast.own, " to the host's address"),
+    ):
+        yield cast.arrive(f"{query} over TCP{asked}", DNS_PORT, source=source, to=to)
     yield cast.arrive(f"another host to {name}'s container", cast.port_in, to=source)
     asked = f"another host's DNS to {name}'s container"
     yield cast.arrive(asked, DNS_PORT, to=source, protocol=Protocol.UDP)

@@ -10,6 +10,7 @@ from random import Random
 from agent.decide import Connection, Direction, State
 from agent.policy import DNS_PORT, PASSTHROUGH6, Address, Family, Policy, Protocol
 from agent.rehearsal.cgroup import BELOW
+from agent.rehearsal.choices import can_answer_clients, redirected_ports
 from agent.rehearsal.layout import (
     HOST_ADDRESS,
     HOST_LINK_LOCAL,
@@ -20,7 +21,6 @@ from agent.rehearsal.layout import (
     gateway,
     member,
 )
-from agent.rehearsal.probes import can_answer_clients, redirected_ports
 from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
 
 _OWN = tuple(map(ip_address, ("127.0.0.1", "127.0.0.2", "127.0.0.53", "::1")))

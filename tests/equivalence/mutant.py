@@ -148,7 +148,40 @@ def _no_server(policy: Policy, kind: str, spot: Spot) -> str | None:
     return None
 
 
-_JUDGES: tuple[Judge, ...] = (_logging, _switched_off, _held_twice, _out_of_reach, _no_server_between, _no_server)
+def _transparent(policy: Policy, kind: str, spot: Spot) -> str | None:
+    """What `--inbound-mode tproxy` adds for the sake of others, or holds twice."""
+    if not policy.inbound.is_transparent:
+        return None
+    if spot.rule == "i4" and spot.chain in ("inbound", "TPCTL_INBOUND"):
+        return "out of reach: only self-calls come there, and their source is not excluded"
+    if spot.rule == "t1" and spot.part in ("owner", "out", "family") and kind == "drop a condition":
+        return "out of reach: nobody but the data plane sends from a client's address, and only over loopback"
+    answers = spot.chain.lower().endswith("answers")
+    if answers and spot.rule == "t1" and (spot.part == "local source" or spot.other) and kind != "negate":
+        return "the answers to this host's own addresses stay here anyhow, and no packet meets both rules"
+    if spot.rule.startswith("there is no inbound listener") and kind != "negate":
+        return "the data plane of a rehearsal always listens; tests/netns/test_tproxy.py has one that does not"
+    if spot.rule == "i2" and "TPROXY" in spot.chain.upper() and kind == "off by one":
+        return "out of reach: no address of this host lies in between"
+    if spot.rule.startswith("answers to a client") and spot.part in ("direction", "family"):
+        return "what is sent to this host stays here by either routing table, and the other family is not rehearsed"
+    translated = ("what was handed over", "the connection was redirected", "connections that were handed over")
+    if any(name.startswith(translated) for name in (spot.rule, spot.other)) and kind != "negate":
+        return "it is for SYN cookies and the NAT of others"
+    if spot.rule == "to the inbound listener" and ("CONNMARK" in spot.text or "ct mark set" in spot.text):
+        return "the mark is for SYN cookies and the NAT of others"
+    return None
+
+
+_JUDGES: tuple[Judge, ...] = (
+    _logging,
+    _switched_off,
+    _held_twice,
+    _out_of_reach,
+    _no_server_between,
+    _no_server,
+    _transparent,
+)
 
 
 def _address(text: str) -> Address:

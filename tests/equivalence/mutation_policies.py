@@ -15,6 +15,7 @@ from agent.policy import (
     Policy,
     PortRange,
     Protocol,
+    Redirection,
     UidExclusion,
     UidRange,
     VirtualNetwork,
@@ -91,5 +92,24 @@ _ONE_SERVICE = Policy(
     dns=Dns(DnsCapture.LISTED, servers=_servers("10.0.0.53", "2001:db8::53"), tcp=True),
     cgroup=SERVICE,
 )
+_TPROXY = Policy(
+    proxy_uid=5678,
+    inbound=Inbound(
+        exclude_ports=(PortRange(22), PortRange(8000, 8010)),
+        exclude_sources=(ip_network("203.0.113.64/26"), ip_network("2001:db8:6::/48")),
+        mode=Redirection.TPROXY,
+    ),
+    dns=Dns(DnsCapture.LISTED, servers=_servers("10.0.0.53", "2001:db8::53")),
+    virtual_networks=_DOCKER,
+)
+_TPROXY_FIRST = Policy(
+    proxy_uid=5678,
+    families=frozenset({Family.IPV4}),
+    inbound=Inbound(
+        include_ports=(PortRange(80), PortRange(8000, 8080), PortRange(53)), insert=True, mode=Redirection.TPROXY
+    ),
+    dns=Dns(tcp=True),
+    virtual_networks=_BRIDGES,
+)
 
-POLICIES = (_EXCLUSIONS, _INCLUSIONS, _INBOUND_OFF, _OUTBOUND_OFF, _PLAIN, _ONE_SERVICE)
+POLICIES = (_EXCLUSIONS, _INCLUSIONS, _INBOUND_OFF, _OUTBOUND_OFF, _PLAIN, _ONE_SERVICE, _TPROXY, _TPROXY_FIRST)

@@ -17,6 +17,7 @@ from tests.equivalence.mutant import Mutant, Spot, name_of, unseen
 
 _CRITERIA = {"source": "source", "destination": "destination", "in_interface": "in", "out_interface": "out"}
 _PARTS = {"uid-owner": "owner", "tcp-flags": "SYN", "dst-type": "local", "ctstate": "state", "path": "cgroup"}
+_PARTS |= {"src-type": "local source", "mark": "connection mark", "ctdir": "direction"}
 _PORTS = ("dport", "dports", "sport")
 _SWAPPED_TARGETS = {
     "TPCTL_INBOUND_REDIRECT": "TPCTL_OUTBOUND_REDIRECT",
@@ -115,9 +116,11 @@ def _changes(rule: Rule) -> Iterator[Change]:
     for option in rule.target_options:
         if option.name == "zone":
             yield "wrong zone", "zone", "", _with(rule, Option("zone", (str(3 - int(option.values[0])),)))
-        if option.name == "to-ports":
+        if option.name in ("to-ports", "on-port"):
             for values in _numbers(option.values[0]):
-                yield "wrong port", "listener", "", _with(rule, Option("to-ports", (values,)))
+                yield "wrong port", "listener", "", _with(rule, Option(option.name, (values,)))
+        if option.name == "set-xmark":
+            yield "wrong mark", "mark", "", _with(rule, Option("set-xmark", ("0x4000/0x4000",)))
     if rule.target in _SWAPPED_TARGETS:
         yield "wrong listener", "listener", "", dataclasses.replace(rule, target=_SWAPPED_TARGETS[rule.target])
 
@@ -166,7 +169,7 @@ def _match(match: Match) -> Iterator[tuple[str, str, Match | None]]:
         rest = match.options[:place] + match.options[place + 1 :]
         if option.name not in _PORTS or rest:
             yield "drop a condition", part, dataclasses.replace(match, options=rest) if rest else None
-        if option.name in ("uid-owner", "dst-type", "path"):
+        if option.name in ("uid-owner", "dst-type", "src-type", "path"):
             yield "negate", part, _replaced(match, place, dataclasses.replace(option, negated=not option.negated))
         if option.name == "path":
             for path in other_groups(option.values[0]):

@@ -19,9 +19,13 @@ from tests.equivalence.mutations_iptables import off_by_one, other_groups, shift
 _CONDITIONS = {
     "SYN": re.escape(SYN),
     "local": r"fib daddr type (?:!= )?local",
+    "local source": r"fib saddr type (?:!= )?local",
+    "connection mark": r"ct mark & 0x\w+ == 0x\w+",
+    "direction": r"ct direction \w+",
+    "translated": r"ct status dnat",
     "owner": r"meta skuid (?!vmap)\S+",
     "family": r"meta nfproto ipv[46]",
-    "in": r'iifname "[^"]*"',
+    "in": r'iifname (?:!= )?"[^"]*"',
     "out": r'oifname "[^"]*"',
     "port": r"(?:tcp|udp) [ds]port @?\w+",
     "source": r"ip6? saddr (?:!= )?\S+",
@@ -122,10 +126,15 @@ def _changes(rule: Rule) -> Iterator[Change]:
     if zone:
         wrong = rule.action.replace(zone.group(), f"ct zone set {3 - int(zone[1])}")
         yield "wrong zone", "zone", "", dataclasses.replace(rule, action=wrong)
-    port = re.search(r"redirect to :(\d+)", rule.action)
+    port = re.search(r"(?:redirect|tproxy) to :(\d+)", rule.action)
     if port:
         for number in shifted(port[1]):
-            yield "wrong port", "listener", "", dataclasses.replace(rule, action=f"redirect to :{number}")
+            wrong = rule.action.replace(f":{port[1]}", f":{number}")
+            yield "wrong port", "listener", "", dataclasses.replace(rule, action=wrong)
+    mark = re.search(r"mark set (?:ct|meta) mark \| (0x\w+)", rule.action)
+    if mark:
+        wrong = rule.action.replace(mark[1], "0x4000")
+        yield "wrong mark", "mark", "", dataclasses.replace(rule, action=wrong)
 
 
 def _of_condition(rule: Rule, part: str, found: re.Match[str]) -> Iterator[Change]:
@@ -137,7 +146,7 @@ def _of_condition(rule: Rule, part: str, found: re.Match[str]) -> Iterator[Chang
 
     if part != _NEEDED or "redirect" not in rule.action:
         yield "drop a condition", part, "", instead("")
-    if part in ("owner", "local", "source", "destination", "family"):
+    if part in ("owner", "local", "local source", "source", "destination", "family"):
         yield "negate", part, "", instead(_negated(text))
     if part in ("in", "out"):
         yield "wrong interface", "interface", "", instead(re.sub('"[^"]*"', '"other9"', text))
@@ -184,7 +193,11 @@ def _of_set(item: Set) -> Iterator[tuple[str, Spot, str, tuple[str, ...]]]:
 
 def _nft_only(policy: Policy, kind: str, spot: Spot, table: Table) -> str | None:
     """What only this engine's table holds twice."""
-    if spot.chain in ("prerouting_first", "prerouting_last", "output_first", "output_last"):
+    if spot.chain == "tproxy_inbound" and {spot.rule, spot.other} & {"v3", "i2"} and not policy.inbound.insert:
+        return "the nat chain before it has redirected them already"
+    if spot.chain == "tproxy_last" and kind == "drop a condition" and spot.part == "local":
+        return "what is for somebody else is asked in tproxy_first too"
+    if spot.chain.endswith(("_first", "_last")):
         twin = spot.chain.replace("first", "LAST").replace("last", "first").replace("LAST", "last")
         texts = [rule.render(comments=False) for chain in table.chains if chain.name == twin for rule in chain.rules]
         if spot.text in texts and kind in ("drop a rule", "wrong interface", "swap two rules"):

@@ -23,6 +23,7 @@ from agent.policy import (
     Policy,
     PortRange,
     Protocol,
+    Redirection,
     UidExclusion,
     UidRange,
     VirtualNetwork,
@@ -41,11 +42,11 @@ _LISTED = Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("10.0.0.53")), N
 
 def _leaves(
     protocol: Protocol, source: str, destination: str, port: int, uid: int, interface: str = "eth0",
-    *, cgroup: str | None = None,
+    *, cgroup: str | None = None, own: bool = True,
 ) -> Connection:  # fmt: skip
     return Connection(
         Direction.OUTBOUND, protocol, ip_address(source), ip_address(destination), port, interface, uid=uid,
-        cgroup=cgroup,
+        cgroup=cgroup, local_source=own,
     )  # fmt: skip
 
 
@@ -213,6 +214,48 @@ PINNED: dict[str, tuple[Policy, Connection]] = {
     ),
 }
 
+_TPROXY = Policy(proxy_uid=5678, inbound=Inbound(mode=Redirection.TPROXY))
+_BEHIND_TPROXY = Policy(
+    proxy_uid=5678,
+    inbound=Inbound(mode=Redirection.TPROXY, insert=True),
+    dns=Dns(DnsCapture.ALL, tcp=True),
+    virtual_networks=_BRIDGE,
+)
+TRANSPARENT: dict[str, tuple[Policy, Connection]] = {
+    "what arrives keeps its destination": (_TPROXY, _arrives(Protocol.TCP, _PEER4, _HOST4, 8080)),
+    "so it does over IPv6": (_TPROXY, _arrives(Protocol.TCP, "2001:db8:10::10", _HOST6, 8080)),
+    "the data plane's self-call is redirected all the same": (
+        _TPROXY,
+        _leaves(Protocol.TCP, _HOST4, _HOST4, 8080, 5678, "lo"),
+    ),
+    "what applications send over loopback arrives nowhere else": (
+        _TPROXY,
+        _leaves(Protocol.TCP, _HOST6, _HOST6, 8080, 1000, "lo"),
+    ),
+    "the application answers a client in whose name it was dialled": (
+        _TPROXY,
+        _leaves(Protocol.TCP, "203.0.113.10", _HOST4, 8080, 5678, "lo", own=False),
+    ),
+    "and over IPv6": (_TPROXY, _leaves(Protocol.TCP, "2001:db8:10::10", _HOST6, 8080, 5678, "lo", own=False)),
+    "a container's call of another host is redirected": (
+        _BEHIND_TPROXY,
+        _arrives(Protocol.TCP, "172.30.0.2", "203.0.113.10", 8080, "br0", local=False),
+    ),
+    "a container's call of the host is outbound traffic": (
+        _BEHIND_TPROXY,
+        _arrives(Protocol.TCP, "172.30.0.2", _HOST4, 8080, "br0"),
+    ),
+    "a container's DNS over TCP to the host is redirected": (
+        _BEHIND_TPROXY,
+        _arrives(Protocol.TCP, "fd01::2", "fd01::1", 53, "br0"),
+    ),
+    "a connection that was there before goes on": (
+        _TPROXY,
+        _arrives(Protocol.TCP, _PEER4, _HOST4, 8080, state=State.MIDSTREAM),
+    ),
+}
+"""Of `--inbound-mode tproxy`, which the eBPF engine refuses."""
+
 
 @pytest.fixture(scope="module", params=sorted(DOORS))
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
@@ -220,9 +263,11 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         yield made
 
 
-@pytest.mark.parametrize("name", PINNED)
+@pytest.mark.parametrize("name", [*PINNED, *TRANSPARENT])
 def test_pinned(bench: Bench, name: str) -> None:
-    policy, connection = PINNED[name]
+    policy, connection = (PINNED | TRANSPARENT)[name]
+    if name in TRANSPARENT and not bench.door.possible(policy).inbound.is_transparent:
+        pytest.skip("this engine refuses it")
     staging = bench.stage(bench.door.possible(policy))
     connection = relocated(connection, policy.cgroup, staging.policy.cgroup)
     wrong = bench.try_all(staging.policy, staging.layout, [Probe(name, connection)])

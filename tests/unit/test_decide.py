@@ -22,6 +22,7 @@ from agent.policy import (
     Policy,
     PortRange,
     Protocol,
+    Redirection,
     UidExclusion,
     UidRange,
     VirtualNetwork,
@@ -519,3 +520,26 @@ def test_every_verdict_is_sound(asked: Policy, connection: Connection) -> None:
         assert answer.action is not Action.REDIRECT
     if connection.direction is Direction.OUTBOUND and connection.uid == PROXY:
         assert answer.port in (None, PIN), "the data plane must never be sent to its own outbound or DNS port"
+
+
+TRANSPARENT = policy(inbound=Inbound(mode=Redirection.TPROXY, exclude_ports=(PortRange(22),)))
+
+
+@pytest.mark.parametrize("to", ["10.0.0.5", "fd00::5"])
+def test_tproxy_is_for_what_arrives(to: str) -> None:
+    arrived = decide(TRANSPARENT, arrives(to))
+    assert (arrived.rule, arrived.port, arrived.how) == ("i7", 15006, Redirection.TPROXY)
+    assert decide(TRANSPARENT, arrives(to, 22)).how is None
+    self_call = decide(TRANSPARENT, out(to, uid=PROXY, interface="lo"))
+    assert (self_call.rule, self_call.how) == ("i7", Redirection.REDIRECT)
+    assert decide(policy(), arrives(to)).how is Redirection.REDIRECT
+
+
+@pytest.mark.parametrize("to", ["10.0.0.5", "fd00::5"])
+def test_t1_the_data_plane_dials_in_a_clients_name(to: str) -> None:
+    dialled = out(to, uid=PROXY, interface="lo", local_source=False)
+    assert verdict(TRANSPARENT, dialled) == passes("t1")
+    assert verdict(TRANSPARENT, dataclasses.replace(dialled, uid=APP)) == passes("o4")
+    assert decide(policy(), dialled).action is Action.REDIRECT
+    off = dataclasses.replace(TRANSPARENT, inbound=dataclasses.replace(TRANSPARENT.inbound, enabled=False))
+    assert decide(off, dialled).rule != "t1"

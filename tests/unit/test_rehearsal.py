@@ -27,8 +27,9 @@ from agent.policy import (
 )
 from agent.policy import Protocol as Transport
 from agent.rehearsal.cgroup import OwnGroups
+from agent.rehearsal.choices import application_uid
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER, Layout, stage
-from agent.rehearsal.probes import application_uid, probes
+from agent.rehearsal.probes import probes
 
 PROXY = 5678
 

@@ -179,9 +179,8 @@ class EbpfEngine:
                     directory.rmdir()
             removed += tuple(f"eBPF: programs under {_unpinned(other)}" for other in self.where.elsewhere())
         except OSError as error:
-            raise ApplyError(
-                f"the eBPF programs under {folder} cannot be removed: {error.strerror}; those that could be were"
-            ) from error
+            state = "those that could be were" if _redirects(folder) else "but no traffic is redirected any more"
+            raise ApplyError(f"eBPF programs under {folder} cannot be removed: {error.strerror}; {state}") from error
         return Removal(removed, notices)
 
 
@@ -196,6 +195,15 @@ def _unpinned(folder: Path) -> Path:
     unpin(folder, tuple(program.name for program in PROGRAMS))
     folder.rmdir()
     return folder
+
+
+def _redirects(folder: Path) -> bool:
+    """Whether a program that redirects is still attached; a pin may hold one that is not."""
+    try:
+        with opened(folder) as found:
+            return any(found.links[name].info.target for name in _REDIRECTING if name in found.links)
+    except OSError:
+        return True
 
 
 def _of_dead(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from agent.errors import ApplyError, HostError, TpctlError
+from agent.errors import ApplyError, HostError, InputError, TpctlError
 
 ROLLED_BACK = "Everything was rolled back: the host is as it was before"
 KUMACTLS_GONE = "The new rules were taken away again; kumactl's, which they had replaced, cannot be brought back"
@@ -51,7 +51,7 @@ class Undo:
                 f"{error}. The rollback failed too: {'; '.join(failures)}. Run `tpctl uninstall`, then look at "
                 "`tpctl status`"
             ) from error
-        if isinstance(error, HostError) and not self._has_changed:
+        if isinstance(error, InputError | HostError) and not self._has_changed:
             raise error
         said = any(words in str(error) for words in _SAID) and not self._has_changed
         state = "" if said else f". {outcome if self._has_changed else NOTHING_CHANGED}"

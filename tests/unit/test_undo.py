@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from agent.errors import ApplyError, HostError, TpctlError
+from agent.errors import ApplyError, HostError, InputError, TpctlError
 from agent.undo import ROLLED_BACK, Failures, Undo
 
 
@@ -53,13 +53,15 @@ def test_preparations_are_no_change(error: TpctlError | OSError, said: str) -> N
     assert message(undo, error) == said
 
 
-def test_exit_2_means_that_nothing_was_touched() -> None:
-    with pytest.raises(HostError):
-        Undo().roll_back(HostError("it lacks something"))
+@pytest.mark.parametrize("error", [HostError("it lacks something"), InputError(["one", "two"])])
+def test_exit_2_means_that_nothing_was_touched(error: TpctlError) -> None:
+    with pytest.raises(type(error)) as raised:
+        Undo().roll_back(error)
+    assert raised.value is error
     undo = Undo()
     undo.add(lambda: None)
     with pytest.raises(ApplyError):
-        undo.roll_back(HostError("it lacks something"))
+        undo.roll_back(error)
 
 
 @pytest.mark.parametrize("steps", [[], [failing], [failing, failing]])

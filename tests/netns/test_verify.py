@@ -36,7 +36,7 @@ from tests.netns.lab import (
 )
 
 pytestmark = pytest.mark.root
-SECONDS = 2.0
+SECONDS = 30.0
 THIS_NAMESPACE = Path("/proc/thread-self/ns/net")
 
 
@@ -245,7 +245,7 @@ def test_silence_is_a_timeout() -> None:
         lab.serve(connection)
         started = time.monotonic()
         assert lab.dial(connection).outcome == "timeout"
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ BENCH_PACKAGES := nginx-common nginx-light wrk
 BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box bench-install bench-swap bench-scale bench-engines bench-relay clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box torture bench-install bench-swap bench-scale bench-engines bench-relay clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-vm-ebpf: venv ## the eBPF engine against the specification under Linux 5.10
 vagrant-box: venv ## a box of Debian 12 for vagrant-libvirt, see docs/vagrant.md (VM_RELEASES=...)
 	@.ci/packages qemu-utils mmdebstrap e2fsprogs grub-pc-bin python3-wheel
 	@$(BIN)/python -m tests.vm.box $(VM_RELEASES)
+
+torture: venv ## a thousand connections at once on each path of the relay's pump (N=1000, root)
+	@TORTURE_CONNECTIONS=$(or $(N),1000) $(BIN)/python -m pytest tests/torture
 
 check: venv ## lint and strict types
 	$(BIN)/ruff check agent tests

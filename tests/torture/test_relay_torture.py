@@ -1,6 +1,6 @@
 """Thousands of connections at once through the relay, on each path of its pump: nothing lost, nothing left behind.
 
-TORTURE_CONNECTIONS says how many at once (1000; 9000 are possible with 20 000 descriptors).
+`make torture` runs it; TORTURE_CONNECTIONS says how many at once (9000 are possible with 20 000 descriptors).
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from tests.netns.relay_net import HOST4, PEER4, Net, Relay
 from tests.netns.test_relay_listeners import configured
 from tests.torture.peers import clients, server
 
-pytestmark = pytest.mark.root
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(
+        "TORTURE_CONNECTIONS" not in os.environ,
+        reason="make torture: now and then conntrack sends a dial of the relay back to it (docs/relay.md)",
+    ),
+]
 CONNECTIONS = int(os.environ.get("TORTURE_CONNECTIONS", "1000"))
 SECONDS = 60.0 + CONNECTIONS / 10
 PORT, ENCRYPTED, DECRYPTED = 9000, 7001, 7002

@@ -94,6 +94,11 @@ def address(network: Network) -> Criterion:
     return Criterion(str(network))
 
 
+def within(network: Network) -> Criterion | None:
+    """The addresses of a network; None when that is every address, for iptables-save leaves such a match out."""
+    return address(network) if network.prefixlen else None
+
+
 def comment(text: str) -> str:
     """A rule's comment, cut to what the kernel keeps."""
     return (COMMENT_PREFIX + text).encode()[: COMMENT_LIMIT - 1].decode(errors="ignore")

@@ -22,6 +22,7 @@ from agent.engines.iptables.parts import (
     dport,
     owned_by,
     port_matches,
+    within,
 )
 from agent.engines.iptables.rule import Criterion, Option, Rule, match
 from agent.engines.iptables.zones import ZoneRules
@@ -130,7 +131,7 @@ class NatRules(Parts):
             yield self.leave("i3: inbound redirection is off")
             return
         for network in of_family(inbound.exclude_sources, self.family):
-            yield self.leave(f"i4: excluded source {network}", source=address(network))
+            yield self.leave(f"i4: excluded source {network}", source=within(network))
         yield from self._by_port(inbound.include_ports, inbound.exclude_ports, listener, ("i5", "i6", "i7"))
 
     def _by_port(self, include: Ports, exclude: Ports, redirect: str, names: tuple[str, str, str]) -> Iterator[Rule]:
@@ -148,7 +149,7 @@ class NatRules(Parts):
         yield from self.scoped_destinations()
         yield from self._excluded_uids(Protocol.TCP)
         for network in self.excluded_destinations():
-            yield self.leave(f"x2: excluded destination {network}", destination=address(network))
+            yield self.leave(f"x2: excluded destination {network}", destination=within(network))
         if self.policy.captures_dns(self.family):
             yield from self._dns_over_tcp()
         if not outbound.enabled:
@@ -194,7 +195,7 @@ class NatRules(Parts):
         for uids in self.dns_excluded_uids():
             yield self.leave(f"x1: excluded uids {uids}", matches=(owned_by(uids),))
         for network in self.excluded_destinations():
-            yield self.leave(f"x2: excluded destination {network}", destination=address(network))
+            yield self.leave(f"x2: excluded destination {network}", destination=within(network))
         proxy = owned_by(self.policy.proxy_uid)
         yield self.leave("d2: the data plane asks its name server", matches=(proxy,))
         for criteria in self.captured_servers():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.decide import CAPTURED_ZONE, UPSTREAM_ZONE
-from agent.engines.iptables.parts import Jump, Parts, TableRules, address, comment, dport, owned_by
+from agent.engines.iptables.parts import Jump, Parts, TableRules, address, comment, dport, owned_by, within
 from agent.engines.iptables.rule import Criterion, Option, Rule, match
 from agent.policy import (
     DNS_PORT,
@@ -89,7 +89,7 @@ class ZoneRules(Parts):
         for uids in self.dns_excluded_uids():
             yield self._zone_rule(UPSTREAM_ZONE, f"z5: excluded uids {uids}", matches=(owned_by(uids),))
         for network in self.excluded_destinations():
-            yield self._zone_rule(UPSTREAM_ZONE, "z5: excluded destination", destination=address(network))
+            yield self._zone_rule(UPSTREAM_ZONE, "z5: excluded destination", destination=within(network))
         yield self._zone_rule(CAPTURED_ZONE, "z3: a query that is redirected", matches=self.inside())
         if self.policy.cgroup:
             yield self._zone_rule(UPSTREAM_ZONE, f"z5: outside the cgroup {self.policy.cgroup}")

@@ -24,17 +24,20 @@ from tests.crash.scene import FLAVOURS, PROXY_FLAGS, Host, Scene
 from tests.netns.lab import run
 
 _ENGINES = ("nftables", "iptables nft", "iptables legacy")
-_FOREIGN = """
+_FOREIGN_ROUNDS = 200
+_FOREIGN = f"""
 i=0
-while test ! -e /run/stop; do
+while test ! -e /run/stop -a $i -lt {_FOREIGN_ROUNDS}; do
     i=$((i + 1))
     for tool in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
         rule="OUTPUT -p udp --dport $((20000 + i)) -m comment --comment site-$i -j ACCEPT"
         $tool -w 10 -t nat -A $rule 2> /dev/null && echo "$tool $i" >> /run/added
     done
     nft add rule inet site watch udp dport $((20000 + i)) counter comment "site-$i" && echo "nft $i" >> /run/added
+    sleep 0.02
 done
 """
+"""Without its pauses and its end, nft and iptables-nft would read for ever: they start anew at every change they see."""
 _TRACE = ("Traceback", "internal error")
 
 
@@ -95,10 +98,10 @@ def _run(scene: Scene, commands: Sequence[tuple[str, ...]]) -> Outcome:
             outcome.faults += _complaint(argv, process.returncode, err)
     finally:
         scene.host.shell("touch /run/stop")
-        foreign.wait(timeout=60)
         for _, process in running:
             process.kill()
-            process.wait()
+            process.communicate()
+        foreign.wait(timeout=60)
     outcome.seconds = time.monotonic() - began
     _judge(scene, outcome)
     return outcome

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agent.child import ChildFailedError, in_child
 from agent.engine_options import EngineOptions
 from agent.engines.iptables import saved
 from agent.engines.iptables.backend import TransientError, lacks_cgroup, no_cgroup, read_tables
@@ -23,7 +24,6 @@ from agent.policy import Family
 
 LOCK = Path("/run/xtables.lock")
 LOCK_POLL_SECONDS = 0.02
-READ_SIZE = 65536
 
 _LIBRARIES = ("/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/lib/{triplet}", "/lib64", "/lib")
 
@@ -50,7 +50,7 @@ class LegacyBackend:
         """
         load()
         work = [change for change in changes if change.operations]
-        in_child(lambda: _commit_all(self.tools.family, work, comments))
+        _in_child(lambda: _commit_all(self.tools.family, work, comments))
 
 
 @contextmanager
@@ -108,40 +108,24 @@ def _find_library(name: str, directories: list[Path]) -> str | None:
     return next(map(str, found), None)
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Run `work` in a forked child. Raises what it raised, as ApplyError or TransientError."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(read_end)
-            os.dup2(write_end, 2)
-            work()
-            status = 0
-        except BaseException as error:  # noqa: BLE001 - handed to the parent as text; nothing may escape a fork
-            os.write(write_end, f"{error}\n".encode())
-        finally:
-            os._exit(status)
-    os.close(write_end)
-    said = b""
-    with os.fdopen(read_end, "rb") as stream:
-        said = stream.read(READ_SIZE)
-        while stream.read(READ_SIZE):
-            pass
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        return
-    text = (
-        " ".join(said.decode(errors="replace").split()) or f"it ended with status {os.waitstatus_to_exitcode(status)}"
-    )
-    if "Resource temporarily unavailable" in text:
-        raise TransientError(f"libiptc: {text}")
-    if lacks_cgroup(text):
-        raise no_cgroup(f"libiptc: {text}")
-    if "can't initialize" in text:
-        raise HostError(f"this kernel lacks a table that is needed: libiptc: {text}")
-    raise ApplyError(f"libiptc: {text}")
+def _in_child(work: Callable[[], None]) -> None:
+    """Run `work` in a forked child. Raises what it raised, as ApplyError, TransientError or HostError."""
+
+    def silent() -> str:
+        work()
+        return ""
+
+    try:
+        in_child(silent)
+    except ChildFailedError as failed:
+        text = " ".join(str(failed).split())
+        if "Resource temporarily unavailable" in text:
+            raise TransientError(f"libiptc: {text}") from None
+        if lacks_cgroup(text):
+            raise no_cgroup(f"libiptc: {text}") from None
+        if "can't initialize" in text:
+            raise HostError(f"this kernel lacks a table that is needed: libiptc: {text}") from None
+        raise ApplyError(f"libiptc: {text}") from None
 
 
 def _commit_all(family: Family, changes: list[TableChange], comments: bool) -> None:

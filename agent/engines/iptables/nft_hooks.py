@@ -6,9 +6,11 @@ as it was, install notes what existed, and uninstall removes what did not, as lo
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterable
-from typing import Any
+
+from agent.engines.nftables.nft import Nft, NftError, Objects, find
+from agent.errors import HostError
 
 TABLES = ("raw", "mangle", "nat")
 FAMILIES = ("ip", "ip6")
@@ -20,15 +22,19 @@ Hook = tuple[str, str, str]
 
 
 def existing() -> frozenset[Hook] | None:
-    """The tables iptables-nft would use and their chains, or None when libnftables is not there to tell."""
-    listing = _command("list chains")
-    tables = _command("list tables")
-    if listing is None or tables is None:
+    """The tables iptables-nft would use and their chains, or None when there is no way to nf_tables to tell."""
+    way = _way()
+    listing = _objects(way, "list chains") if way else None
+    if way is None or listing is None:
         return None
     hooks = {
         (item["chain"]["family"], item["chain"]["table"], item["chain"]["name"]) for item in listing if "chain" in item
     }
-    hooks |= {(item["table"]["family"], item["table"]["name"], "") for item in tables if "table" in item}
+    hooks |= {(family, table, "") for family, table, _ in hooks}
+    for family, table in itertools.product(FAMILIES, TABLES):
+        # One without chains is nowhere else to be seen.
+        if (family, table, "") not in hooks and _objects(way, f"list table {family} {table}") is not None:
+            hooks.add((family, table, ""))
     return frozenset(hook for hook in hooks if hook[0] in FAMILIES and hook[1] in TABLES)
 
 
@@ -38,21 +44,20 @@ def remove_empty(keep: frozenset[Hook]) -> tuple[str, ...]:
     Deleting a chain that holds rules fails in the kernel (EBUSY), so a rule added meanwhile is never lost. A table is
     deleted only together with the last of its chains, in one transaction.
     """
+    way = _way()
     present = existing()
-    if present is None:
+    if way is None or present is None:
         return ()
     removed = []
-    for family in FAMILIES:
-        for table in TABLES:
-            removed += _remove_from(family, table, present, keep)
+    for family, table in itertools.product(FAMILIES, TABLES):
+        if (family, table, "") in present:
+            chains = {hook[2] for hook in present if hook[:2] == (family, table) and hook[2]}
+            removed += _remove_from(way, family, table, chains, keep)
     return tuple(removed)
 
 
-def _remove_from(family: str, table: str, present: frozenset[Hook], keep: frozenset[Hook]) -> list[str]:
-    if (family, table, "") not in present:
-        return []
-    chains = {hook[2] for hook in present if hook[:2] == (family, table) and hook[2]}
-    listing = _command(f"list table {family} {table}") or []
+def _remove_from(way: Nft, family: str, table: str, chains: set[str], keep: frozenset[Hook]) -> list[str]:
+    listing = _objects(way, f"list table {family} {table}") or []
     if any("set" in item or "map" in item or "flowtable" in item for item in listing):
         return []
     filled = {item["rule"]["chain"] for item in listing if "rule" in item}
@@ -62,24 +67,28 @@ def _remove_from(family: str, table: str, present: frozenset[Hook], keep: frozen
     whole = surplus == chains and (family, table, "") not in keep
     if whole:
         commands.append(f"delete table {family} {table}")
-    if not commands or _command("; ".join(commands)) is None:
+    if not commands:
+        return []
+    try:
+        way.execute("".join(f"{command}\n" for command in commands))
+    except NftError:
         return []
     return [f"the empty table {family} {table}" if whole else f"empty chains of {family} {table}"]
 
 
-def _command(text: str) -> list[dict[str, Any]] | None:
-    """Run one nft(8) transaction; None when it failed or the library is missing."""
+def _way() -> Nft | None:
     try:
-        import nftables
-    except ImportError:
+        return find()
+    except HostError:
         return None
-    library = nftables.Nftables()
-    library.set_json_output(True)
-    code, output, _ = library.cmd(text)
-    if code != 0:
+
+
+def _objects(way: Nft, command: str) -> Objects | None:
+    """What a list command finds; None when it failed."""
+    try:
+        return way.objects(command)
+    except NftError:
         return None
-    found: list[dict[str, Any]] = json.loads(output)["nftables"] if output else []
-    return found
 
 
 def to_json(hooks: frozenset[Hook] | None) -> list[list[str]] | None:

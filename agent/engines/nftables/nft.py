@@ -5,10 +5,14 @@ Both take nft's language and make one transaction of a text: the kernel carries 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from agent.child import ChildFailedError, in_child
 from agent.errors import HostError
 from agent.runner import run
 
@@ -26,7 +30,7 @@ class Nft(Protocol):
     description: str
 
     def execute(self, text: str) -> None:
-        """Carry a text out in one transaction. Raises NftError."""
+        """Carry a text out in one transaction. Raises NftError, ApplyError when it did not end in time."""
         ...
 
     def check(self, text: str) -> None:
@@ -43,7 +47,10 @@ class Nft(Protocol):
 
 
 class LibraryNft:
-    """libnftables. Each call has a context of its own: a context keeps the namespace it was made in."""
+    """libnftables. Each call has a context of its own: a context keeps the namespace it was made in.
+
+    And a process of its own: the library reads anew as long as others change rules while it reads, without an end.
+    """
 
     description = "libnftables"
 
@@ -67,12 +74,18 @@ class LibraryNft:
         return self._run(command, stateless_output=True)
 
     def _run(self, text: str, **settings: bool) -> str:
+        try:
+            return in_child(lambda: self._called(text, settings))
+        except ChildFailedError as failed:
+            raise NftError(_one_line(str(failed))) from None
+
+    def _called(self, text: str, settings: Mapping[str, bool]) -> str:
         library = self._module.Nftables()
         for name, value in settings.items():
             getattr(library, f"set_{name}")(value)
         code, output, error = library.cmd(text)
         if code != 0:
-            raise NftError(_one_line(error))
+            raise NftError(error)
         return str(output)
 
 
@@ -126,11 +139,17 @@ def find() -> Nft:
 
 
 def held(nft: Nft, where: str) -> Objects | None:
-    """The objects of a table (family and name) in this namespace; None when there is none. Raises NftError."""
-    tables = (item["table"] for item in nft.objects("list tables") if "table" in item)
-    if not any(f"{table['family']} {table['name']}" == where for table in tables):
-        return None
-    return nft.objects(f"list table {where}")
+    """The objects of a table (family and name) in this namespace; None when there is none. Raises NftError.
+
+    Of the list commands only this one reads no more than its table. nft starts a reading anew when anybody has changed
+    anything meanwhile, so on a host with thousands of rules and a busy owner of them, `list tables` may never end.
+    """
+    try:
+        return nft.objects(f"list table {where}")
+    except NftError as error:
+        if os.strerror(errno.ENOENT) in str(error):
+            return None
+        raise
 
 
 def _parsed(output: str) -> Objects:

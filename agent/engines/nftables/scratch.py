@@ -10,8 +10,8 @@ import ctypes
 import os
 import threading
 
-from agent.engines.nftables.nft import Nft
-from agent.engines.nftables.table import FAMILY, TABLE
+from agent.engines.nftables.nft import Nft, held
+from agent.engines.nftables.table import TABLE
 
 CLONE_NEWNET = 0x40000000
 
@@ -61,7 +61,7 @@ def _listed_elsewhere(nft: Nft, text: str, where: str) -> str:
 
 def _listed_dormant(nft: Nft, text: str, where: str) -> str:
     body = text.removeprefix(f"table {where} {{")
-    if any(f"{FAMILY} {item['table']['name']}" == _SCRATCH for item in nft.objects("list tables") if "table" in item):
+    if held(nft, _SCRATCH) is not None:
         nft.execute(f"delete table {_SCRATCH}\n")  # of a run that was killed
     nft.execute(f"table {_SCRATCH} {{\n\tflags dormant;{body}")
     try:

@@ -28,6 +28,7 @@ from agent.policy import (
 from agent.rehearsal.cgroup import BELOW
 from agent.rehearsal.choices import application_uid, can_answer_clients, data_plane_ports, redirected_ports
 from agent.rehearsal.layout import HOST_ADDRESS, HOST_LINK_LOCAL, PEER, PEER_LINK_LOCAL, Bridge, Layout, member
+from agent.ssh_guard import SSH_PORT
 
 ROOT = 0
 _REMOTES: dict[Family, tuple[Address, ...]] = {
@@ -158,7 +159,7 @@ def _rim(cast: _Cast, network: Network) -> Iterator[tuple[str, Address]]:
 def _inbound(cast: _Cast) -> Iterator[Probe]:
     inbound = cast.policy.inbound
     yield cast.arrive("inbound", cast.port_in)
-    yield cast.arrive("inbound ssh", 22)
+    yield cast.arrive("inbound ssh", SSH_PORT)
     if cast.family is Family.IPV6:
         yield cast.arrive(
             "inbound between link-local addresses", cast.port_in, source=PEER_LINK_LOCAL, to=HOST_LINK_LOCAL
@@ -215,6 +216,7 @@ def _excluded_users(cast: _Cast, rule: UidExclusion) -> Iterator[Probe]:
         for edge in (*_edges(cast.policy, ports), cast.port_out):
             named = _named(ports, edge, "excluded")
             yield cast.out(f"TCP {named} by the excluded uid {uids.first}", edge, uid=uids.first)
+        yield cast.query(f"DNS over TCP by the excluded uid {uids.first}", server, protocol, uid=uids.first)
 
 
 def _to_self(cast: _Cast) -> Iterator[Probe]:
@@ -351,7 +353,10 @@ def _container(cast: _Cast, bridge: Bridge, network: Network) -> Iterator[Probe]
     source, name = member(network), bridge.name
     yield cast.arrive(f"{name}: container to another host", cast.port_out, source=source, to=cast.remote)
     yield cast.arrive(f"{name}: container to the host's own address", cast.port_in, source=source)
-    yield cast.arrive(f"{name}: container to the bridge's address", cast.port_in, source=source, to=network[1])
+    for port in (cast.port_in, SSH_PORT):
+        yield cast.arrive(
+            f"{name}: container to port {port} of the bridge's address", port, source=source, to=network[1]
+        )
     yield cast.arrive(f"{name}: container's UDP", cast.port_out, source=source, to=cast.remote, protocol=Protocol.UDP)
     beyond = type(network.network_address)(min(int(network.broadcast_address) + 1, 2**network.max_prefixlen - 1))
     if cast.layout.locate(beyond) == PEER and not beyond.is_multicast:

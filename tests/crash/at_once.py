@@ -37,7 +37,7 @@ while test ! -e /run/stop -a $i -lt {_FOREIGN_ROUNDS}; do
     sleep 0.02
 done
 """
-"""Without its pauses and its end, nft and iptables-nft would read for ever: they start anew at every change they see."""
+"""Without pauses and an end, nft and iptables-nft would read for ever: at every change they see they start anew."""
 _TRACE = ("Traceback", "internal error")
 
 

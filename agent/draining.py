@@ -3,14 +3,14 @@
 When the last user of NAT goes, the kernel drops its NAT and conntrack hooks, and redirected connections are reset. So
 an empty table stays until they have ended (agent.engines.nftables.drain); any later command takes it away. The same
 holds for connections that the data plane has dialled from its clients' addresses: a table that marks the answers stays,
-with the rule and route of `agent.routing`.
+with the rule and route of `agent.routing`. And for those it has dialled from ::6: the address stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from agent import routing
+from agent import loopback, routing
 from agent.engines.nftables import drain, nft
 from agent.engines.nftables.engine import NftablesEngine, load, still_running
 from agent.engines.nftables.nft import Nft, NftError
@@ -74,6 +74,26 @@ def dialled_run(count: int) -> str:
         f"{count} {connections} from the data plane to applications in the name of clients, and may finish: until then "
         f"the table {drain.ANSWERS_TABLE} and the routing table {routing.TABLE} stay; `tpctl status` removes them "
         "after that"
+    )
+
+
+def tidy_address(interface: str, *, dry_run: bool = False) -> tuple[int, bool]:
+    """Once nothing needs ::6 any more: remove it, unless connections run from it.
+
+    Hands back how many do, and whether it was removed, or would be.
+    """
+    if not loopback.present(interface):
+        return 0, False
+    running = loopback.connections()
+    return running, not running and loopback.remove(interface, dry_run=dry_run)
+
+
+def address_runs(count: int, interface: str) -> str:
+    """What the operator is told about connections from ::6 that are let finish."""
+    connections = "connection runs" if count == 1 else "connections run"
+    return (
+        f"{count} {connections} from ::6 to applications, and may finish: until then the address stays on {interface}; "
+        "`tpctl status` removes it after that"
     )
 
 

@@ -182,7 +182,7 @@ def carry_out(
             _, answers = _end_routes()
         elif policy.inbound.is_transparent:
             _take_over_routes(policy)
-        if Family.IPV6 not in policy.families and loopback.remove(policy.loopback):
+        if Family.IPV6 not in policy.families and _end_address(policy.loopback)[0]:
             undo.add(lambda: loopback.add(policy.loopback))
         if in_file:
             undo.add(in_file.opposite().carry_out)
@@ -213,6 +213,15 @@ def _end_routes(*, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, .
 
     running, removed = draining.tidy_answers(dry_run=dry_run)
     return removed, (draining.dialled_run(running),) if running else ()
+
+
+def _end_address(name: str, *, dry_run: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Take ::6 away if nothing needs it. Hands back what went, and notices."""
+    from agent import draining
+
+    running, gone = draining.tidy_address(name, dry_run=dry_run)
+    removed = (f"the address ::6 on {name}",) if gone else ()
+    return removed, (draining.address_runs(running, name),) if running else ()
 
 
 def _take_over_routes(policy: Policy) -> None:
@@ -350,8 +359,9 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
     failures.raise_if_any(f"{rest}Run `tpctl uninstall` again; `tpctl status` shows what is installed now")
     name = record.policy.loopback if record else "lo"
     with failures.kept():
-        if loopback.remove(name, dry_run=dry_run):
-            removed.append(f"the address ::6 on {name}")
+        addresses, needed = _end_address(name, dry_run=dry_run)
+        removed += addresses
+        notices += needed
     with failures.kept():
         routes, answers = _end_routes(dry_run=dry_run)
         removed += routes

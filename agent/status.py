@@ -72,6 +72,8 @@ def report() -> Report:
     transparent = record is not None and record.policy.inbound.is_transparent and shown.installed
     if not holding or (record and not record.policy.inbound.is_transparent):
         running += draining.tidy_answers()[0]
+    if not holding:  # a redirected connection may be counted already
+        running = max(running, draining.tidy_address("lo")[0])
     problems = [*_problems(record, shown, ports)]
     if record and transparent and not record.policy.families <= routing.present():
         problems.append(

@@ -135,6 +135,30 @@ def test_03_connections_through_the_data_plane_survive_an_uninstall(lab: Lab, en
         assert snapshot(counters=False)["nft"] == before
 
 
+def test_03_connections_from_the_data_planes_address_survive_an_uninstall(lab: Lab) -> None:
+    def has_address() -> bool:
+        return "::6/128" in run(["ip", "-6", "address", "show", "dev", "lo"]).stdout
+
+    address = str(HOST_ADDRESS[Family.IPV6])
+    with lab.inside(HOST):
+        tpctl("install", "--kuma-dp-user", PROXY_USER)
+        assert has_address()
+    with lab.inside(HOST, APP):
+        listening = socket.create_server((address, 8082), family=socket.AF_INET6)
+    with listening, lab.inside(HOST, PROXY):
+        near = socket.create_connection((address, 8082), timeout=2, source_address=("::6", 0))
+        far, _ = listening.accept()
+    far.settimeout(2)
+    with near, far, lab.inside(HOST):
+        assert "1 connection runs from ::6" in tpctl("uninstall").stderr
+        assert '"draining": 1' in tpctl("status", "--json", check=False).stdout
+        assert echo_works(near, far)
+        assert echo_works(far, near)
+    with lab.inside(HOST):
+        assert '"draining": 0' in tpctl("status", "--json", check=False).stdout
+        assert not has_address()
+
+
 def test_04_forwarded_connections_are_left_alone(lab: Lab, variant: str) -> None:
     plane(lab)
     container = member(CONTAINERS)

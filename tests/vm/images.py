@@ -179,7 +179,7 @@ def _own_python(release: str) -> Path:
     tree = debian.KEPT / f"{release}-{name}-{hashlib.sha256(repr(BUILD_PACKAGES).encode()).hexdigest()[:12]}"
     if tree.exists():
         return tree
-    with tempfile.TemporaryDirectory(prefix="building-", dir=debian.KEPT) as work:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=MADE) as work:
         debian.apt("bookworm", "-q", "update", sources="deb-src")
         debian.apt("bookworm", "-q", "source", "--download-only", name, sources="deb-src")
         source = max((debian.KEPT / "bookworm-src").glob(f"{name}_*.orig.tar.*"))
@@ -202,7 +202,19 @@ def _debootstrap(release: str, packages: list[str], root: Path, hooks: list[str]
     options += [f"--customize-hook={hook}" for hook in hooks]
     # INITRD: the kernel's package shall not make one.
     words = ["env", "INITRD=No", "mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
-    _run(*words, f"--include={','.join(packages)}", *options, release, str(root), debian.mirror())
+    # A build that is killed leaves no mounts behind.
+    _run(
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        *words,
+        f"--include={','.join(packages)}",
+        *options,
+        release,
+        str(root),
+        debian.mirror(),
+    )
 
 
 def _initrd(root: Path, version: str) -> bytes:

@@ -140,6 +140,33 @@ def test_a_python_module_without_dry_runs_is_left_alone(monkeypatch: pytest.Monk
     assert isinstance(nft.find(), ProgramNft)
 
 
+def test_an_nft_that_forgets_sets_is_given_one_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """nft 0.9.8 knows only the sets of the text it reads."""
+    program = tmp_path / "nft"
+    program.write_text("#!/bin/sh\necho 'nftables v0.9.8 (E.D.S.)'\n")
+    program.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "nftables", None)
+    with monkeypatch.context() as patched:
+        patched.setattr("agent.runner.ENVIRONMENT", {"PATH": str(tmp_path)})
+        patched.setenv("PATH", str(tmp_path))
+        way = nft.find()
+    given: list[str] = []
+    with bare_namespace() as space, space.inside():
+        real = way.execute
+
+        def execute(text: str) -> None:
+            given.append(text)
+            real(text)
+
+        monkeypatch.setattr(way, "execute", execute)
+        engine = NftablesEngine(way, EngineOptions())
+        plan = engine.plan(EVERYTHING)
+        engine.apply(plan)
+        assert len(given) == 1
+        assert engine.inspect(plan).drift == ()
+    assert nft.find().knows_sets
+
+
 def test_the_program_is_used_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nftables", None)
     assert isinstance(nft.find(), ProgramNft)

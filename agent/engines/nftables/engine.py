@@ -46,9 +46,9 @@ class NftablesPlan:
         """The text that replaces `current`."""
         return replacement(current, self.table, comments=self.comments)
 
-    def transactions(self, current: Objects | None) -> tuple[str, str]:
+    def transactions(self, current: Objects | None, *, knows_sets: bool = True) -> tuple[str, str]:
         """The same as two texts: one that makes sets which no rule uses yet (may be empty), one that does the rest."""
-        prepared = preparation(current, self.table)
+        prepared = preparation(current, self.table) if knows_sets else ()
         first = Table(prepared, where=self.table.where).render() if prepared else ""
         return first, replacement(current, self.table, comments=self.comments, prepared=prepared)
 
@@ -72,7 +72,7 @@ class NftablesEngine:
     def preview(self, policy: Policy) -> str:
         """The exact text that `apply` would use on this host now. Reads, and changes nothing."""
         plan = self.plan(policy)
-        first, text = plan.transactions(self._current())
+        first, text = plan.transactions(self._current(), knows_sets=self.nft.knows_sets)
         text = cgroup.found_by_nft(text, plan.cgroup)
         return f"# first, sets that no rule uses yet\n{first}# then, in one transaction\n{text}" if first else text
 
@@ -87,7 +87,7 @@ class NftablesEngine:
         """
         cgroup.require(self.nft, plan.cgroup)
         current = self._current()
-        first, text = plan.transactions(current)
+        first, text = plan.transactions(current, knows_sets=self.nft.knows_sets)
         text = cgroup.found_by_nft(text, plan.cgroup)
         prepared = False
         try:

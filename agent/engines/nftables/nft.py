@@ -9,7 +9,7 @@ import errno
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from agent.child import ChildFailedError, in_child
@@ -28,6 +28,8 @@ class Nft(Protocol):
     """One way to nf_tables, in the network namespace it was made in."""
 
     description: str
+    knows_sets: bool
+    """Whether the rules of a text may look into sets that an earlier text made."""
 
     def execute(self, text: str) -> None:
         """Carry a text out in one transaction. Raises NftError, ApplyError when it did not end in time."""
@@ -39,6 +41,10 @@ class Nft(Protocol):
 
     def objects(self, command: str) -> Objects:
         """The objects that a list command finds. Raises NftError."""
+        ...
+
+    def found(self, commands: Sequence[str]) -> list[Objects | None]:
+        """What each of several list commands finds; None where one fails."""
         ...
 
     def listing(self, command: str) -> str:
@@ -53,6 +59,7 @@ class LibraryNft:
     """
 
     description = "libnftables"
+    knows_sets = True
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -68,6 +75,16 @@ class LibraryNft:
     def objects(self, command: str) -> Objects:
         """See Nft."""
         return _parsed(self._run(command, json_output=True))
+
+    def found(self, commands: Sequence[str]) -> list[Objects | None]:
+        """See Nft. One child for all."""
+        return list(json.loads(in_child(lambda: json.dumps([self._found(command) for command in commands]))))
+
+    def _found(self, command: str) -> Objects | None:
+        try:
+            return _parsed(self._called(command, {"json_output": True}))
+        except NftError:
+            return None
 
     def listing(self, command: str) -> str:
         """See Nft."""
@@ -94,6 +111,9 @@ class ProgramNft:
 
     description = "nft"
 
+    def __init__(self, *, knows_sets: bool = True) -> None:
+        self.knows_sets = knows_sets
+
     def execute(self, text: str) -> None:
         """See Nft."""
         self._run("--file", "-", text=text)
@@ -106,6 +126,16 @@ class ProgramNft:
         """See Nft."""
         # Not from stdin: with --json, nft reads that as JSON first, and has nothing left to read as a command.
         return _parsed(self._run("--json", command))
+
+    def found(self, commands: Sequence[str]) -> list[Objects | None]:
+        """See Nft."""
+        return [self._found(command) for command in commands]
+
+    def _found(self, command: str) -> Objects | None:
+        try:
+            return self.objects(command)
+        except NftError:
+            return None
 
     def listing(self, command: str) -> str:
         """See Nft."""
@@ -135,7 +165,8 @@ def find() -> Nft:
             "the nftables engine needs libnftables (package python3-nftables) or the nft program (package nftables), "
             "and this host has neither; install one, or use --engine iptables"
         )
-    return ProgramNft()
+    # 0.9.8 (Debian 11) says "No such file or directory" of a set that is not in the same text (run there).
+    return ProgramNft(knows_sets="v0." not in version.stdout)
 
 
 def held(nft: Nft, where: str) -> Objects | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from agent.engines.nftables.nft import Nft, NftError, Objects, find
+from agent.engines.nftables.nft import Nft, NftError, find
 from agent.errors import HostError
 
 TABLES = ("raw", "mangle", "nat")
@@ -24,17 +24,17 @@ Hook = tuple[str, str, str]
 def existing() -> frozenset[Hook] | None:
     """The tables iptables-nft would use and their chains, or None when there is no way to nf_tables to tell."""
     way = _way()
-    listing = _objects(way, "list chains") if way else None
+    listing = way.found(["list chains"])[0] if way else None
     if way is None or listing is None:
         return None
     hooks = {
         (item["chain"]["family"], item["chain"]["table"], item["chain"]["name"]) for item in listing if "chain" in item
     }
     hooks |= {(family, table, "") for family, table, _ in hooks}
-    for family, table in itertools.product(FAMILIES, TABLES):
-        # One without chains is nowhere else to be seen.
-        if (family, table, "") not in hooks and _objects(way, f"list table {family} {table}") is not None:
-            hooks.add((family, table, ""))
+    # One without chains is nowhere else to be seen.
+    unseen = [(*each, "") for each in itertools.product(FAMILIES, TABLES) if (*each, "") not in hooks]
+    answers = way.found([f"list table {family} {table}" for family, table, _ in unseen]) if unseen else []
+    hooks |= {hook for hook, held in zip(unseen, answers, strict=True) if held is not None}
     return frozenset(hook for hook in hooks if hook[0] in FAMILIES and hook[1] in TABLES)
 
 
@@ -57,7 +57,7 @@ def remove_empty(keep: frozenset[Hook]) -> tuple[str, ...]:
 
 
 def _remove_from(way: Nft, family: str, table: str, chains: set[str], keep: frozenset[Hook]) -> list[str]:
-    listing = _objects(way, f"list table {family} {table}") or []
+    listing = way.found([f"list table {family} {table}"])[0] or []
     if any("set" in item or "map" in item or "flowtable" in item for item in listing):
         return []
     filled = {item["rule"]["chain"] for item in listing if "rule" in item}
@@ -80,14 +80,6 @@ def _way() -> Nft | None:
     try:
         return find()
     except HostError:
-        return None
-
-
-def _objects(way: Nft, command: str) -> Objects | None:
-    """What a list command finds; None when it failed."""
-    try:
-        return way.objects(command)
-    except NftError:
         return None
 
 

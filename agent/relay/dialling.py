@@ -49,12 +49,28 @@ def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
     return not received and abs(since_established - since_accepted) <= _SAME_TIME_MS
 
 
+class OwnDial(NamedTuple):
+    """A connection that the relay has opened itself, which the kernel may bring back to it.
+
+    Two things bring dials back. When the relay does not run as the policy's data plane user, all of them are
+    redirected. And conntrack remembers a redirected connection that was reset by its server's side, in the state CLOSE,
+    for ten seconds (nf_conntrack_tcp_timeout_close); a SYN of the same addresses and ports does not begin anew then, as
+    it does after any other end (nf_conntrack_proto_tcp.c, TCP_CONNTRACK_SYN_SENT), but is redirected like the first
+    one. The application's socket is gone, so the kernel may well choose its port for a dial of the relay.
+    """
+
+    socket: socket.socket
+    dial: Dial
+
+
 class Exchange(NamedTuple):
     """What all dials of a worker share."""
 
     loop: Loop
-    own_dials: dict[Link, socket.socket]
+    own_dials: dict[Link, OwnDial]
     """The connections this worker has opened itself."""
+    hops: memoryview
+    """Shared by all workers: one more than the hops of the dial from a port; 0 where there is none."""
     missing_source: Callable[[str], None]
     """Told when an address to dial from does not exist on this host."""
     serves_every_address: Callable[[Destination], bool]
@@ -127,7 +143,8 @@ class Dialling:
             raise OSError(code, os.strerror(code))
         host, port = upstream.getsockname()[:2]
         self._link = Link(host, port, destination)
-        self._exchange.own_dials[self._link] = upstream
+        self._exchange.own_dials[self._link] = OwnDial(upstream, dial)
+        self._exchange.hops[port] = dial.hops + 1
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
     def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
@@ -178,6 +195,7 @@ class Dialling:
         """Let go of an attempt."""
         if self._link is not None:
             self._exchange.own_dials.pop(self._link, None)
+            self._exchange.hops[self._link.port] = 0
             self._link = None
         if self._socket is not None:
             self._exchange.loop.close(self._socket)

@@ -31,6 +31,8 @@ class Dial(NamedTuple):
     """What to dial, from any address, when this host does not have the source."""
     transparent: bool = False
     """The source is somebody else's address (IP_TRANSPARENT)."""
+    hops: int = 0
+    """How often the kernel has brought this very dial back to the relay, see `agent.relay.dialling.OwnDial`."""
 
 
 @lru_cache(maxsize=_REMEMBERED)

@@ -20,6 +20,8 @@ _BY_LISTENER = (
     ("connections_active", "gauge", "Connections at this moment.", tally.ACTIVE, {}),
     ("bytes_total", "counter", "Bytes passed on.", tally.SENT, {"to": "upstream"}),
     ("bytes_total", "counter", "Bytes passed on.", tally.RECEIVED, {"to": "client"}),
+    ("dials_brought_back_total", "counter", "Connections accepted that were the relay's own dials; they were dialled "
+     "again.", tally.BROUGHT_BACK, {}),
     *(
         ("connections_ended_total", "counter", "Connections that ended, by reason.", tally.ENDED[ending],
          {"reason": str(ending)})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.relay.deadlines import Deadlines
+from agent.relay.dials import Dial
 from agent.relay.ends import TlsEnd
 from agent.relay.greeting import Greeting
 from agent.relay.handshake import Handshake
@@ -28,6 +29,7 @@ class Guest:
     """A client that was accepted: who it is, where it wanted to go, and when it came."""
 
     __slots__ = (
+        "again",
         "counted",
         "destination",
         "end",
@@ -56,6 +58,8 @@ class Guest:
         """Bytes to the upstream and to the client that have been counted."""
         self.counted: str | None = None
         """The source under which it is counted, if its connections are limited."""
+        self.again: Dial | None = None
+        """For a dial of the relay's own that the kernel has brought back: what to dial once more, and nothing else."""
 
     @classmethod
     def accepted(cls, sock: socket.socket, name: Any, route: Route) -> Guest:
@@ -89,9 +93,12 @@ class Reception:
 
     def receive(self, guest: Guest) -> None:
         """Begin with a client."""
-        refusal = guest.route.refuses_to_hear(guest.peer, guest.destination, guest.socket)
+        guest.again = guest.route.brought_back(guest.peer, guest.destination, guest.socket)
+        refusal = guest.route.refuses_to_hear(guest.peer, guest.again)
         if refusal is not None:
             self._refuse(guest, refusal, None)
+        elif guest.again is not None:
+            self._admit(guest)
         elif guest.route.settings.listen.proxy_protocol:
             self._greet(guest)
         else:

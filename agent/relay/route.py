@@ -12,12 +12,15 @@ from typing import NamedTuple
 from agent.policy import is_scoped
 from agent.relay import dials
 from agent.relay.access import is_metadata, reaches_loopback_from_afar
-from agent.relay.dialling import Link, are_one
+from agent.relay.dialling import Link, OwnDial, are_one
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, Upstream
 from agent.relay.tls import ListenerTls
+
+MAX_HOPS = 5
+"""How often a dial may be brought back before it is a loop. By chance, each time a few in a hundred are, at worst."""
 
 
 class Peer(NamedTuple):
@@ -54,7 +57,9 @@ class Surroundings:
     """What every route of a worker asks."""
 
     guard: SelfDialGuard
-    own_dials: Mapping[Link, socket.socket]
+    own_dials: Mapping[Link, OwnDial]
+    hops: memoryview
+    """See `agent.relay.dialling.Exchange`."""
     vips: Callable[[Destination], Sequence[Destination] | None]
     """What to dial for a virtual address of the local DNS zone; None for all other destinations."""
     is_local: Callable[[Destination], bool]
@@ -98,15 +103,33 @@ class Route:
         admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
         return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
 
-    def refuses_to_hear(self, peer: Peer, destination: Destination, accepted: socket.socket) -> Refusal | None:
-        """Why a connection from this very peer is refused, whatever it has to say."""
-        if peer.host is not None:
-            dial = self._surroundings.own_dials.get(Link(peer.host, peer.port, destination))
-            if dial is not None and are_one(dial, accepted):
-                return Refusal.COMES_BACK
+    def brought_back(self, peer: Peer, destination: Destination, accepted: socket.socket) -> Dial | None:
+        """The dial of this worker whose far end a connection is, as it is to be dialled again; None for all others.
+
+        The bytes it brings have been through everything already: access rules, PROXY protocol, TLS.
+        """
+        if peer.host is None:
+            return None
+        own = self._surroundings.own_dials.get(Link(peer.host, peer.port, destination))
+        if own is None or not are_one(own.socket, accepted):
+            return None
+        return own.dial._replace(hops=own.dial.hops + 1)
+
+    def refuses_to_hear(self, peer: Peer, again: Dial | None) -> Refusal | None:
+        """Why a connection from this very peer is refused, whatever it has to say. `again` is what was brought back."""
+        if again is not None:
+            return Refusal.COMES_BACK if again.hops > MAX_HOPS else None
         if self.settings.listen.proxy_protocol and peer.host not in self.settings.trusted_ips:
             return Refusal.UNTRUSTED
         return None
+
+    def counting_hops(self, peer: Peer, found: Sequence[Dial]) -> Sequence[Dial]:
+        """Dials for a client that may be another worker's dial, so that no loop through several workers lasts.
+
+        A port proves nothing, but a number that is too high does no harm by itself.
+        """
+        hops = self._surroundings.hops[peer.port]
+        return [dial._replace(hops=min(hops, MAX_HOPS)) for dial in found] if hops else found
 
     def meant(self, destination: Destination, header: Header) -> Destination:
         """Where a client wanted to go whose PROXY protocol header was read.

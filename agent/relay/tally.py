@@ -9,19 +9,21 @@ from agent.relay.check import MAX_LISTENERS
 from agent.relay.connection import Ending
 from agent.relay.route import Refusal
 
-ACCEPTED, ACTIVE, SENT, RECEIVED = range(4)
-"""Of a listener: connections accepted so far, connections now, bytes to upstreams, bytes to clients."""
-ENDED = {ending: number for number, ending in enumerate(Ending, RECEIVED + 1)}
+ACCEPTED, ACTIVE, SENT, RECEIVED, BROUGHT_BACK = range(5)
+"""Of a listener: connections accepted so far, connections now, bytes to upstreams, bytes to clients, and connections
+that were the relay's own dials."""
+ENDED = {ending: number for number, ending in enumerate(Ending, BROUGHT_BACK + 1)}
 """Connections by the reason of their end."""
-REFUSED = {refusal: number for number, refusal in enumerate(Refusal, RECEIVED + 1 + len(Ending))}
+REFUSED = {refusal: number for number, refusal in enumerate(Refusal, BROUGHT_BACK + 1 + len(Ending))}
 """Connections by the reason of their refusal."""
-WIDTH = RECEIVED + 1 + len(Ending) + len(Refusal)
+WIDTH = BROUGHT_BACK + 1 + len(Ending) + len(Refusal)
 WORKER = MAX_LISTENERS
 """The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
 PAUSES, RELOADS, FAILED_RELOADS, DNS = ACCEPTED, SENT, RECEIVED, RECEIVED + 1
 """In the slot `WORKER`: pauses of accepting, configurations taken into use and refused, the first counter of DNS."""
 
 _BUCKETS = 1 << 18
+_PORTS = 1 << 16
 _ROW = (MAX_LISTENERS + 1) * WIDTH
 
 
@@ -35,6 +37,8 @@ class Tally:
         self._workers = workers
         self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
+        self.hops = memoryview(mmap.mmap(-1, _PORTS))
+        """See `agent.relay.dialling.Exchange`."""
         self._sources: dict[tuple[int, str], int] = {}
         self._base = 0
         self._own_buckets = 0

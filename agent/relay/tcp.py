@@ -97,6 +97,10 @@ class TcpRelay:
     def _admit(self, guest: Guest) -> None:
         """Dial for a client, or refuse it."""
         route = guest.route
+        if guest.again is not None:
+            self._counts.add(route.slot, tally.BROUGHT_BACK)
+            self._relay(guest, (guest.again,))
+            return
         dials = route.decide(guest.peer, guest.destination, translated=guest.is_translated)
         limit = route.settings.limits.connections_per_source
         if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
@@ -107,13 +111,13 @@ class TcpRelay:
         if isinstance(dials, Refusal):
             self._refuse(guest, dials)
         else:
-            self._relay(guest, dials)
+            self._relay(guest, route.counting_hops(guest.peer, dials))
 
     def _relay(self, guest: Guest, dials: Sequence[Dial]) -> None:
         timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
-        tls = guest.route.tls.upstream
+        tls = guest.route.tls.upstream if guest.again is None else None
         plan = Plan(
             dials,
             self._dialling[patience],
@@ -206,6 +210,7 @@ class TcpRelay:
             received=guest.moved[1],
             seconds=round(time.monotonic() - guest.since, 6),
             reason=reason,
+            hops=guest.again.hops if guest.again else 0,
             error=error,
         )
 
@@ -213,7 +218,7 @@ class TcpRelay:
 def _header(guest: Guest) -> bytes:
     """What the upstream is told of the client, if the listener tells it anything."""
     version = guest.route.settings.send_proxy_protocol
-    if version is None:
+    if version is None or guest.again is not None:
         return b""
     host, port = guest.peer
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET

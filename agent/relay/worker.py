@@ -16,7 +16,7 @@ from agent.relay import routes, signals, sock_diag, tally, tls
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
-from agent.relay.dialling import Exchange, Link
+from agent.relay.dialling import Exchange, Link, OwnDial
 from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
 from agent.relay.loop import Loop
@@ -61,15 +61,15 @@ class Worker:
         self._draining = False
         self._supervised = supervisor is not None
         self._guard = SelfDialGuard(frozenset(), routes.is_local)
-        own_dials: dict[Link, socket.socket] = {}
-        exchange = Exchange(self.loop, own_dials, self._missing_source, sock_diag.serves_every_address)
+        own_dials: dict[Link, OwnDial] = {}
+        exchange = Exchange(self.loop, own_dials, counts.hops, self._missing_source, sock_diag.serves_every_address)
         context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
         self._tcp = TcpRelay(context, counts, log)
         self._counts = counts
         self._metrics = MetricsServer(self.loop, self._complaints, self._figures)
         self._publishing = False
         self._dns = DnsServer(self.loop, settings.dns, self._guard, log)
-        self._surroundings = Surroundings(self._guard, own_dials, self._dns.upstreams, routes.is_local)
+        self._surroundings = Surroundings(self._guard, own_dials, counts.hops, self._dns.upstreams, routes.is_local)
         self._sockets: dict[socket.socket, Role] = {}
         if supervisor is not None:
             supervisor.setblocking(False)

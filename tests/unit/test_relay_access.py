@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from agent.relay import tally
 from agent.relay.access import Access, is_metadata, reaches_loopback_from_afar
 from agent.relay.deadlines import Deadlines
-from agent.relay.dialling import Link
+from agent.relay.dialling import Link, OwnDial
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.listen import read_listen
 from agent.relay.loop import Loop
 from agent.relay.networks import NetworkSet
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
-from agent.relay.route import Peer, Refusal, Route, Surroundings
+from agent.relay.route import MAX_HOPS, Peer, Refusal, Route, Surroundings
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, TrustedSources
 from agent.relay.tally import Tally
 from agent.relay.tls import ListenerTls
@@ -31,6 +31,7 @@ V6 = socket.AF_INET6
 SERVER = Destination("192.0.2.1", 443)
 HERE = Destination("10.0.0.2", 8080)
 CLIENT = Peer("198.51.100.9", 40000)
+NO_HOPS = memoryview(bytes(1 << 16))
 
 
 def network_of(address: IPv4Address | IPv6Address, prefix: int) -> str:
@@ -105,14 +106,15 @@ def no_vips(_destination: Destination) -> Sequence[Destination] | None:
 
 
 def route(
-    own: Mapping[Link, socket.socket] = MappingProxyType({}),
+    own: Mapping[Link, OwnDial] = MappingProxyType({}),
     vips: Callable[[Destination], Sequence[Destination] | None] = no_vips,
+    hops: memoryview = NO_HOPS,
     **settings: object,
 ) -> Route:
     whole = ListenerSettings(**{"name": "x", "role": Role.OUTBOUND, "listen": read_listen("*:15001")} | settings)  # type: ignore[arg-type]
     guard = SelfDialGuard(frozenset(), is_local)
     guard.watch([whole.listen])
-    return Route(whole, 0, Surroundings(guard, own, vips, is_local), ListenerTls())
+    return Route(whole, 0, Surroundings(guard, own, hops, vips, is_local), ListenerTls())
 
 
 def test_what_is_dialled() -> None:
@@ -162,27 +164,41 @@ def test_what_is_refused(peer: Peer, destination: Destination, settings: dict[st
     assert route(**settings).decide(peer, destination) is refusal  # type: ignore[arg-type]
 
 
-def test_who_is_refused_before_a_word_is_said() -> None:
+def test_a_dial_that_comes_back_is_known_by_when_it_was_established() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dial = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
         time.sleep(0.2)
         later = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
-    looping = route(own={Link("198.51.100.9", 40000, SERVER): dial})
+    looping = route(own={Link("198.51.100.9", 40000, SERVER): OwnDial(dial, Dial(SERVER, hops=1))})
     with dial, accepted, later, other:
-        assert looping.refuses_to_hear(CLIENT, SERVER, accepted) is Refusal.COMES_BACK
-        assert looping.refuses_to_hear(CLIENT, HERE, accepted) is None
-        assert looping.refuses_to_hear(CLIENT, SERVER, other) is None, "the kernel gave a client the dial's port"
+        assert looping.brought_back(CLIENT, SERVER, accepted) == Dial(SERVER, hops=2)
+        assert looping.brought_back(CLIENT, HERE, accepted) is None
+        assert looping.brought_back(Peer(None, 0), SERVER, accepted) is None
+        assert looping.brought_back(CLIENT, SERVER, other) is None, "the kernel gave a client the dial's port"
         accepted.send(b"x")
         dial.recv(1)
-        assert looping.refuses_to_hear(CLIENT, SERVER, accepted) is None, "somebody has answered"
+        assert looping.brought_back(CLIENT, SERVER, accepted) is None, "somebody has answered"
+
+
+def test_who_is_refused_before_a_word_is_said() -> None:
+    assert route().refuses_to_hear(CLIENT, None) is None
+    assert route().refuses_to_hear(CLIENT, Dial(SERVER, hops=MAX_HOPS)) is None
+    assert route().refuses_to_hear(CLIENT, Dial(SERVER, hops=MAX_HOPS + 1)) is Refusal.COMES_BACK
     proxied = route(
         listen=read_listen("*:15006 proxy_protocol"), trusted_ips=TrustedSources(NetworkSet.of("10.0.0.0/8"))
     )
-    assert proxied.refuses_to_hear(CLIENT, SERVER, other) is Refusal.UNTRUSTED
-    assert proxied.refuses_to_hear(Peer(None, 0), SERVER, other) is Refusal.UNTRUSTED
-    assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), SERVER, other) is None
+    assert proxied.refuses_to_hear(CLIENT, None) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer(None, 0), None) is Refusal.UNTRUSTED
+    assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), None) is None
+    assert proxied.refuses_to_hear(CLIENT, Dial(SERVER, hops=1)) is None, "it is the relay itself"
+
+
+def test_hops_through_other_workers_are_counted() -> None:
+    crossing = route(hops=memoryview(bytes(40000) + b"\3" + bytes(25535)))
+    assert crossing.counting_hops(CLIENT, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
+    assert crossing.counting_hops(Peer("198.51.100.9", 40001), (Dial(SERVER),)) == (Dial(SERVER),)
 
 
 def test_where_a_client_behind_a_proxy_wanted_to_go() -> None:

@@ -77,7 +77,7 @@ _OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
     "--transparent",
     is_flag=True,
     help="For tpctl install --inbound-mode tproxy: inbound connections reach the application from the client's own "
-    "address. Needs CAP_NET_ADMIN, which --user keeps.",
+    "address. Needs CAP_NET_RAW, which --user keeps.",
 )
 @click.option(
     "--allow-metadata-addresses",
@@ -160,12 +160,13 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
         tls.load(settings)
         click.echo(f"{config or 'the flags'}: in order, {len(settings.listeners)} listeners")
         return 0
-    from agent.relay.privileges import become, needed_capabilities
+    from agent.relay.privileges import become, confine, needed_capabilities
     from agent.relay.supervisor import serve
 
     configure(log_format)
     if settings.user is not None:
         become(settings.user, needed_capabilities(settings))
+    confine()
     return serve(load, settings, get_logger())
 
 

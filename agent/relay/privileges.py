@@ -15,9 +15,11 @@ from agent.host.users import uid_of
 from agent.relay.settings import Settings, Source
 
 CAP_NET_BIND_SERVICE = 10
-CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
 """linux/capability.h."""
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 """linux/prctl.h."""
@@ -25,16 +27,22 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _CAPABILITY_HEADER = struct.Struct("=Ii")
 _CAPABILITY_DATA = struct.Struct("=6I")
 _PRIVILEGED_PORTS = range(1, 1024)
+_OTHERS = 0o007
+"""The rights of those who are neither the user nor in the group."""
 
 
 def needed_capabilities(settings: Settings) -> frozenset[int]:
-    """What the listeners need beyond an ordinary user's rights."""
+    """What the listeners need beyond an ordinary user's rights.
+
+    Either of CAP_NET_RAW and CAP_NET_ADMIN allows IP_TRANSPARENT (net/ipv4/ip_sockglue.c). The former is the smaller
+    one: with the latter, whoever takes the relay over could change every rule, route and address of the host.
+    """
     listens = [listener.listen for listener in settings.listeners]
     needed = set()
     if any(listen.port in _PRIVILEGED_PORTS for listen in listens):
         needed.add(CAP_NET_BIND_SERVICE)
     if any(listener.listen.transparent or listener.source is Source.CLIENT for listener in settings.listeners):
-        needed.add(CAP_NET_ADMIN)
+        needed.add(CAP_NET_RAW)
     return frozenset(needed)
 
 
@@ -53,15 +61,37 @@ def become(user: str, capabilities: Collection[int] = ()) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if capabilities:
         libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    _bound(libc, capabilities)
     try:
         os.initgroups(entry.pw_name, entry.pw_gid)
         os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
         os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
     except PermissionError:
         raise HostError(f"--user {user}: only root may become another user") from None
-    if capabilities:
-        _keep(libc, capabilities)
+    _keep(libc, capabilities)
+
+
+def confine() -> None:
+    """Close the ways in which the process could gain rights, or give what it knows away.
+
+    It gains nothing by executing a program (no_new_privs). Other processes of the same user, which by mistake may be
+    an application's, cannot attach to it or read its memory, in which there are private keys; nor is there a core
+    dump. Sockets in the file system are never for everybody, whatever the umask was. A program that is executed
+    begins without the second of these, so a successor calls this too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    os.umask(os.umask(_OTHERS) | _OTHERS)
+
+
+def _bound(libc: ctypes.CDLL, capabilities: Collection[int]) -> None:
+    """Let no program that is executed ever have other capabilities. Who may not say that has no such rights to lose."""
+    number = 0
+    while libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) >= 0:
+        if number not in capabilities:
+            libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+        number += 1
 
 
 def _keep(libc: ctypes.CDLL, capabilities: Collection[int]) -> None:

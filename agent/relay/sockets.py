@@ -125,7 +125,7 @@ def _reason(listener: ListenerSettings, place: Place, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"{what} is in use; stop what listens there, or {other}"
     if error.errno == errno.EPERM and listener.listen.transparent:
-        return f"{what} cannot be opened: transparent needs the capability CAP_NET_ADMIN or CAP_NET_RAW"
+        return f"{what} cannot be opened: transparent needs the capability CAP_NET_RAW or CAP_NET_ADMIN"
     return f"{what} cannot be opened: {error.strerror}"
 
 

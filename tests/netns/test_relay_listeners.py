@@ -146,7 +146,7 @@ def test_transparent_without_the_capability_is_an_error_that_says_so(net: Net, t
     without = ("setpriv", "--bounding-set=-net_admin,-net_raw", "--inh-caps=-net_admin,-net_raw")
     running = Relay(net, tmp_path, "--config", str(written(tmp_path, text)), user=None, prefix=without)
     assert running.process.wait(10) == 2
-    assert "transparent needs the capability CAP_NET_ADMIN" in next(tmp_path.glob("*.log")).read_text()
+    assert "transparent needs the capability CAP_NET_RAW" in next(tmp_path.glob("*.log")).read_text()
 
 
 def test_workers_share_one_socket_unless_it_is_reuseport(net: Net, tmp_path: Path) -> None:

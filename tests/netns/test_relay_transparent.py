@@ -54,6 +54,6 @@ def test_the_application_sees_the_client(net: Net, tmp_path: Path, family: socke
         line = running.wait_for("connection")
         status = Path(f"/proc/{running.process.pid}/status").read_text()
     assert line["destination"] == f"{HOST4}:8080" if family == socket.AF_INET else f"[{HOST6}]:8080"
-    # An ordinary user with CAP_NET_ADMIN, and nothing else of root.
+    # An ordinary user with CAP_NET_RAW, and nothing else of root.
     assert "Uid:\t65534\t65534" in status
-    assert re.findall(r"Cap(?:Prm|Eff):\s+(\w+)", status) == ["0000000000001000"] * 2
+    assert re.findall(r"Cap(?:Prm|Eff):\s+(\w+)", status) == ["0000000000002000"] * 2

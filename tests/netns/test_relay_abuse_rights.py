@@ -1,0 +1,186 @@
+"""What the relay keeps of root's rights, and what others of its user can do to it: nothing that is not needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns import relay_net
+from tests.netns.relay_net import HOST4, PEER4, RELAY_UID, Net, Relay
+from tests.netns.test_relay_life import workers_of
+from tests.netns.test_relay_listeners import serving
+
+pytestmark = pytest.mark.root
+BIND_SERVICE, RAW = 1 << 10, 1 << 13
+LISTENER = '{{listen: "{listen}", direction: outbound, upstream: "{peer}:7000", name: x{number}}}'
+ATTACH = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pid = int(sys.argv[1])
+attached = libc.ptrace(16, pid, 0, 0)  # PTRACE_ATTACH
+try:
+    open(f"/proc/{pid}/mem", "rb")
+    read = True
+except OSError:
+    read = False
+print(attached == 0, read)
+"""
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    network = Net()
+    try:
+        network.create(redirect=False)
+        yield network
+    finally:
+        network.remove()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with relay_net.public_directory() as path:
+        yield path
+
+
+def configuration(directory: Path, *listens: str) -> str:
+    listeners = ", ".join(LISTENER.format(listen=one, peer=PEER4, number=at) for at, one in enumerate(listens))
+    path = directory / "relay.yaml"
+    path.write_text(f"listeners: [{listeners}]\n")
+    return str(path)
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def is_confined(pid: int, capabilities: int) -> None:
+    """An ordinary user, alone in its groups, with these capabilities, which no program can add to."""
+    shown = status(pid)
+    assert shown["Uid"].split() == [str(RELAY_UID)] * 4
+    assert len(set(shown["Gid"].split())) == 1
+    assert shown["Groups"].split() in ([], shown["Gid"].split()[:1])
+    of_root = {name: int(shown[f"Cap{name}"], 16) for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")}
+    assert of_root == dict.fromkeys(of_root, capabilities)
+    assert shown["NoNewPrivs"] == "1"
+    assert int(shown["Umask"], 8) & 0o007 == 0o007
+    assert Path(f"/proc/{pid}/maps").stat().st_uid == 0, "dumpable: it belongs to its user"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("listens", "capabilities"),
+    [(["*:1101"], 0), (["*:1101", "*:81"], BIND_SERVICE), (["*:1101 transparent", "*:81"], BIND_SERVICE | RAW)],
+)
+def test_it_keeps_what_its_listeners_need_and_nothing_else(
+    net: Net, directory: Path, workers: int, listens: list[str], capabilities: int
+) -> None:
+    # Root of a container or of a sloppy script: groups, inheritable capabilities and a umask that should not last.
+    inherited = ("setpriv", "--groups=0,4,27", "--inh-caps=+net_raw,+sys_admin", "sh", "-c", 'umask 0; exec "$@"', "sh")
+    options = ("--config", configuration(directory, *listens), "--workers", str(workers))
+    with relay_net.relay(net, directory, *options, prefix=inherited) as running:
+        for pid in (running.process.pid, *workers_of(running)):
+            is_confined(pid, capabilities)
+
+
+def test_it_keeps_that_when_it_is_restarted(net: Net, directory: Path) -> None:
+    """The successor is a program that the relay executes, as its user."""
+    with (
+        serving(net, net.peer, (PEER4, 7000), relay_net.say_who("server")),
+        relay_net.relay(net, directory, "--config", configuration(directory, "*:1101", "*:81")) as running,
+    ):
+        running.process.send_signal(signal.SIGUSR2)
+        successor = running.wait_for("handed over")["successor"]
+        try:
+            is_confined(successor, BIND_SERVICE)
+            with net.connect(net.peer, (HOST4, 81)) as client:
+                assert json.loads(relay_net.read_all(client))[0] == "server"
+        finally:
+            os.kill(successor, signal.SIGTERM)
+            ended(successor)
+
+
+def ended(pid: int) -> None:
+    end = time.monotonic() + relay_net.TIMEOUT
+    while Path(f"/proc/{pid}/fd").exists() and status(pid)["State"][0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def attach(pid: int) -> str:
+    """Whether a process of the relay's user may attach to another one, and read its memory."""
+    argv = [
+        "setpriv",
+        f"--reuid={RELAY_UID}",
+        "--regid=65534",
+        "--clear-groups",
+        sys.executable,
+        "-c",
+        ATTACH,
+        str(pid),
+    ]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+
+
+def test_another_process_of_its_user_cannot_look_into_it(net: Net, directory: Path) -> None:
+    with subprocess.Popen(
+        ["setpriv", f"--reuid={RELAY_UID}", "--regid=65534", "--clear-groups", "sleep", "30"]
+    ) as ordinary:
+        try:
+            end = time.monotonic() + relay_net.TIMEOUT
+            while status(ordinary.pid)["Name"] != "sleep":
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            ptrace_scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+            restricted = ptrace_scope.exists() and ptrace_scope.read_text().strip() != "0"
+            assert attach(ordinary.pid) == f"{not restricted} {not restricted}", "the test could not tell"
+        finally:
+            ordinary.kill()
+    with relay_net.relay(net, directory, "--config", configuration(directory, "*:1101")) as running:
+        assert attach(running.process.pid) == "False False"
+
+
+def test_neither_can_one_where_it_was_started_as_its_user(net: Net, directory: Path) -> None:
+    """As systemd does: then the kernel has not made it undumpable by itself."""
+    started = ("setpriv", f"--reuid={RELAY_UID}", "--regid=65534", "--clear-groups")
+    text = configuration(directory, "*:1101")
+    with relay_net.relay(net, directory, "--config", text, user=None, prefix=started) as running:
+        assert status(running.process.pid)["NoNewPrivs"] == "1"
+        assert attach(running.process.pid) == "False False"
+
+
+def test_its_unix_sockets_are_not_for_everybody(net: Net, directory: Path) -> None:
+    directory.chmod(0o777)
+    path = directory / "metrics.sock"
+    sloppy = ("sh", "-c", 'umask 0; exec "$@"', "sh")
+    with relay_net.relay(net, directory, "--metrics", f"unix:{path}", prefix=sloppy):
+        assert path.stat().st_mode & 0o007 == 0
+        stranger = subprocess.run(
+            ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", sys.executable, "-c",
+             f"import socket; socket.socket(socket.AF_UNIX).connect({str(path)!r})"],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert "PermissionError" in stranger.stderr
+        with socket.socket(socket.AF_UNIX) as root:
+            root.settimeout(relay_net.TIMEOUT)
+            root.connect(str(path))
+            root.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert re.match(rb"HTTP/1\.1 200", relay_net.read_all(root))
+
+
+def test_a_user_that_is_not_root_becomes_nobody_else(net: Net, directory: Path) -> None:
+    started = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")
+    running = Relay(net, directory, "--config", configuration(directory, "*:1101"), prefix=started)
+    assert running.process.wait(relay_net.TIMEOUT) == 2
+    assert "only root may become another user" in running.log_text()

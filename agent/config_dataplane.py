@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from agent.config_sources import Findings, Given, UnusableFileError, parse_yaml, read_file
+from agent.config_sources import Findings, Given
 from agent.config_values import BadValueError, quoted, read_port
+from agent.input_files import UnusableFileError, read_configuration
 from agent.options import BY_NAME
 from agent.policy import Ports, includes
+from agent.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from agent.config import Config
@@ -43,7 +45,7 @@ def read(path: str, variables: Mapping[str, str]) -> Findings:
 
 def read_networking(path: str, variables: Mapping[str, str]) -> Mapping[str, Any]:
     """The networking section of the resource. Raises UnusableFileError."""
-    networking = _networking(parse_yaml(_filled(read_file(path), variables)))
+    networking = _networking(parse_yaml(_filled(read_configuration(path), variables)))
     if networking is None:
         raise UnusableFileError("is no Dataplane resource with a networking section")
     return networking
@@ -111,7 +113,7 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise BadValueError(f"{where}: {value!r} is a value where keys belong")
+        raise BadValueError(f"{where}: {quoted(value)} is a value where keys belong")
     return value
 
 
@@ -119,7 +121,7 @@ def _list(value: object) -> list[object]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise BadValueError(f"{_INBOUND}: {value!r} is not a list")
+        raise BadValueError(f"{_INBOUND}: {quoted(value)} is not a list")
     return value
 
 

@@ -5,18 +5,21 @@ Nothing here knows what a value means; `agent.config` reads and checks them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from agent.config_values import FALSE, TRUE
+from agent.config_values import FALSE, TRUE, quoted, shown
+from agent.input_files import STDIN, UnusableFileError, read_configuration
 from agent.options import BY_KEY, BY_NAME, BY_VARIABLE, OPTIONS, UNSUPPORTED, Option, Unsupported
+from agent.yaml_text import parse_yaml
 
 PREFIXES = ("KUMA_TRANSPARENT_PROXY_", "TPCTL_")
 """Of environment variables; the later one wins."""
+MAX_COMPLAINTS = 100
+"""Of one source. Nobody reads more of them, and to find what each might mean takes its time."""
 
-STDIN = "-"
+
+_MAX_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?`, or nothing when no known word is near."""
     import difflib  # lazily: only a mistake needs it
 
+    if len(word) > _MAX_NAME:
+        return ""
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.75)
     return f'; did you mean "{by_lower[near[0]]}"?' if near else ""
@@ -82,10 +87,10 @@ def from_environment(environ: Mapping[str, str]) -> Findings:
             elif suffix in refused:
                 if _is_used(refused[suffix], value.strip()):
                     found.problems.append(f"environment {variable}: {refused[suffix].reason}")
-            else:
+            elif len(found.notices) < MAX_COMPLAINTS:
                 known = (f"{prefix}{row.variable}" for row in OPTIONS)
                 hint = did_you_mean(variable, known)
-                found.notices.append(f"warning: environment {variable} is not known and has no effect{hint}")
+                found.notices.append(f"warning: environment {shown(variable)} is not known and has no effect{hint}")
     return found
 
 
@@ -95,14 +100,14 @@ def from_files(paths: Iterable[str]) -> Findings:
     for path in paths:
         name = "stdin" if path == STDIN else path
         try:
-            tree = parse_yaml(read_file(path))
+            tree = parse_yaml(read_configuration(path))
         except UnusableFileError as error:
             found.problems.append(f"file {name}: {error}")
             continue
         if tree is None:
             continue
         if not isinstance(tree, Mapping):
-            kind = "a list" if isinstance(tree, list) else f"the single value {tree!r}"
+            kind = "a list" if isinstance(tree, list) else f"the single value {shown(repr(tree))}"
             found.problems.append(
                 f"file {name}: holds {kind}; write keys, as in redirect: {{inbound: {{port: 15006}}}}"
             )
@@ -117,61 +122,15 @@ def _is_used(row: Unsupported, raw: object) -> bool:
     return raw not in (None, "", [])
 
 
-class UnusableFileError(Exception):
-    """A file that cannot be read or parsed; says why."""
-
-
-def read_file(path: str) -> str:
-    """The text of a file; `-` is stdin. Raises UnusableFileError."""
-    try:
-        content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
-    except OSError as error:
-        raise UnusableFileError(f"cannot be read: {error.strerror or error}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableFileError(f"is not UTF-8 text (byte {error.start})") from None
-
-
-def parse_yaml(text: str) -> object:
-    """The tree a YAML or JSON text stands for. Raises UnusableFileError."""
-    import yaml  # lazily: 15 ms that an install without a file need not spend
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that stands twice in a mapping, of which yaml would silently keep the last."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                    if key.value in seen:
-                        raise UnusableFileError(f"line {key.start_mark.line + 1}: {key.value} stands there twice")
-                    seen.add(key.value)
-            return dict(super().construct_mapping(node, deep=deep))
-
-    def number(loader: Loader, node: yaml.ScalarNode) -> object:
-        """YAML 1.1 takes 53:10 for a number of base 60; here, as for kumactl, it is a text (ports and uid)."""
-        return node.value if ":" in node.value else loader.construct_yaml_int(node)
-
-    Loader.add_constructor("tag:yaml.org,2002:int", number)
-    if text.lstrip().startswith("{") and "\t" in text:
-        text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not
-    try:
-        return yaml.load(text, Loader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UnusableFileError(f"is not YAML: {where}{getattr(error, 'problem', None) or error}") from None
-    except (RecursionError, ValueError, TypeError) as error:
-        raise UnusableFileError(f"is not YAML: {error}") from None
-
-
 def _walk(tree: Mapping[object, object], file: str, found: Findings) -> None:
     """Match the leaves of a file with the table; null means "not set"."""
     refused = {row.key: row for row in UNSUPPORTED if row.key}
     sections = {parent for key in (*BY_KEY, *refused) for parent in _parents(key)}
     for key, raw in _flatten(tree, "", sections):
-        option, origin = BY_KEY.get(key), f"file {file}: {key}"
+        if len(found.problems) >= MAX_COMPLAINTS:
+            found.problems.append(f"file {file}: there is more, which is left out here")
+            return
+        option, origin = BY_KEY.get(key), f"file {file}: {shown(key)}"
         if option is not None:
             if raw is not None:
                 found.given.append(Given(option, raw, origin))
@@ -181,7 +140,7 @@ def _walk(tree: Mapping[object, object], file: str, found: Findings) -> None:
         elif key in sections:
             if raw is not None:
                 example = next(known for known in BY_KEY if known.startswith(f"{key}."))
-                found.problems.append(f"{origin}: {raw!r} is a value where keys belong, as in {example}")
+                found.problems.append(f"{origin}: {quoted(raw)} is a value where keys belong, as in {example}")
         else:
             found.problems.append(f"{origin}: there is no such key{did_you_mean(key, (*BY_KEY, *sections))}")
 

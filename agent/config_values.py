@@ -36,6 +36,9 @@ EXECUTABLES = tuple(f"{tool}{suffix}" for tool in ("iptables", "ip6tables") for 
 MAX_INTERFACE_NAME = 15
 """IFNAMSIZ (net/if.h) without the terminating zero."""
 
+MAX_SHOWN = 160
+"""Characters of a value in a message."""
+
 _NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 _SUSPICIOUSLY_SHORT_NANOSECONDS = 10**6
@@ -51,7 +54,13 @@ class BadValueError(ValueError):
 
 def quoted(value: object) -> str:
     """A value as it stands in a message."""
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return f'"{shown(value)}"' if isinstance(value, str) else shown(repr(value))
+
+
+def shown(text: str) -> str:
+    """A text of somebody else's on one line of a message: nothing a terminal would obey, and not without an end."""
+    short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+    return short if short.isprintable() else short.encode("unicode_escape").decode("ascii")
 
 
 def read_bool(value: object, note: Note) -> bool:
@@ -68,7 +77,7 @@ def read_bool(value: object, note: Note) -> bool:
 
 def read_text(value: object, note: Note) -> str:
     """A string; a number is taken as its digits, so that a uid needs no quotes in YAML."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip().isprintable():
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -77,7 +86,7 @@ def read_text(value: object, note: Note) -> str:
 
 def read_path(value: object, note: Note) -> str:
     """The path of a file."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value.strip() and value.isprintable():
         return value
     raise BadValueError(f"{quoted(value)} is not the path of a file")
 
@@ -276,6 +285,7 @@ def _exclusion_uids(text: str) -> UidRange:
 def read_executables(value: object, note: Note) -> dict[str, str]:
     """Paths of the iptables programs: a mapping, or a text `iptables:/path,iptables-save:/path,...`."""
     pairs: list[tuple[object, object]] = []
+    values = isinstance(value, Mapping)
     if isinstance(value, Mapping):
         pairs.extend(value.items())
     else:
@@ -284,7 +294,7 @@ def read_executables(value: object, note: Note) -> dict[str, str]:
     for name, path in pairs:
         if name not in EXECUTABLES:
             problems.append(f"{quoted(name)} is none of {', '.join(EXECUTABLES)}")
-        elif not isinstance(path, str | None) or (path == "" and not isinstance(value, Mapping)):
+        elif not isinstance(path, str | None) or not (path or "").isprintable() or (path, values) == ("", False):
             problems.append(f"{name}: {quoted(path)} is not the path of a program")
     if problems:
         raise BadValueError(problems)

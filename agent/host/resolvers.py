@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from ipaddress import IPv6Address, ip_address
-from pathlib import Path
 
 from agent.errors import HostError
+from agent.input_files import UnusableFileError, read_bytes
 from agent.policy import NameServer
+
+MAX_RESOLV_CONF = 1024 * 1024
+"""Bytes."""
 
 
 def parse_name_servers(text: str) -> tuple[NameServer, ...]:
@@ -43,6 +46,8 @@ def _name_server(text: str) -> NameServer | None:
 def read_resolv_conf(path: str) -> str:
     """The text of a resolv.conf. Raises HostError when it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path, MAX_RESOLV_CONF).decode(errors="replace")
     except OSError as error:
         raise HostError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnusableFileError as error:
+        raise HostError(f"{path} {error}") from None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from agent.config_sources import UnusableFileError, parse_yaml, read_file
 from agent.config_values import BadValueError, quoted
 from agent.errors import InputError
+from agent.input_files import UnusableFileError, read_configuration
 from agent.relay import config_section as read
 from agent.relay.access import EVERYBODY, Access
 from agent.relay.check import contradictions
@@ -25,6 +25,7 @@ from agent.relay.settings import (
     Timeouts,
     TrustedSources,
 )
+from agent.yaml_text import parse_yaml
 
 MAX_CONNECTIONS = 10**9
 _PLACEHOLDER = Listen(read_address("127.0.0.1:1"))
@@ -34,7 +35,7 @@ _PLACEHOLDER = Listen(read_address("127.0.0.1:1"))
 def load(path: str) -> Settings:
     """The settings of a file. Raises InputError with every problem."""
     try:
-        tree = parse_yaml(read_file(path))
+        tree = parse_yaml(read_configuration(path))
     except UnusableFileError as error:
         raise InputError(f"file {path}: {error}") from None
     return settings_of(tree, path)

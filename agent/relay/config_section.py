@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from agent.config_sources import did_you_mean
-from agent.config_values import BadValueError, quoted, read_bool, read_duration, read_networks, whole_number
+from agent.config_values import BadValueError, quoted, read_bool, read_duration, read_networks, shown, whole_number
 from agent.relay.networks import NetworkSet
 from agent.relay.settings import TrustedSources
 
@@ -65,7 +65,9 @@ class ConfigSection:
         known = (*self._asked, *more)
         for key in self._values:
             if key not in known:
-                self.problems.append(f"{self._at(str(key))}: there is no such key{did_you_mean(str(key), known)}")
+                self.problems.append(
+                    f"{self._at(shown(str(key)))}: there is no such key{did_you_mean(str(key), known)}"
+                )
 
     def _at(self, key: str) -> str:
         return f"{self.place}{'' if self.place.endswith(': ') else '.'}{key}"
@@ -84,7 +86,7 @@ def flag(value: object) -> bool:
 
 def text(value: object) -> str:
     """A text that is not empty."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise BadValueError(f"{quoted(value)} is not a text")
     return value.strip()
 

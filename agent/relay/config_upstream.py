@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent.config_dataplane import read_networking
-from agent.config_sources import UnusableFileError
 from agent.config_values import BadValueError, quoted, read_port
+from agent.input_files import UnusableFileError
 from agent.relay.config_section import ConfigSection, text
 from agent.relay.listen import read_address
 from agent.relay.original_destination import Destination

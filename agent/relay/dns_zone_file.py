@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
-from agent.config_values import BadValueError, whole_number
+from agent.config_values import BadValueError, shown, whole_number
 from agent.errors import InputError
+from agent.input_files import UnusableFileError, read_text
 from agent.policy import MAX_PORT
 from agent.relay.dns_vips import ANY_PORT, Upstreams, Vips
 from agent.relay.dns_zone import DEFAULT_TTL, Addresses, Zone
 from agent.relay.original_destination import Destination
+from agent.yaml_text import parse_yaml
 
 MAX_FILE_SIZE = 16 * 1024 * 1024
 """Octets; such a file has some 300 000 names. Read whole, so it must have an end."""
@@ -31,7 +33,7 @@ def wire_name(text: str) -> bytes:
     try:
         name = dns.name.from_text(text).to_wire()
     except (dns.exception.DNSException, UnicodeError) as error:
-        raise BadValueError(f"{text!r} is no domain name: {error}") from None
+        raise BadValueError(f"{shown(repr(text))} is no domain name: {error}") from None
     assert name is not None
     return name.lower()
 
@@ -39,16 +41,9 @@ def wire_name(text: str) -> bytes:
 def read_zone_file(path: Path, zone: str) -> Zone:
     """The zone called `zone` as the file has it. Raises InputError with every problem."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_SIZE + 1)
-    except OSError as error:
-        raise InputError(f"DNS zone file {path}: cannot be read: {error.strerror or error}") from None
-    if len(content) > MAX_FILE_SIZE:
-        raise InputError(f"DNS zone file {path}: is larger than {MAX_FILE_SIZE} bytes")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"DNS zone file {path}: is not UTF-8 text (byte {error.start})") from None
+        text = read_text(path, MAX_FILE_SIZE)
+    except UnusableFileError as error:
+        raise InputError(f"DNS zone file {path}: {error}") from None
     try:
         return parse_yaml_zone(text, zone) if path.suffix in _YAML_SUFFIXES else parse_hosts(text, zone)
     except BadValueError as bad:
@@ -61,7 +56,7 @@ def parse_hosts(text: str, zone: str) -> Zone:
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if len(words) == 1:
-            reading.problems.append(f"line {number}: {words[0]} has no name")
+            reading.problems.append(f"line {number}: {shown(words[0])} has no name")
         for word in words[1:]:
             with reading.at(f"line {number}"):
                 reading.add(reading.name(word), [_host(words[0])])
@@ -70,8 +65,6 @@ def parse_hosts(text: str, zone: str) -> Zone:
 
 def parse_yaml_zone(text: str, zone: str) -> Zone:
     """A zone from YAML (docs/relay.md has the form). Raises BadValueError."""
-    from agent.config_sources import UnusableFileError, parse_yaml
-
     try:
         tree = parse_yaml(text)
     except UnusableFileError as error:
@@ -85,7 +78,7 @@ def parse_yaml_zone(text: str, zone: str) -> Zone:
                 ttl = _ttl(tree["ttl"])
         with reading.at("names"):
             for key, value in _mapping({} if tree.get("names") is None else tree["names"]).items():
-                with reading.at(f"names: {key}"):
+                with reading.at(f"names: {shown(str(key))}"):
                     _read_name(reading, reading.name(str(key)), value)
     return reading.zone(ttl)
 
@@ -126,7 +119,7 @@ class _Reading:
         """A name of the zone. Raises BadValueError."""
         name = wire_name(text)
         if not self._zone.covers(name):
-            raise BadValueError(f"{text} is not a name in the zone {self._text}")
+            raise BadValueError(f"{shown(text)} is not a name in the zone {self._text}")
         return name
 
     def add(self, name: bytes, hosts: list[str]) -> None:
@@ -174,9 +167,9 @@ class _Collector:
 
 def _mapping(value: object, keys: tuple[str, ...] | None = None) -> Mapping[object, object]:
     if not isinstance(value, Mapping):
-        raise BadValueError(f"{value!r} is no mapping")
+        raise BadValueError(f"{shown(repr(value))} is no mapping")
     if keys is not None:
-        unknown = [str(key) for key in value if key not in keys]
+        unknown = [shown(str(key)) for key in value if key not in keys]
         if unknown:
             raise BadValueError(f"there is no key {', '.join(unknown)}; the keys are {', '.join(keys)}")
     return value
@@ -191,7 +184,7 @@ def _list(value: object) -> list[object]:
 def _ttl(value: object) -> int:
     number = whole_number(value)
     if number is None or not 0 <= number <= MAX_TTL:
-        raise BadValueError(f"{value!r} is not within 0-{MAX_TTL}")
+        raise BadValueError(f"{shown(repr(value))} is not within 0-{MAX_TTL}")
     return number
 
 
@@ -201,7 +194,7 @@ def _host(value: object) -> str:
         address = ip_address(str(value))
         return socket.inet_ntop(socket.AF_INET if address.version == 4 else socket.AF_INET6, address.packed)
     except ValueError:
-        raise BadValueError(f"{value!r} is no IP address") from None
+        raise BadValueError(f"{shown(repr(value))} is no IP address") from None
 
 
 def _upstreams(value: object) -> Upstreams:
@@ -214,7 +207,7 @@ def _upstreams(value: object) -> Upstreams:
 def _port(value: object) -> int:
     number = whole_number(value)
     if number is None or not 1 <= number <= MAX_PORT:
-        raise BadValueError(f"{value!r} is not a port (1-{MAX_PORT})")
+        raise BadValueError(f"{shown(repr(value))} is not a port (1-{MAX_PORT})")
     return number
 
 

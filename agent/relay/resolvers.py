@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.host.resolvers import parse_name_servers
+from agent.host.resolvers import MAX_RESOLV_CONF, parse_name_servers
+from agent.input_files import UnusableFileError, read_bytes
 from agent.policy import NameServer
 
 RECHECK_SECONDS = 2.0
@@ -83,7 +84,7 @@ class ResolvConf:
             status = self._path.stat()
             seen = (status.st_ino, status.st_mtime_ns, status.st_size)
             if seen != self._seen:
-                self._resolvers = parse(self._path.read_text(errors="replace"))
+                self._resolvers = parse(read_bytes(self._path, MAX_RESOLV_CONF).decode(errors="replace"))
                 self._seen = seen
-        except OSError:
+        except (OSError, UnusableFileError):
             return

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agent.config_sources import UnusableFileError, parse_yaml
 from agent.config_values import BadValueError
 from agent.errors import InputError
+from agent.input_files import UnusableFileError
 from agent.relay.config_file import settings_of
 from agent.relay.listen import read_listen
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import SIGNATURE, Header, HeaderReader, MalformedHeaderError, Tlv, build, parse
+from agent.yaml_text import parse_yaml
 from tests.fuzz.mutate import mutations
 from tests.unit.test_relay_config import FULL
 

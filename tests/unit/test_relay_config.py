@@ -12,7 +12,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.cli.relay import command
-from agent.config_sources import parse_yaml
 from agent.config_values import BadValueError
 from agent.errors import InputError
 from agent.relay import config_section
@@ -21,6 +20,7 @@ from agent.relay.flags import Flags
 from agent.relay.listen import Keepalive, Listen, read_listen
 from agent.relay.original_destination import Destination
 from agent.relay.settings import FixedAddress, OriginalDestination, Role, ServicePorts, Settings, Source
+from agent.yaml_text import parse_yaml
 
 V6 = socket.AF_INET6
 ANY = Destination("0.0.0.0", 15006)

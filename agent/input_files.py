@@ -1,0 +1,250 @@
+"""Files that tpctl is told to read: opened once, judged by the open descriptor, and read up to a limit.
+
+Who may write a configuration decides what root does. So root takes one only from a file that nobody else may change:
+it, every directory and every symbolic link on the way to it belong to root, and others may not write to them. A sticky
+directory such as /tmp is good enough, for in it others cannot replace what is root's. Each step is opened from the one
+before, as the kernel would go, and judged by its descriptor; nothing is looked up twice.
+
+What the caller has opened itself, standard input and /dev/fd/N, is taken as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import shlex
+import stat
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+STDIN = "-"
+MAX_CONFIGURATION = 1024 * 1024
+"""Bytes; a policy with 10 000 networks has a quarter of that."""
+
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})|/dev/(stdin)")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+"""Without waiting: opening a FIFO that nobody writes to would not return."""
+_MAX_LINKS = 40
+"""MAXSYMLINKS in include/linux/namei.h."""
+_CHUNK = 1 << 16
+
+
+class UnusableFileError(Exception):
+    """A file that cannot be read or parsed; says why."""
+
+
+def read_configuration(path: str) -> str:
+    """The text of a configuration file; `-` is stdin. Raises UnusableFileError.
+
+    For root it must be root's, as described above.
+    """
+    return _text(path, MAX_CONFIGURATION, trusted=os.geteuid() == 0)
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """The text of any other file of at most `limit` bytes. Raises UnusableFileError."""
+    return _text(str(path), limit, trusted=False)
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The bytes of such a file. Raises OSError, and UnusableFileError when it is larger."""
+    return _content(str(path), limit, trusted=False)
+
+
+def read_private(path: Path, limit: int) -> bytes:
+    """The bytes of a file of root's own. Raises OSError when there is none, or others have anything to do with it."""
+    descriptor = os.open(path, _READ | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or is_others(found) or found.st_size > limit:
+            raise PermissionError(errno.EPERM, "it is not a file that only root may write", str(path))
+        return _read(descriptor, limit)
+    finally:
+        os.close(descriptor)
+
+
+def is_others(found: os.stat_result) -> bool:
+    """Whether anybody but this user may change a file or the entries of a directory."""
+    return found.st_uid != os.geteuid() or bool(found.st_mode & _OTHERS_WRITE)
+
+
+def _text(path: str, limit: int, *, trusted: bool) -> str:
+    try:
+        content = _content(path, limit, trusted=trusted)
+    except OSError as error:
+        raise UnusableFileError(f"cannot be read: {error.strerror or error}") from None
+    except ValueError:  # os.open refuses such a name itself
+        raise UnusableFileError("cannot be read: its name has a zero byte") from None
+    if b"\0" in content:
+        raise UnusableFileError(f"is not text (byte {content.index(0)} is zero)")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableFileError(f"is not UTF-8 text (byte {error.start})") from None
+
+
+def _content(path: str, limit: int, *, trusted: bool) -> bytes:
+    if path == STDIN:
+        content = sys.stdin.buffer.read(limit + 1)
+        return content if len(content) <= limit else _too_large(limit)
+    descriptor = _opened(path, trusted=trusted)
+    try:
+        return _read(descriptor, limit)
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: str, *, trusted: bool) -> int:
+    if own := _DESCRIPTOR.fullmatch(path):
+        return os.dup(int(own[1] or 0))
+    return _opened_as_roots(path) if trusted else _checked(os.open(path, _READ))
+
+
+def _checked(descriptor: int) -> int:
+    """The descriptor of something that can be read to its end; closes that of anything else."""
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "it is not a file")
+
+
+def _read(descriptor: int, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        select.select([descriptor], [], [])  # before its first writer has come, a FIFO would seem to be at its end
+    while size <= limit:
+        try:
+            part = os.read(descriptor, min(_CHUNK, limit + 1 - size))
+        except BlockingIOError:  # a pipe whose writer takes its time
+            select.select([descriptor], [], [])
+            continue
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+    return _too_large(limit)
+
+
+def _too_large(limit: int) -> NoReturn:
+    raise UnusableFileError(f"is larger than {limit} bytes")
+
+
+def _opened_as_roots(path: str) -> int:
+    """Go to a file as the kernel would, judging every step. Raises OSError and UnusableFileError."""
+    shown = [] if path.startswith("/") else Path.cwd().parts[1:]
+    walk = _Walk(path, [*shown])
+    try:
+        return walk.to_the_end()
+    finally:
+        os.close(walk.here)
+
+
+class _Walk:
+    """Where a path has led so far."""
+
+    def __init__(self, path: str, place: list[str]) -> None:
+        self.path = path
+        self.here = os.open("/" if path.startswith("/") else ".", _STEP | os.O_DIRECTORY)
+        self.place = place
+        """The names down to this directory, for messages."""
+        self.left = _names(path)
+        self.links = 0
+
+    def to_the_end(self) -> int:
+        """A descriptor to read the file from."""
+        while self.left:
+            self._judge_directory()
+            name = self.left.pop()
+            step = os.open(name, _STEP, dir_fd=self.here)
+            try:
+                found = os.fstat(step)
+                if stat.S_ISLNK(found.st_mode):
+                    self._follow(step, name, found)
+                elif self.left or stat.S_ISDIR(found.st_mode):
+                    self._enter(step, name)
+                else:
+                    return self._file(name, found)
+            finally:
+                os.close(step)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+    def _enter(self, step: int, name: str) -> None:
+        entered = os.open(".", _STEP | os.O_DIRECTORY, dir_fd=step)
+        os.close(self.here)
+        self.here = entered
+        if name == "..":
+            del self.place[-1:]
+        else:
+            self.place.append(name)
+
+    def _follow(self, step: int, name: str, found: os.stat_result) -> None:
+        self.links += 1
+        if self.links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        link = self._show(name)
+        if found.st_uid != 0:
+            raise UnusableFileError(
+                f"is reached by the symbolic link {link}, which belongs to uid {found.st_uid}, so that user decides "
+                f"what root reads: chown --no-dereference root:root {shlex.quote(link)}"
+            )
+        target = os.readlink("", dir_fd=step)
+        self.left += _names(target)
+        if target.startswith("/"):
+            os.close(self.here)
+            self.here = os.open("/", _STEP | os.O_DIRECTORY)
+            self.place = []
+
+    def _file(self, name: str, before: os.stat_result) -> int:
+        if not (stat.S_ISREG(before.st_mode) or stat.S_ISFIFO(before.st_mode) or stat.S_ISCHR(before.st_mode)):
+            raise OSError(errno.EINVAL, "it is not a file")  # opening a device may do something
+        descriptor = _checked(os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self.here))
+        found = os.fstat(descriptor)
+        # Whoever may write to a device cannot change what others read from it.
+        open_to_others = found.st_mode & _OTHERS_WRITE and not stat.S_ISCHR(found.st_mode)
+        if found.st_uid == 0 and not open_to_others:
+            return descriptor
+        os.close(descriptor)
+        raise UnusableFileError(
+            f"{_described(found)}, and root takes its configuration only from a file that nobody else may change: "
+            f"{_remedy(found, self._show(name))} (or pass the content on standard input, as -)"
+        )
+
+    def _judge_directory(self) -> None:
+        found = os.fstat(self.here)
+        if found.st_uid == 0 and (not found.st_mode & _OTHERS_WRITE or found.st_mode & stat.S_ISVTX):
+            return
+        place = self._show()
+        raise UnusableFileError(
+            f"lies below {place}, which {_described(found)}, so others can replace it: keep it in a directory of "
+            f"root's, such as /etc/tpctl, or {_remedy(found, place)} (or pass the content on standard input, as -)"
+        )
+
+    def _show(self, name: str = "") -> str:
+        return "/" + "/".join([*self.place, *([name] if name else [])])
+
+
+def _names(path: str) -> list[str]:
+    """The steps of a path, the first one last."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _described(found: os.stat_result) -> str:
+    return f"belongs to uid {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}"
+
+
+def _remedy(found: os.stat_result, place: str) -> str:
+    """The commands that make a file or directory root's own."""
+    commands = [
+        *([f"chown root:root {shlex.quote(place)}"] if found.st_uid else []),
+        *([f"chmod go-w {shlex.quote(place)}"] if found.st_mode & _OTHERS_WRITE else []),
+    ]
+    return " && ".join(commands)

@@ -19,7 +19,7 @@ from tests.vm.capture import FLAGS, write_config
 from tests.vm.conftest import SERVICE_PORT, in_the_matrix
 from tests.vm.machine import HOST, Machine
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, in_the_matrix]
 
 NAME, ADDRESS = "service.mesh", "203.0.113.5"
 SERVER = "192.0.2.53"
@@ -148,7 +148,6 @@ def main_process(machine: Machine) -> int:
     return int(machine.said("systemctl show --property=MainPID --value tpctl-relay"))
 
 
-@in_the_matrix
 def test_the_relay_lives_in_its_cage(machine: Machine) -> None:
     write_config(machine, FLAGS)
     machine.write("/etc/systemd/system/kuma-dp.service", KUMA_DP)

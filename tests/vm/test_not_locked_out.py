@@ -7,9 +7,10 @@ import time
 import pytest
 
 from tests.vm.capture import world
+from tests.vm.conftest import in_the_matrix
 from tests.vm.machine import Machine
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, in_the_matrix]
 
 SECONDS = 20
 

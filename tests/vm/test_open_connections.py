@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.vm.capture import FLAGS, write_config
-from tests.vm.conftest import SERVICE_PORT
+from tests.vm.conftest import SERVICE_PORT, in_the_matrix
 from tests.vm.machine import HOST, Machine
 from tests.vm.throttle import SIZE, Download, Upload, content
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, in_the_matrix]
 
 CONTENT = "/srv/content"
 MAKE = f"""

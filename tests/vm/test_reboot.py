@@ -64,7 +64,8 @@ def test_firewalld_brings_the_rules_back(machine: Machine) -> None:
     assert_gone(machine, before)
 
 
-@pytest.mark.parametrize("engine", ["nftables", pytest.param("iptables", marks=in_the_matrix)])
+@in_the_matrix
+@pytest.mark.parametrize("engine", ["nftables", "iptables"])
 def test_the_unit_brings_the_rules_back(machine: Machine, engine: str) -> None:
     if engine == "iptables":  # with this backend firewalld flushes all tables when it starts
         machine.run("sed -i 's/^FirewallBackend=.*/FirewallBackend=iptables/' /etc/firewalld/firewalld.conf")

@@ -8,14 +8,15 @@ it acts only while the pending record still carries that token, so a confirmatio
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import agent
 from agent import before, detached, runner, state
@@ -62,20 +63,23 @@ def path() -> Path:
 
 def load() -> Pending | None:
     """The change that awaits confirmation, or None."""
-    try:
-        document = json.loads(path().read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            return None
-        return Pending(
-            command=str(document["command"]),
-            seconds=float(document["seconds"]),
-            deadline=float(document["deadline"]),
-            token=str(document["token"]),
-            guardian=str(document["guardian"]),
-            before=before.of_document(document["before"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return state.read(path(), _of_document)
+
+
+def _of_document(document: Mapping[str, Any]) -> Pending:
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']} is not known")
+    seconds, deadline = float(document["seconds"]), float(document["deadline"])
+    if not (math.isfinite(seconds) and math.isfinite(deadline)):
+        raise ValueError("its time never comes")
+    return Pending(
+        command=str(document["command"]),
+        seconds=seconds,
+        deadline=deadline,
+        token=str(document["token"]),
+        guardian=str(document["guardian"]),
+        before=before.of_document(document["before"]),
+    )
 
 
 def drop(pending: Pending) -> None:

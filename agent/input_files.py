@@ -69,8 +69,8 @@ def read_private(path: Path, limit: int) -> bytes:
 
 
 def is_others(found: os.stat_result) -> bool:
-    """Whether anybody but this user may change a file or the entries of a directory."""
-    return found.st_uid != os.geteuid() or bool(found.st_mode & _OTHERS_WRITE)
+    """Whether anybody but root and this user may change a file, or the entries of a directory."""
+    return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & _OTHERS_WRITE)
 
 
 def _text(path: str, limit: int, *, trusted: bool) -> str:

@@ -77,12 +77,12 @@ def from_document(document: Mapping[str, Any]) -> Policy:
     """The policy of a document. Raises ValueError, TypeError or KeyError when it is none that `to_document` made."""
     inbound, outbound, dns = document["inbound"], document["outbound"], document["dns"]
     return Policy(
-        proxy_uid=int(document["proxyUid"]),
+        proxy_uid=UidRange(int(document["proxyUid"])).first,
         families=frozenset(Family(family) for family in document["families"]),
-        loopback=str(document["loopback"]),
+        loopback=_name(document["loopback"]),
         inbound=Inbound(
             enabled=bool(inbound["enabled"]),
-            port=int(inbound["port"]),
+            port=_port(inbound["port"]),
             include_ports=_ports(inbound["includePorts"]),
             exclude_ports=_ports(inbound["excludePorts"]),
             exclude_sources=tuple(ip_network(text) for text in inbound["excludeSources"]),
@@ -91,7 +91,7 @@ def from_document(document: Mapping[str, Any]) -> Policy:
         ),
         outbound=Outbound(
             enabled=bool(outbound["enabled"]),
-            port=int(outbound["port"]),
+            port=_port(outbound["port"]),
             include_ports=_ports(outbound["includePorts"]),
             exclude_ports=_ports(outbound["excludePorts"]),
             exclude_destinations=tuple(ip_network(text) for text in outbound["excludeDestinations"]),
@@ -103,13 +103,14 @@ def from_document(document: Mapping[str, Any]) -> Policy:
         ),
         dns=Dns(
             capture=DnsCapture(dns["capture"]),
-            port=int(dns["port"]),
+            port=_port(dns["port"]),
             servers=tuple(_server(text) for text in dns["servers"]),
             tcp=bool(dns["tcp"]),
             split_zones=bool(dns["splitZones"]),
         ),
         virtual_networks=tuple(
-            VirtualNetwork(str(vnet["interface"]), ip_network(vnet["network"])) for vnet in document["virtualNetworks"]
+            VirtualNetwork(_name(vnet["interface"]), ip_network(vnet["network"]))
+            for vnet in document["virtualNetworks"]
         ),
         drop_invalid=bool(document["dropInvalid"]),
         log_level=None if document["logLevel"] is None else int(document["logLevel"]),
@@ -119,7 +120,23 @@ def from_document(document: Mapping[str, Any]) -> Policy:
 
 
 def _cgroup(document: Mapping[str, Any] | None) -> Cgroup | None:
-    return Cgroup(str(document["path"]), int(document["number"])) if document else None
+    if not document:
+        return None
+    path = str(document["path"])
+    if not path.isprintable() or '"' in path:
+        raise ValueError(f"{path!r} is not the path of a control group")
+    return Cgroup(path, int(document["number"]))
+
+
+def _port(number: object) -> int:
+    return PortRange(int(str(number))).first
+
+
+def _name(text: object) -> str:
+    """The name of an interface, which becomes a part of rules."""
+    if not isinstance(text, str) or not text.isprintable() or any(char in " \t\"'\\/;{}" for char in text):
+        raise ValueError(f"{text!r} is not the name of an interface")
+    return text
 
 
 def _texts(items: tuple[object, ...]) -> list[str]:
@@ -137,4 +154,4 @@ def _ports(texts: list[str]) -> Ports:
 
 def _server(text: str) -> NameServer:
     address, _, interface = text.partition("%")
-    return NameServer(ip_address(address), interface or None)
+    return NameServer(ip_address(address), _name(interface) if interface else None)

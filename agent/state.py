@@ -15,18 +15,20 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import agent
-from agent import runner
+from agent import private_folder, runner
 from agent.engine_options import EngineOptions
 from agent.errors import ApplyError
+from agent.input_files import is_others, read_private
 from agent.policy import Policy
 from agent.policy_document import from_document, to_document
 
@@ -37,7 +39,12 @@ LOCK_POLL_SECONDS = 0.05
 SO_NETNS_COOKIE = 71
 """include/uapi/asm-generic/socket.h, since Linux 5.14: a number no other namespace gets until the next boot."""
 
+MAX_SIZE = 64 * 1024 * 1024
+"""Bytes of a record that is read."""
+RECORDS = ("state.json", "pending.json")
+
 _TEMPORARY = ".state-"
+R = TypeVar("R")
 
 INSTALLING = "installing"
 INSTALLED = "installed"
@@ -76,29 +83,47 @@ def path() -> Path:
 
 
 def load() -> State | None:
-    """The record, or None when there is none that can be read (a damaged one counts as none)."""
+    """The record, or None when there is none that can be read (a damaged one, or another user's, counts as none)."""
+    return read(path(), of_document)
+
+
+def read(file: Path, of: Callable[[dict[str, Any]], R]) -> R | None:
+    """A record as `of` makes it of a document; None where it raises something, or the file is not root's own."""
+    if not private_folder.is_private(file.parent):
+        return None
     try:
-        return of_document(json.loads(path().read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return of(json.loads(read_private(file, MAX_SIZE)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
 
 
 def of_document(document: Mapping[str, Any]) -> State:
-    """The record that `document_of` made, by this version or an older one. Raises ValueError, KeyError or TypeError.
+    """The record that `document_of` made, by this version or an older one.
 
+    Raises ValueError, LookupError, TypeError, AttributeError or ArithmeticError for anything else.
     What an older version did not write has its default; what a newer one added is passed over.
     """
     if document["format"] != FORMAT:
         raise ValueError(f"format {document['format']} is not known")
-    known = {one.name for one in dataclasses.fields(EngineOptions)}
     return State(
         policy=from_document(document["policy"]),
         phase=str(document["phase"]),
         installed_at=str(document["installedAt"]),
         version=str(document["version"]),
-        options=EngineOptions(**{name: value for name, value in document["options"].items() if name in known}),
-        footprints=dict(document["footprints"]),
+        options=_options(document["options"]),
+        footprints={str(engine): dict(held) for engine, held in document["footprints"].items()},
     )
+
+
+def _options(document: Mapping[str, Any]) -> EngineOptions:
+    """The options of a document. Raises TypeError when one is of another type."""
+    default = EngineOptions()
+    given = {one.name: document[one.name] for one in dataclasses.fields(default) if one.name in document}
+    for name, value in given.items():
+        like = getattr(default, name)
+        if not isinstance(value, str | None if like is None else type(like)):
+            raise TypeError(f"{name} is {value!r}")
+    return EngineOptions(**given)
 
 
 def document_of(state: State) -> dict[str, Any]:
@@ -135,7 +160,7 @@ def write(target: Path, document: Mapping[str, Any]) -> None:
 
 def _written(folder: Path, document: Mapping[str, Any]) -> Path:
     """A temporary file in a folder, which is made if need be. Raises OSError; no file is left then."""
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    private_folder.prepare(folder)
     # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY)
     try:
@@ -219,10 +244,28 @@ def clear() -> None:
 
 def _clear_temporary(folder: Path) -> None:
     for leftover in folder.glob(f"{_TEMPORARY}*"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+        _discard(leftover)
+
+
+def _discard(thing: Path) -> None:
+    """Remove whatever it is; a symbolic link itself, not what it stands for."""
+    if thing.is_dir() and not thing.is_symlink():
+        shutil.rmtree(thing)
+    else:
+        thing.unlink(missing_ok=True)
+
+
+def _make_right(folder: Path) -> None:
+    """Take away what stands in the place of the records and is none of them: a link, a pipe, another user's file."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink(missing_ok=True)
+        return
+    private_folder.prepare(folder)
+    for record in (folder / name for name in RECORDS):
+        with contextlib.suppress(FileNotFoundError):
+            found = record.lstat()
+            if not stat.S_ISREG(found.st_mode) or is_others(found):
+                _discard(record)
 
 
 @contextlib.contextmanager
@@ -232,7 +275,7 @@ def scratch() -> Iterator[Path]:
     To be called under the lock. Raises OSError.
     """
     parent = path().parent
-    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    private_folder.prepare(parent)
     try:
         with tempfile.TemporaryDirectory(dir=parent, prefix=_TEMPORARY) as folder:
             yield Path(folder)
@@ -263,6 +306,7 @@ def locked() -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         with contextlib.suppress(OSError):
+            _make_right(path().parent)
             _clear_temporary(path().parent)  # a tpctl that was killed left them
         with _undisturbed():
             yield
@@ -289,9 +333,9 @@ def _acquire(place: Path) -> int:
     """A descriptor that holds the lock."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
-        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
         try:
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            private_folder.prepare(DIRECTORY)
+            descriptor = _opened(place)
         except FileNotFoundError:
             continue  # an uninstall has just removed the directory
         try:
@@ -305,6 +349,20 @@ def _acquire(place: Path) -> int:
                 raise ApplyError(_held(place, holder)) from None
             time.sleep(LOCK_POLL_SECONDS)
         os.close(descriptor)
+
+
+def _opened(place: Path) -> int:
+    """The lock file, which nobody else can open: whoever could would be able to hold the lock for ever."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            found = place.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                _discard(place)
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.fstat(descriptor).st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)  # a file that has another name is not ours to write to
+        _discard(place)
 
 
 def _held(place: Path, holder: str) -> str:

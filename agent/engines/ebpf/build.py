@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agent import private_folder
 from agent.engines.ebpf import syscall
 from agent.engines.ebpf.programs import MAPS, PROGRAMS
 from agent.errors import ApplyError, HostError
+from agent.input_files import read_private
 
 SOURCES = ("types.c", "kernel.c", "decide.c", "outbound.c", "data_plane.c", "inbound.c")
 CACHE = Path("/var/cache/tpctl")
@@ -29,7 +31,8 @@ _LOAD_IMM64 = 0x18
 """A two-instruction load; with source register BPF_PSEUDO_MAP_FD its number is a map's descriptor."""
 _PLACEHOLDERS = {"NETWORKS": 1, "USERS": 1, "SERVERS": 1, "PORT_LISTS": 1, "IN_FLIGHT": 1}
 """Sizes of the maps that bcc makes; ours are made to fit the policy."""
-_WRITABLE_BY_OTHERS = 0o022
+_MAX_SIZE = 16 * 1024 * 1024
+"""Bytes of a cached build; one has a tenth of a megabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +107,18 @@ def _build(offsets: tuple[tuple[str, int], ...], cache: Path) -> Build:
 
 def _cached(file: Path) -> Build | None:
     """What the cache holds. What others than root could have written is not loaded into the kernel."""
+    if not private_folder.is_private(file.parent):
+        return None
     try:
-        for path in (file.parent, file):
-            status = path.lstat()
-            if status.st_uid != 0 or status.st_mode & _WRITABLE_BY_OTHERS:
-                return None
-        return Build.parse(file.read_text(encoding="ascii"))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Build.parse(read_private(file, _MAX_SIZE).decode("ascii"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _keep(file: Path, built: Build) -> None:
     """Put a build into the cache, and older ones away. It is no misfortune when that cannot be done."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        private_folder.prepare(file.parent)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".ebpf-")
         with os.fdopen(descriptor, "w", encoding="ascii") as stream:
             stream.write(built.dump())
@@ -129,7 +130,7 @@ def _keep(file: Path, built: Build) -> None:
 
 def forget(*, dry_run: bool = False) -> tuple[str, ...]:
     """Remove the cache; says what went."""
-    files = tuple(CACHE.glob("ebpf-*.json")) if CACHE.is_dir() else ()
+    files = tuple(CACHE.glob("ebpf-*.json")) if private_folder.is_private(CACHE) else ()
     if files and not dry_run:
         for file in files:
             file.unlink(missing_ok=True)

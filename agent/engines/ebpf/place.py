@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent import private_folder
 from agent.errors import ApplyError, HostError
 from agent.host import cgroups
 from agent.host.mounts import INIT, mount_numbers, mounts
@@ -69,7 +70,7 @@ class Place:
         """Its folder, made if need be; only root may look into it. Raises ApplyError."""
         try:
             for directory in (self.bpffs / _OURS, self.folder):
-                directory.mkdir(mode=0o700, exist_ok=True)
+                private_folder.prepare(directory, 0o700)
         except OSError as error:
             raise ApplyError(f"{self.folder} cannot be made: {error.strerror}. Nothing was changed") from error
         return self.folder

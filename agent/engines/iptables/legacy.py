@@ -26,6 +26,10 @@ LOCK = Path("/run/xtables.lock")
 LOCK_POLL_SECONDS = 0.02
 
 _LIBRARIES = ("/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/lib/{triplet}", "/lib64", "/lib")
+_LIBRARY_VARIABLES = (
+    "XTABLES_LIBDIR", "IPTABLES_LIB_DIR", "IP6TABLES_LIB_DIR", "IPTABLES_LIBDIR", "PYTHON_IPTABLES_XTABLES_VERSION",
+)  # fmt: skip
+"""libxtables and python-iptables load what lies where these say, in which the caller shall have no part."""
 
 
 class LegacyBackend:
@@ -59,7 +63,7 @@ def xtables_lock(wait_seconds: float) -> Iterator[None]:
 
     Raises TransientError when it is still held after `wait_seconds`.
     """
-    descriptor = os.open(LOCK, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(LOCK, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -81,17 +85,21 @@ def load() -> Any:
     """Import python-iptables. Raises HostError when it, or a library of iptables it needs, does not load.
 
     Its import looks for libraries with ctypes.util.find_library, which runs ldconfig, gcc and ld some sixty times, for
-    0.2 s; it is shown where they are instead.
+    0.2 s; it is shown where they are instead. And it loads what a symbolic link of a library's name in the working
+    directory stands for, so it is imported where only root can put one.
     """
     directories = [
         Path(pattern.format(triplet=getattr(sys.implementation, "_multiarch", ""))) for pattern in _LIBRARIES
     ]
     extensions = next((found for each in directories if (found := each / "xtables").is_dir()), None)
+    for variable in _LIBRARY_VARIABLES:
+        os.environ.pop(variable, None)
     if extensions:
-        os.environ.setdefault("XTABLES_LIBDIR", str(extensions))
+        os.environ["XTABLES_LIBDIR"] = str(extensions)
     searching, ctypes.util.find_library = ctypes.util.find_library, lambda name: _find_library(name, directories)
     try:
-        import iptc
+        with _working_in_root():
+            import iptc
     except Exception as error:  # its import raises whatever the C library lookup meets
         raise HostError(
             f"the legacy variant needs python-iptables, which does not load here: {error}; "
@@ -100,6 +108,17 @@ def load() -> Any:
     finally:
         ctypes.util.find_library = searching
     return iptc
+
+
+@contextmanager
+def _working_in_root() -> Iterator[None]:
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _find_library(name: str, directories: list[Path]) -> str | None:

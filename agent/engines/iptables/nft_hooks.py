@@ -89,5 +89,8 @@ def to_json(hooks: frozenset[Hook] | None) -> list[list[str]] | None:
 
 
 def from_json(items: Iterable[Iterable[str]] | None) -> frozenset[Hook]:
-    """From the state file; without one, nothing is known to have existed."""
-    return frozenset((family, table, chain) for family, table, chain in items or ())
+    """From the state file; without one, or with a damaged one, nothing is known to have existed."""
+    try:
+        return frozenset((family, table, chain) for family, table, chain in items or ())
+    except (TypeError, ValueError):
+        return frozenset()

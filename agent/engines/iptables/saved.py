@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from agent.engines.iptables.rule import parse, split
 
 OWN_CHAINS = "TPCTL_"
-OWN_COMMENT = "tpctl/"
 KUMA_CHAINS = "KUMA_MESH_"
 KUMA_COMMENT = "kuma/mesh/transparent/proxy/"
 DOCKER_DNS_CHAIN = "DOCKER_OUTPUT"
@@ -18,7 +17,9 @@ DOCKER_DNS_CHAIN = "DOCKER_OUTPUT"
 
 _TABLE = re.compile(r"\*(\S+)$")
 _CHAIN = re.compile(r":(\S+) (\S+)(?: \[(\d+):(\d+)\])?$")
-_RULE = re.compile(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)$")
+_RULE = re.compile(r"(?:\[(\d+):(\d+)\] )?-A (\S+) ?(.*)$", re.DOTALL)
+_LINE = re.compile(r'(?:[^"\n]++|"(?>[^"\\]++|\\.)*+"|")+', re.DOTALL)
+"""Somebody's comment may hold line breaks, and behind them what looks like rules of ours. Quoted, they end no line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def read(text: str) -> dict[str, SavedTable]:
     chains: dict[str, str] = {}
     rules: list[SavedRule] = []
     lengths: dict[str, int] = {}
-    for line in text.splitlines():
+    for line in _LINE.findall(text):
         if found := _TABLE.match(line):
             name, chains, rules, lengths = found[1], {}, [], {}
         elif found := _CHAIN.match(line):
@@ -96,18 +97,18 @@ def owner_of_chain(chain: str) -> str | None:
 
 
 def owner_of_rule(text: str) -> str | None:
-    """Who made a rule, by its target or by how its comment begins; a name mentioned in a comment proves nothing."""
+    """Who made a rule, by its target; a name in a comment proves nothing.
+
+    Except kumactl's at its beginning: rules that it has put into built-in chains have nothing else to be known by.
+    """
     words = split(text)
     for (word, quoted), (value, _) in itertools.pairwise(words):
         if quoted:
             continue
         if word in ("-j", "-g") and (owner := owner_of_chain(value)):
             return owner
-        if word == "--comment":
-            if value.startswith(OWN_COMMENT):
-                return "tpctl"
-            if value.startswith(KUMA_COMMENT):
-                return "kumactl"
+        if word == "--comment" and value.startswith(KUMA_COMMENT):
+            return "kumactl"
     return None
 
 

@@ -86,9 +86,7 @@ def test_only_ours_go_wherever_they_stand(pieces: list[str]) -> None:
 
 def _owned(element: ElementTree.Element) -> bool:
     text = element.text or ""
-    return element.get("chain", "").startswith(("TPCTL_", "KUMA_MESH_")) or text.endswith(
-        ("-j TPCTL_OUTBOUND", "--comment tpctl/x -j RETURN")
-    )
+    return element.get("chain", "").startswith(("TPCTL_", "KUMA_MESH_")) or text.endswith("-j TPCTL_OUTBOUND")
 
 
 def _value(element: ElementTree.Element) -> tuple[str, dict[str, str], str | None]:

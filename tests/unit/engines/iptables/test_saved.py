@@ -45,7 +45,7 @@ def test_tables_chains_and_places() -> None:
     ("text", "owner"),
     [
         ("-p tcp -j TPCTL_OUTBOUND", "tpctl"),
-        ('-p udp -m comment --comment "tpctl/x" -j RETURN', "tpctl"),
+        ('-p udp -m comment --comment "tpctl/x" -j RETURN', None),
         ("-g KUMA_MESH_INBOUND", "kumactl"),
         ("-p udp -m comment --comment kuma/mesh/transparent/proxy/dns -j REDIRECT --to-ports 15053", "kumactl"),
         ('-m comment --comment "-j TPCTL_OUTBOUND" -j RETURN', None),

@@ -367,10 +367,10 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         removed += routes
         notices += answers
     with failures.kept():
+        if in_files:  # and the record stays: in other network namespaces, only it tells that the files are about us
+            raise ApplyError(in_files)
         if not dry_run:
             state.clear()
-        if in_files:
-            raise ApplyError(in_files)
     failures.raise_if_any("Everything else was removed: no traffic is redirected; `tpctl uninstall` can be run again")
     return Removal(tuple(removed), tuple(notices))
 

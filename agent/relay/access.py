@@ -69,7 +69,21 @@ def reaches_loopback_from_afar(
     `client` is None for a unix socket, whose clients are on this host. `is_local` is asked for loopback destinations
     only, so it may be slow.
     """
-    if client is None or not _means_this_host(destination.host):
+    return _means_this_host(destination.host) and _is_afar(destination, client, is_local)
+
+
+def reaches_neighbours_from_afar(
+    destination: Destination, client: str | None, is_local: Callable[[Destination], bool]
+) -> bool:
+    """Whether a client on another host would reach a link of this host by a link-local address that it only names.
+
+    Routers forward no such packets (RFC 3927, 2.7; RFC 4291, 2.5.6), so it could not get there by itself.
+    """
+    return _is_link_local(destination.host) and not is_local(destination) and _is_afar(destination, client, is_local)
+
+
+def _is_afar(destination: Destination, client: str | None, is_local: Callable[[Destination], bool]) -> bool:
+    if client is None:
         return False
     family = socket.AF_INET6 if ":" in client else socket.AF_INET
     return not is_local(Destination(client, destination.port, family))
@@ -79,3 +93,8 @@ def reaches_loopback_from_afar(
 def _means_this_host(host: str) -> bool:
     address = ip_address(host)
     return address.is_loopback or address.is_unspecified
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _is_link_local(host: str) -> bool:
+    return ip_address(host).is_link_local

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from agent.relay import client_ports
 from agent.relay.deadlines import Deadlines
 from agent.relay.dials import Dial
+from agent.relay.hops import Hops
 from agent.relay.loop import Loop
 from agent.relay.original_destination import Destination
 
@@ -69,8 +70,7 @@ class Exchange(NamedTuple):
     loop: Loop
     own_dials: dict[Link, OwnDial]
     """The connections this worker has opened itself."""
-    hops: memoryview
-    """Shared by all workers: one more than the hops of the dial from a port; 0 where there is none."""
+    hops: Hops
     missing_source: Callable[[str], None]
     """Told when an address to dial from does not exist on this host."""
     serves_every_address: Callable[[Destination], bool]
@@ -138,13 +138,18 @@ class Dialling:
 
     def _dial(self, dial: Dial) -> None:
         upstream, destination = self._bound(dial)
-        code = upstream.connect_ex(destination.sockaddr)
-        if code not in (0, errno.EINPROGRESS):
-            raise OSError(code, os.strerror(code))
-        host, port = upstream.getsockname()[:2]
+        hops = self._exchange.hops
+        hops.begin(destination, dial.hops)
+        try:
+            code = upstream.connect_ex(destination.sockaddr)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+            host, port = upstream.getsockname()[:2]
+            hops.note(port, dial.hops)
+        finally:
+            hops.made(destination, dial.hops)
         self._link = Link(host, port, destination)
         self._exchange.own_dials[self._link] = OwnDial(upstream, dial)
-        self._exchange.hops[port] = dial.hops + 1
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
     def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
@@ -195,7 +200,7 @@ class Dialling:
         """Let go of an attempt."""
         if self._link is not None:
             self._exchange.own_dials.pop(self._link, None)
-            self._exchange.hops[self._link.port] = 0
+            self._exchange.hops.forget(self._link.port)
             self._link = None
         if self._socket is not None:
             self._exchange.loop.close(self._socket)

@@ -84,10 +84,12 @@ class SelfDialGuard:
         """Whether dialling the destination would reach one of the relay's own listeners."""
         if destination.port not in self.ports:
             return False
+        address = ip_address(destination.host)
+        if address.is_unspecified:  # to connect(), that is the loopback address, or the one it dials from
+            return True
         if destination.port in self.bound:
             return destination.host in self.bound[destination.port]
-        address = ip_address(destination.host)
-        return address.is_loopback or address.is_unspecified or self.is_local(destination)
+        return address.is_loopback or self.is_local(destination)
 
     def others(self, destinations: Iterable[Destination]) -> tuple[Destination, ...]:
         """Those that are not the relay itself, in order."""

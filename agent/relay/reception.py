@@ -38,6 +38,7 @@ class Guest:
         "moved",
         "peer",
         "route",
+        "sender",
         "since",
         "socket",
     )
@@ -52,6 +53,8 @@ class Guest:
         self.since = time.monotonic()
         self.header: Header | None = None
         """What it began with, where the PROXY protocol is spoken."""
+        self.sender: Peer | None = None
+        """Who sent that: then `peer` is whom it names."""
         self.end: TlsEnd | None = None
         """Its end of the connection, where it speaks TLS."""
         self.moved = (0, 0)
@@ -121,7 +124,7 @@ class Reception:
             if refusal is not None or header is None:
                 self._refuse(guest, refusal or Refusal.MALFORMED, None)
                 return
-            guest.header = header
+            guest.header, guest.sender = header, guest.peer
             guest.destination = guest.route.meant(guest.destination, header)
             if header.source is not None:
                 guest.peer = Peer(header.source.host, header.source.port)

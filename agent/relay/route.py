@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from agent.policy import is_scoped
 from agent.relay import dials
-from agent.relay.access import is_metadata, reaches_loopback_from_afar
+from agent.relay.access import is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
 from agent.relay.dialling import Link, OwnDial, are_one
 from agent.relay.dials import Dial, SelfDialGuard
+from agent.relay.hops import Hops
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, Upstream
@@ -21,6 +22,8 @@ from agent.relay.tls import ListenerTls
 
 MAX_HOPS = 5
 """How often a dial may be brought back before it is a loop. By chance, each time a few in a hundred are, at worst."""
+MAX_WORKERS_HOPS = 20
+"""The same for dials that other workers get, of which nobody knows for certain that they were."""
 
 
 class Peer(NamedTuple):
@@ -43,6 +46,7 @@ class Refusal(enum.StrEnum):
     DESTINATION = "refused: the destination is denied"
     METADATA = "refused: a cloud's metadata service; to dial it, set allow_metadata_addresses"
     LOOPBACK = "refused: a client on another host asks for a loopback address of this one"
+    LINK_LOCAL = "refused: a PROXY protocol header from, or for, another host names a link-local address"
     NO_UPSTREAM = "refused: a virtual address that has no upstream for this port"
     TOO_MANY = "refused: the source has too many connections"
     UNTRUSTED = "refused: the source may not send PROXY protocol headers; see trusted_ips"
@@ -58,8 +62,7 @@ class Surroundings:
 
     guard: SelfDialGuard
     own_dials: Mapping[Link, OwnDial]
-    hops: memoryview
-    """See `agent.relay.dialling.Exchange`."""
+    hops: Hops
     vips: Callable[[Destination], Sequence[Destination] | None]
     """What to dial for a virtual address of the local DNS zone; None for all other destinations."""
     is_local: Callable[[Destination], bool]
@@ -80,9 +83,13 @@ class Route:
         self._elsewhere = frozenset(one.host for one in named if not surroundings.is_local(one))
         """Upstreams on other hosts, which could not answer 127.0.0.6."""
 
-    def decide(self, peer: Peer, destination: Destination, *, translated: bool = False) -> Sequence[Dial] | Refusal:
+    def decide(
+        self, peer: Peer, destination: Destination, *, sender: Peer | None = None, translated: bool = False
+    ) -> Sequence[Dial] | Refusal:
         """What to dial, best first, for a client that wanted to go to `destination`.
 
+        `sender` is who said in a PROXY protocol header that `peer` is the client. What this host alone can reach is
+        for neither of them if it is on another host: a header is believed about the client, not about who sends it.
         `translated` connections were brought here by NAT, so that their client's address cannot be dialled from.
         """
         settings, around = self.settings, self._surroundings
@@ -92,14 +99,14 @@ class Route:
             return self._dials(peer, settings.upstream.destination, translated)
         behind = around.vips(destination) if settings.role is Role.OUTBOUND else None
         if behind is not None:
-            return self._behind(peer, behind)
-        return self._refusal(peer, destination) or self._dials(peer, self._service(destination), translated)
+            return self._behind(peer, behind, sender)
+        return self._refusal(peer, destination, sender) or self._dials(peer, self._service(destination), translated)
 
-    def _behind(self, peer: Peer, upstreams: Sequence[Destination]) -> Sequence[Dial] | Refusal:
+    def _behind(self, peer: Peer, upstreams: Sequence[Destination], sender: Peer | None) -> Sequence[Dial] | Refusal:
         """What to dial for a virtual address: those of its upstreams that may be dialled."""
         if not upstreams:
             return Refusal.NO_UPSTREAM
-        refusals = [self._refusal(peer, upstream) for upstream in upstreams]
+        refusals = [self._refusal(peer, upstream, sender) for upstream in upstreams]
         admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
         return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
 
@@ -123,13 +130,16 @@ class Route:
             return Refusal.UNTRUSTED
         return None
 
-    def counting_hops(self, peer: Peer, found: Sequence[Dial]) -> Sequence[Dial]:
+    def counting_hops(self, peer: Peer, destination: Destination, found: Sequence[Dial]) -> Sequence[Dial] | Refusal:
         """Dials for a client that may be another worker's dial, so that no loop through several workers lasts.
 
-        A port proves nothing, but a number that is too high does no harm by itself.
+        Neither port nor destination is proof of that, but only in a loop does the number grow so far, and a number that
+        is too high does no harm by itself.
         """
-        hops = self._surroundings.hops[peer.port]
-        return [dial._replace(hops=min(hops, MAX_HOPS)) for dial in found] if hops else found
+        hops = self._surroundings.hops.of(peer.port, destination)
+        if hops > MAX_WORKERS_HOPS:
+            return Refusal.COMES_BACK
+        return [dial._replace(hops=hops) for dial in found] if hops else found
 
     def meant(self, destination: Destination, header: Header) -> Destination:
         """Where a client wanted to go whose PROXY protocol header was read.
@@ -140,7 +150,7 @@ class Route:
         direct = destination.port == 0 or self._surroundings.guard.refuses(destination)
         return header.destination if direct and header.destination is not None else destination
 
-    def _refusal(self, peer: Peer, destination: Destination) -> Refusal | None:
+    def _refusal(self, peer: Peer, destination: Destination, sender: Peer | None) -> Refusal | None:
         settings, around = self.settings, self._surroundings
         if around.guard.refuses(destination):
             return Refusal.OWN_PORT
@@ -148,8 +158,11 @@ class Route:
             return Refusal.DESTINATION
         if not settings.allow_metadata_addresses and is_metadata(destination):
             return Refusal.METADATA
-        if reaches_loopback_from_afar(destination, peer.host, around.is_local):
-            return Refusal.LOOPBACK
+        for one in (peer,) if sender is None else (peer, sender):
+            if reaches_loopback_from_afar(destination, one.host, around.is_local):
+                return Refusal.LOOPBACK
+            if sender is not None and reaches_neighbours_from_afar(destination, one.host, around.is_local):
+                return Refusal.LINK_LOCAL
         return None
 
     def _service(self, destination: Destination) -> Destination:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from agent.relay.check import MAX_LISTENERS
 from agent.relay.connection import Ending
+from agent.relay.hops import Hops
 from agent.relay.route import Refusal
 
 ACCEPTED, ACTIVE, SENT, RECEIVED, BROUGHT_BACK = range(5)
@@ -23,7 +24,6 @@ PAUSES, RELOADS, FAILED_RELOADS, DNS = ACCEPTED, SENT, RECEIVED, RECEIVED + 1
 """In the slot `WORKER`: pauses of accepting, configurations taken into use and refused, the first counter of DNS."""
 
 _BUCKETS = 1 << 18
-_PORTS = 1 << 16
 _ROW = (MAX_LISTENERS + 1) * WIDTH
 
 
@@ -37,8 +37,7 @@ class Tally:
         self._workers = workers
         self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
-        self.hops = memoryview(mmap.mmap(-1, _PORTS))
-        """See `agent.relay.dialling.Exchange`."""
+        self.hops = Hops()
         self._sources: dict[tuple[int, str], int] = {}
         self._base = 0
         self._own_buckets = 0

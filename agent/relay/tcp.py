@@ -101,7 +101,9 @@ class TcpRelay:
             self._counts.add(route.slot, tally.BROUGHT_BACK)
             self._relay(guest, (guest.again,))
             return
-        dials = route.decide(guest.peer, guest.destination, translated=guest.is_translated)
+        dials = route.decide(guest.peer, guest.destination, sender=guest.sender, translated=guest.is_translated)
+        if not isinstance(dials, Refusal):
+            dials = route.counting_hops(guest.peer, guest.destination, dials)
         limit = route.settings.limits.connections_per_source
         if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
             if self._counts.connections_of(route.slot, guest.peer.host) >= limit:
@@ -111,7 +113,7 @@ class TcpRelay:
         if isinstance(dials, Refusal):
             self._refuse(guest, dials)
         else:
-            self._relay(guest, route.counting_hops(guest.peer, dials))
+            self._relay(guest, dials)
 
     def _relay(self, guest: Guest, dials: Sequence[Dial]) -> None:
         timeouts = guest.route.settings.timeouts

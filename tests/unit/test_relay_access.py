@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.relay import tally
-from agent.relay.access import Access, is_metadata, reaches_loopback_from_afar
+from agent.relay.access import Access, is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Link, OwnDial
 from agent.relay.dials import Dial, SelfDialGuard
+from agent.relay.hops import Hops
 from agent.relay.listen import read_listen
 from agent.relay.loop import Loop
 from agent.relay.networks import NetworkSet
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
-from agent.relay.route import MAX_HOPS, Peer, Refusal, Route, Surroundings
+from agent.relay.route import MAX_HOPS, MAX_WORKERS_HOPS, Peer, Refusal, Route, Surroundings
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, TrustedSources
 from agent.relay.tally import Tally
 from agent.relay.tls import ListenerTls
@@ -31,7 +32,6 @@ V6 = socket.AF_INET6
 SERVER = Destination("192.0.2.1", 443)
 HERE = Destination("10.0.0.2", 8080)
 CLIENT = Peer("198.51.100.9", 40000)
-NO_HOPS = memoryview(bytes(1 << 16))
 
 
 def network_of(address: IPv4Address | IPv6Address, prefix: int) -> str:
@@ -97,6 +97,36 @@ def test_loopback_is_for_this_host(destination: str, client: str | None, refused
     assert reaches_loopback_from_afar(Destination(destination, 80, family), client, is_local) is refused
 
 
+@pytest.mark.parametrize(
+    ("destination", "sender", "refused"),
+    [
+        ("169.254.7.7", "198.51.100.9", True),
+        ("fe80::7", "2001:db8::9", True),
+        ("169.254.7.7", "10.0.0.2", False),
+        ("169.254.7.7", None, False),
+        ("198.51.100.7", "198.51.100.9", False),
+    ],
+)
+def test_link_local_addresses_are_not_named_from_afar(destination: str, sender: str | None, refused: bool) -> None:
+    family = V6 if ":" in destination else socket.AF_INET
+    assert reaches_neighbours_from_afar(Destination(destination, 80, family), sender, is_local) is refused
+
+
+@pytest.mark.parametrize(
+    "claimed", [Peer("198.51.100.9", 1), Peer("10.0.0.2", 1), Peer("127.0.0.1", 1), Peer("::1", 1)]
+)
+def test_a_header_does_not_bring_its_sender_here(claimed: Peer) -> None:
+    loopback, link = Destination("127.0.0.1", 22), Destination("169.254.7.7", 80)
+    assert route().decide(claimed, loopback, sender=CLIENT) is Refusal.LOOPBACK
+    assert route().decide(claimed, link, sender=CLIENT) is Refusal.LINK_LOCAL
+    assert route().decide(CLIENT, link, sender=Peer("127.0.0.1", 2)) is Refusal.LINK_LOCAL
+    assert route().decide(CLIENT, link) == (Dial(link),), "it is redirected: its own packets went there"
+    virtual = route(vips=lambda _destination: [loopback])
+    assert virtual.decide(claimed, SERVER, sender=CLIENT) is Refusal.LOOPBACK
+    assert route().decide(claimed, SERVER, sender=CLIENT) == (Dial(SERVER),)
+    assert route().decide(Peer("127.0.0.1", 1), loopback, sender=Peer("127.0.0.1", 2)) == (Dial(loopback),)
+
+
 def is_local(destination: Destination) -> bool:
     return destination.host == "10.0.0.2" or ip_address(destination.host).is_loopback
 
@@ -108,13 +138,13 @@ def no_vips(_destination: Destination) -> Sequence[Destination] | None:
 def route(
     own: Mapping[Link, OwnDial] = MappingProxyType({}),
     vips: Callable[[Destination], Sequence[Destination] | None] = no_vips,
-    hops: memoryview = NO_HOPS,
+    hops: Hops | None = None,
     **settings: object,
 ) -> Route:
     whole = ListenerSettings(**{"name": "x", "role": Role.OUTBOUND, "listen": read_listen("*:15001")} | settings)  # type: ignore[arg-type]
     guard = SelfDialGuard(frozenset(), is_local)
     guard.watch([whole.listen])
-    return Route(whole, 0, Surroundings(guard, own, hops, vips, is_local), ListenerTls())
+    return Route(whole, 0, Surroundings(guard, own, hops or Hops(), vips, is_local), ListenerTls())
 
 
 def test_what_is_dialled() -> None:
@@ -196,9 +226,21 @@ def test_who_is_refused_before_a_word_is_said() -> None:
 
 
 def test_hops_through_other_workers_are_counted() -> None:
-    crossing = route(hops=memoryview(bytes(40000) + b"\3" + bytes(25535)))
-    assert crossing.counting_hops(CLIENT, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
-    assert crossing.counting_hops(Peer("198.51.100.9", 40001), (Dial(SERVER),)) == (Dial(SERVER),)
+    hops = Hops()
+    crossing = route(hops=hops)
+    hops.begin(SERVER, 1)
+    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=2)], "it has no port yet"
+    assert crossing.counting_hops(CLIENT, HERE, (Dial(HERE),)) == (Dial(HERE),)
+    hops.note(CLIENT.port, 2)
+    hops.made(SERVER, 0)
+    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=2)]
+    hops.made(SERVER, 1)
+    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
+    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
+    hops.note(CLIENT.port, MAX_WORKERS_HOPS)
+    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) is Refusal.COMES_BACK
+    hops.forget(CLIENT.port)
+    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
 
 
 def test_where_a_client_behind_a_proxy_wanted_to_go() -> None:

@@ -63,8 +63,8 @@ vagrant-box: venv ## a box of Debian 12 for vagrant-libvirt, see docs/vagrant.md
 	@.ci/packages qemu-utils mmdebstrap e2fsprogs grub-pc-bin python3-wheel
 	@$(BIN)/python -m tests.vm.box $(VM_RELEASES)
 
-torture: venv ## a thousand connections at once on each path of the relay's pump (N=1000, root)
-	@TORTURE_CONNECTIONS=$(or $(N),1000) $(BIN)/python -m pytest tests/torture
+torture: venv ## a thousand connections at once on each path of the relay's pump, three times (N=1000, root)
+	@TORTURE_CONNECTIONS=$(or $(N),1000) $(BIN)/python -m pytest -s tests/torture
 
 check: venv ## lint and strict types
 	$(BIN)/ruff check agent tests

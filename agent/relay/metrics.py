@@ -8,7 +8,9 @@ from dataclasses import fields
 from agent.relay import tally
 from agent.relay.connection import Ending
 from agent.relay.dns_counters import DnsCounters
+from agent.relay.listen import show
 from agent.relay.route import Refusal
+from agent.relay.settings import Settings
 from agent.relay.tally import Tally
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,9 +37,16 @@ _BY_LISTENER = (
 )  # fmt: skip
 
 
-def render(counts: Tally, slots: Mapping[str, int], workers: int) -> str:
+def render(counts: Tally, slots: Mapping[str, int], settings: Settings) -> str:
     """Everything that is counted; `slots` are those of the listeners."""
-    return "\n".join((*_listeners(counts, slots), *_whole(counts, workers), ""))
+    return "\n".join((*_described(settings), *_listeners(counts, slots), *_whole(counts, settings.workers), ""))
+
+
+def _described(settings: Settings) -> Iterator[str]:
+    yield from _head("listener_info", "gauge", "The listeners: which way their connections go, and where they listen.")
+    for one in settings.listeners:
+        labels = {"listener": one.name, "direction": str(one.role), "listen": show(one.listen.address)}
+        yield _line("listener_info", labels, 1)
 
 
 def _listeners(counts: Tally, slots: Mapping[str, int]) -> Iterator[str]:
@@ -58,8 +67,12 @@ def _whole(counts: Tally, workers: int) -> Iterator[str]:
     yield from _head("configuration_reloads_total", "counter", "Configurations read again, by result.")
     yield _line("configuration_reloads_total", {"result": "used"}, row[tally.RELOADS])
     yield _line("configuration_reloads_total", {"result": "refused"}, row[tally.FAILED_RELOADS])
+    yield from _head("start_time_seconds", "gauge", "When the relay began to count, in seconds since 1970.")
+    yield _line("start_time_seconds", {}, int(counts.since))
     yield from _head("workers", "gauge", "Processes that share the work.")
     yield _line("workers", {}, workers)
+    yield from _head("workers_draining", "gauge", "Those of them that accept nothing any more, and end.")
+    yield _line("workers_draining", {}, row[tally.DRAINING])
     yield from _head("dns_total", "counter", "What happened to DNS queries, by kind.")
     for number, name in enumerate(DNS_COUNTERS):
         yield _line("dns_total", {"kind": name}, row[tally.DNS + number])
@@ -71,6 +84,10 @@ def _head(metric: str, kind: str, text: str) -> Iterator[str]:
 
 
 def _line(metric: str, labels: Mapping[str, str], value: int) -> str:
-    """Names of listeners are plain and reasons are our own, so nothing has to be escaped."""
-    inner = ",".join(f'{name}="{text}"' for name, text in labels.items())
+    inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
     return f"{_PREFIX}{metric}{{{inner}}} {value}" if inner else f"{_PREFIX}{metric} {value}"
+
+
+def _escaped(text: str) -> str:
+    """Only the path of a unix socket can have such characters."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Sequence
 
 from agent.relay.check import MAX_LISTENERS
@@ -20,8 +21,9 @@ REFUSED = {refusal: number for number, refusal in enumerate(Refusal, BROUGHT_BAC
 WIDTH = BROUGHT_BACK + 1 + len(Ending) + len(Refusal)
 WORKER = MAX_LISTENERS
 """The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
-PAUSES, RELOADS, FAILED_RELOADS, DNS = ACCEPTED, SENT, RECEIVED, RECEIVED + 1
-"""In the slot `WORKER`: pauses of accepting, configurations taken into use and refused, the first counter of DNS."""
+PAUSES, RELOADS, FAILED_RELOADS, DRAINING, DNS = ACCEPTED, SENT, RECEIVED, BROUGHT_BACK, BROUGHT_BACK + 1
+"""In the slot `WORKER`: pauses of accepting, configurations taken into use and refused, whether the worker accepts no
+more, the first counter of DNS."""
 
 _BUCKETS = 1 << 18
 _ROW = (MAX_LISTENERS + 1) * WIDTH
@@ -34,6 +36,8 @@ class Tally:
     """
 
     def __init__(self, workers: int) -> None:
+        self.since = time.time()
+        """When the relay began to count."""
         self._workers = workers
         self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")

@@ -136,7 +136,7 @@ class Worker:
     def _figures(self) -> str:
         assert self._running is not None
         self._tell_figures()
-        return render(self._counts, self._running.slots, self._running.settings.workers)
+        return render(self._counts, self._running.slots, self._running.settings)
 
     def _publish(self) -> None:
         """Bring the counters that all workers share up to date, again and again, once somebody wants to read them."""
@@ -193,8 +193,9 @@ class Worker:
         assert self._running is not None
         drain_seconds = self._running.settings.drain_seconds
         self._draining = True
-        self._metrics.stop()
+        self._counts.put(tally.WORKER, tally.DRAINING, 1)
         if handed_over:
+            self._metrics.stop()
             self._tcp.acceptor.stop()
         else:
             self._tcp.acceptor.drain()
@@ -218,6 +219,7 @@ class Worker:
         if self._tcp.busy or self._dns.busy:
             self._log.warning("ending what still runs", reason=why, connections=self._tcp.busy, queries=self._dns.busy)
         self.loop.stop()
+        self._metrics.stop()
         self._tcp.acceptor.stop()  # somebody else may have the sockets, and serve what waits in them
         self._tcp.reset(_ENDED)
         self._dns.reset()

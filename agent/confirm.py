@@ -82,12 +82,13 @@ def _of_document(document: Mapping[str, Any]) -> Pending:
     )
 
 
-def drop(pending: Pending) -> None:
-    """Forget a pending change: it stays. To be called under the lock."""
+def drop(pending: Pending | None) -> None:
+    """Forget a pending change, or a record of one that cannot be read: it stays. To be called under the lock."""
     path().unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         path().parent.rmdir()
-    _dismiss(pending)
+    if pending:
+        _dismiss(pending)
 
 
 @contextlib.contextmanager

@@ -329,7 +329,7 @@ def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, kee
         if not keep_units:
             files = in_step.remove_files(dry_run=dry_run)
             removal = dataclasses.replace(removal, removed=(*removal.removed, *files))
-        if pending and not dry_run:  # the way out is never barred, and whoever took it needs no way back
+        if not dry_run:  # the way out is never barred, and whoever took it needs no way back
             confirm.drop(pending)
         return removal
 

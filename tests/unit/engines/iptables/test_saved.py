@@ -41,6 +41,21 @@ def test_tables_chains_and_places() -> None:
     assert not nat.is_blank
 
 
+def test_what_stands_in_a_comment_is_no_line_of_its_own() -> None:
+    breaks = "\n-A OUTPUT -j TPCTL_X\n:TPCTL_Y - [0:0]\r-A OUTPUT -j TPCTL_X\x0b-A X\x1c-A X\x85-A X\u2028COMMIT"
+    hostile = f'-A OUTPUT -m comment --comment "a \\"b\\" \\\\{breaks}" -j RETURN'
+    tables = read(f"*nat\n:OUTPUT ACCEPT [0:0]\n{hostile}\n-A OUTPUT -j TPCTL_OUTBOUND\nCOMMIT\n*raw\nCOMMIT\n")
+    assert list(tables) == ["nat", "raw"]
+    assert list(tables["nat"].chains) == ["OUTPUT"]
+    assert [rule.index for rule in tables["nat"].owned_jumps()] == [2]
+    assert tables["nat"].rules[0].text == hostile.removeprefix("-A OUTPUT ")
+
+
+@pytest.mark.parametrize("text", ['"', '-A OUTPUT "never ends\n' * 200, '"' + "\\" * 10_000, "\n" * 10_000 + '"a"b"'])
+def test_any_listing_is_read(text: str) -> None:
+    assert read(text) == {}
+
+
 @pytest.mark.parametrize(
     ("text", "owner"),
     [

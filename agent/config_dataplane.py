@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent.config_sources import Findings, Given
-from agent.config_values import BadValueError, quoted, read_port
+from agent.config_values import BadValueError, quoted, read_port, shown
 from agent.input_files import UnusableFileError, read_configuration
 from agent.options import BY_NAME
 from agent.policy import Ports, includes
@@ -135,7 +135,7 @@ def _networking(tree: object) -> Mapping[str, Any] | None:
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:
     """The template with its variables, as kuma-dp fills it; plain variables only, as in all of its documentation."""
-    missing = sorted({name for name in _VARIABLE.findall(text) if name not in variables})
+    missing = sorted({shown(name) for name in _VARIABLE.findall(text) if name not in variables})
     if missing:
         first = missing[0]
         raise UnusableFileError(f"has variables without a value: {', '.join(missing)}; add --dataplane-var {first}=...")

@@ -111,7 +111,7 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip()):
-        return int(value)
+        return int(value.strip())
     return None
 
 

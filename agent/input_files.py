@@ -102,13 +102,13 @@ def _content(path: str, limit: int, *, trusted: bool) -> bytes:
 def _opened(path: str, *, trusted: bool) -> int:
     if own := _DESCRIPTOR.fullmatch(path):
         return os.dup(int(own[1] or 0))
-    return _opened_as_roots(path) if trusted else _checked(os.open(path, _READ))
+    return _opened_as_roots(path) if trusted else _checked(os.open(path, _READ), fifos=False)
 
 
-def _checked(descriptor: int) -> int:
+def _checked(descriptor: int, *, fifos: bool) -> int:
     """The descriptor of something that can be read to its end; closes that of anything else."""
     mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+    if stat.S_ISREG(mode) or stat.S_ISCHR(mode) or (fifos and stat.S_ISFIFO(mode)):
         return descriptor
     os.close(descriptor)
     if stat.S_ISDIR(mode):
@@ -206,7 +206,7 @@ class _Walk:
     def _file(self, name: str, before: os.stat_result) -> int:
         if not (stat.S_ISREG(before.st_mode) or stat.S_ISFIFO(before.st_mode) or stat.S_ISCHR(before.st_mode)):
             raise OSError(errno.EINVAL, "it is not a file")  # opening a device may do something
-        descriptor = _checked(os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self.here))
+        descriptor = _checked(os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self.here), fifos=True)
         found = os.fstat(descriptor)
         # Whoever may write to a device cannot change what others read from it.
         open_to_others = found.st_mode & _OTHERS_WRITE and not stat.S_ISCHR(found.st_mode)

@@ -117,7 +117,9 @@ def _read(content: bytes) -> _Reading:
         reader.parser.Parse(content, True)
     except UnicodeDecodeError as error:
         raise UnreadableError(f"it is not UTF-8 text (byte {error.start})") from error
-    except expat.ExpatError as error:
+    except UnreadableError:
+        raise
+    except (expat.ExpatError, LookupError, ValueError) as error:  # the latter two of an encoding that nobody knows
         raise UnreadableError(str(error)) from error
     if reader.reading.closing < 0:
         raise UnreadableError("it has no <direct> element")

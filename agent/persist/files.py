@@ -8,18 +8,23 @@ import tempfile
 from pathlib import Path
 
 from agent.errors import ApplyError, HostError
+from agent.input_files import UnusableFileError, read_bytes
 
 SELINUX = "security.selinux"
+MAX_SIZE = 64 * 1024 * 1024
+"""Bytes of a file that is read whole."""
 
 
 def read(path: Path) -> bytes | None:
     """The file's bytes, or None when there is none. Raises HostError when it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_bytes(path, MAX_SIZE)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise HostError(f"{path} cannot be read: {error.strerror}") from error
+    except UnusableFileError as error:
+        raise HostError(f"{path} {error}") from error
 
 
 def replace(path: Path, content: bytes, *, mode: int) -> None:

@@ -1,11 +1,11 @@
-"""`python -m tests.fuzz [COUNT [SEED]]`: so many random inputs for each parser of the relay (a million by default)."""
+"""`python -m tests.fuzz [COUNT [SEED]]`: so many random inputs for each parser (a million by default)."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from tests.fuzz import relay, relay_dns
+from tests.fuzz import host, relay, relay_dns
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     print(f"seed {seed}")
-    for target in (*relay.TARGETS, *relay_dns.TARGETS):
+    for target in (*host.TARGETS, *relay.TARGETS, *relay_dns.TARGETS):
         print(relay.run(target, count, seed), flush=True)
 
 

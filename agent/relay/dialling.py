@@ -145,7 +145,7 @@ class Dialling:
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
             host, port = upstream.getsockname()[:2]
-            hops.note(port, dial.hops)
+            hops.note(port, destination, dial.hops)
         finally:
             hops.made(destination, dial.hops)
         self._link = Link(host, port, destination)

@@ -56,13 +56,27 @@ def dial_from(net: Net, range_of_ports: str) -> None:
     net.on_host("sysctl", "-qw", f"net.ipv4.ip_local_port_range={range_of_ports}")
 
 
+def bind(client: socket.socket, address: tuple[str, int]) -> None:
+    """Take a port, once a dial of the relay that is just ending has given it back."""
+    end = time.monotonic() + relay_net.TIMEOUT
+    while True:
+        try:
+            client.bind(address)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
 def connect(net: Net, family: socket.AddressFamily, port: int) -> socket.socket:
     """An application's connection from a port."""
     with net.inside(net.host):
         client = socket.socket(family)
     client.settimeout(relay_net.TIMEOUT)
     try:
-        client.bind((HOST[family], port))
+        bind(client, (HOST[family], port))
         client.connect((PEER[family], PORT))
     except OSError:
         client.close()

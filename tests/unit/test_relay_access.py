@@ -229,15 +229,16 @@ def test_hops_through_other_workers_are_counted() -> None:
     hops = Hops()
     crossing = route(hops=hops)
     hops.begin(SERVER, 1)
-    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=2)], "it has no port yet"
+    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == (Dial(SERVER),), "it has no port yet"
     assert crossing.counting_hops(CLIENT, HERE, (Dial(HERE),)) == (Dial(HERE),)
-    hops.note(CLIENT.port, 2)
+    hops.note(CLIENT.port, SERVER, 2)
     hops.made(SERVER, 0)
-    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=2)]
+    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
     hops.made(SERVER, 1)
     assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
     assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
-    hops.note(CLIENT.port, MAX_WORKERS_HOPS)
+    assert crossing.counting_hops(CLIENT, HERE, (Dial(HERE),)) == (Dial(HERE),), "another one of the dial's port"
+    hops.note(CLIENT.port, SERVER, MAX_WORKERS_HOPS)
     assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) is Refusal.COMES_BACK
     hops.forget(CLIENT.port)
     assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == (Dial(SERVER),)

@@ -25,6 +25,7 @@ COMMANDS = {
     "explain": "what happens to one connection, and why",
     "verify": "rehearse a policy on this kernel, in scratch namespaces",
     "relay": "run the small data plane that comes with tpctl",
+    "top": "watch the relay: connections, bytes, errors, DNS queries",
 }
 """Each is the function `command` of the module `agent.cli.<name>`, imported only when it is called."""
 

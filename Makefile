@@ -12,7 +12,7 @@ BENCH_PACKAGES := nginx-common nginx-light wrk
 BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box torture bench-install bench-swap bench-scale bench-engines bench-relay clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box torture bench-install bench-swap bench-scale bench-engines bench-relay lock lock-check sbom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,7 @@ test-equivalence: venv ## every engine against the specification on N random pol
 test-mutations: venv ## deliberately broken engines: how many of them the suite finds out (root)
 	@$(BIN)/python -m tests.equivalence.mutate
 
-fuzz: venv ## random input for the relay's parsers (N=1000000 for each, hours for those of files)
+fuzz: venv ## random input for every parser of files, variables, rules and packets (N=1000000 for each, hours)
 	@$(BIN)/python -m tests.fuzz $(or $(N),1000000)
 
 test-crash: venv ## killed and failing at every system call that changes anything, and 50 commands at once (STEP=5: each fifth)
@@ -66,10 +66,11 @@ vagrant-box: venv ## a box of Debian 12 for vagrant-libvirt, see docs/vagrant.md
 torture: venv ## a thousand connections at once on each path of the relay's pump, three times (N=1000, root)
 	@TORTURE_CONNECTIONS=$(or $(N),1000) $(BIN)/python -m pytest -s tests/torture
 
-check: venv ## lint and strict types
-	$(BIN)/ruff check agent tests
-	$(BIN)/ruff format --check agent tests
+check: venv ## lint with security rules, strict types, and every dependency pinned
+	$(BIN)/ruff check agent tests .ci
+	$(BIN)/ruff format --check agent tests .ci
 	$(BIN)/mypy
+	$(BIN)/python .ci/lock.py --check
 
 fix: venv ## let the linter mend what it can
 	$(BIN)/ruff check --fix agent tests
@@ -91,6 +92,15 @@ bench-engines: venv ## each engine through the same Envoy and the same relay, in
 bench-relay: venv ## the relay beside HAProxy, Envoy, nginx and no proxy: rates, latency, CPU time, memory (six minutes)
 	@.ci/packages $(BENCH_RELAY_PACKAGES)
 	@$(BIN)/python -m tests.bench.relay $(if $(N),--rounds $(N)) --picture docs/relay-bench.svg
+
+lock: venv ## pin what a release needs, with hashes, in .ci/requirements.txt
+	$(BIN)/python .ci/lock.py
+
+lock-check: venv ## whether everything that pyproject.toml asks for is pinned there
+	$(BIN)/python .ci/lock.py --check
+
+sbom: venv ## dist/tpctl.cdx.json: what an installed tpctl is made of, as CycloneDX
+	@$(BIN)/python .ci/sbom.py
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

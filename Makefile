@@ -12,7 +12,7 @@ BENCH_PACKAGES := nginx-common nginx-light wrk
 BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box torture bench-install bench-swap bench-scale bench-engines bench-relay lock lock-check sbom clean
+.PHONY: help system venv demo test check fix test-equivalence test-mutations fuzz test-crash test-vm test-vm-ebpf vagrant-box torture soak bench-install bench-swap bench-scale bench-engines bench-relay lock lock-check sbom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ vagrant-box: venv ## a box of Debian 12 for vagrant-libvirt, see docs/vagrant.md
 
 torture: venv ## a thousand connections at once on each path of the relay's pump, three times (N=1000, root)
 	@TORTURE_CONNECTIONS=$(or $(N),1000) $(BIN)/python -m pytest -s tests/torture
+
+soak: venv ## traffic, swaps, restarts, drift and repair, and whether anything grows (MINUTES=20, root)
+	@.ci/packages $(TEST_PACKAGES)
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),20)
 
 check: venv ## lint with security rules, strict types, and every dependency pinned
 	$(BIN)/ruff check agent tests .ci

@@ -8,14 +8,49 @@ with the rule and route of `agent.routing`. And for those it has dialled from ::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from agent import loopback, routing
+from agent.engine_options import EngineOptions
+from agent.engines import registry
+from agent.engines.base import Engine, Footprint, Removal
 from agent.engines.nftables import drain, nft
 from agent.engines.nftables.engine import NftablesEngine, load, still_running
 from agent.engines.nftables.nft import Nft, NftError
 from agent.errors import ApplyError, HostError
 from agent.policy import Policy
+
+
+def remove(engine: Engine[Any], footprint: Footprint | None, ports: Iterable[int], *, dry_run: bool = False) -> Removal:
+    """Take an engine's rules away and let the connections finish that they redirect to `ports`."""
+    holds = engine.name == "iptables" and not dry_run and engine.inspect(None).installed
+    notices = hold(ports) if holds else ()
+    removal = engine.remove(dry_run=dry_run, footprint=footprint)
+    return replace(removal, notices=(*notices, *removal.notices))
+
+
+def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint], ports: Iterable[int]) -> Removal:
+    """Take away what other engines, or kumactl through them, have installed: the rules of `engine` are in place.
+
+    Connections that were redirected to `ports` go on. New rules with NAT see to that by being there; eBPF programs
+    translate nothing, so then the same has to stay as after an uninstall.
+    """
+    replaced: list[str] = []
+    notices: list[str] = []
+    for other in registry.available(EngineOptions()):
+        if other.name == engine.name:
+            continue
+        footprint = footprints.get(other.name)
+        if engine.name == "ebpf":
+            removal = remove(other, footprint, ports)
+        else:
+            removal = other.remove(footprint=footprint, draining=False)
+        notices += removal.notices
+        if removal.removed:
+            replaced.append(f"the rules of the {other.name} engine")
+    return Removal(tuple(replaced), tuple(notices))
 
 
 def hold(ports: Iterable[int]) -> tuple[str, ...]:

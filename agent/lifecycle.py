@@ -155,6 +155,8 @@ def carry_out(
     engine: Engine[Any], record: state.State, previous: state.State | None, report: InstallReport
 ) -> InstallReport:
     """Install what `record` says in place of `previous`, all or nothing. To be called under the lock."""
+    from agent import draining
+
     policy = record.policy
     older = _older(engine, record, previous)
     in_file = in_step.change(record, previous)
@@ -174,7 +176,7 @@ def carry_out(
         undo.add(lambda: _take_back(engine, record, previous))
         if not previous and any("kumactl" in one for one in applied.replaced):
             outcome = KUMACTLS_GONE
-        replaced = _remove_others(engine, record)
+        others = draining.remove_others(engine, record.footprints, _data_plane_ports((previous or record).policy))
         answers: tuple[str, ...] = ()
         if ending:
             if previous:
@@ -191,8 +193,9 @@ def carry_out(
     except (TpctlError, OSError) as error:
         undo.roll_back(error, outcome)
     upgraded = (f"what tpctl {older} installed",) if older else ()
-    gone = (*upgraded, *applied.replaced, *replaced)
-    return dataclasses.replace(report, replaced=gone, notices=(*report.notices, *applied.notices, *answers))
+    gone = (*upgraded, *applied.replaced, *others.removed)
+    notices = (*report.notices, *applied.notices, *others.notices, *answers)
+    return dataclasses.replace(report, replaced=gone, notices=notices)
 
 
 def _may_have_routes(previous: state.State | None) -> bool:
@@ -242,18 +245,6 @@ def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:
     in_step.reload()
     if _differs(engine, policy):
         raise ApplyError("firewalld has reloaded, but the kernel does not hold the policy: see `tpctl status`")
-
-
-def _remove_others(engine: Engine[Any], record: state.State) -> tuple[str, ...]:
-    """Take away what other engines, or kumactl through them, have installed: the new rules are in place."""
-    replaced: list[str] = []
-    for other in registry.available(EngineOptions()):
-        if other.name == engine.name:
-            continue
-        removal = other.remove(footprint=record.footprints.get(other.name), draining=False)
-        if removal.removed:
-            replaced.append(f"the rules of the {other.name} engine")
-    return tuple(replaced)
 
 
 def _take_back(engine: Engine[Any], record: state.State, previous: state.State | None) -> None:
@@ -347,12 +338,11 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
     if not dry_run:
         _hold_answers(record)
     failures = Failures()
+    ports = _data_plane_ports(record.policy if record else Policy(proxy_uid=0))
     for engine in engines:
         with failures.kept():
             footprint = record.footprints.get(engine.name) if record else None
-            if engine.name == "iptables" and not dry_run and engine.inspect(None).installed:
-                notices += draining.hold(_data_plane_ports(record.policy if record else Policy(proxy_uid=0)))
-            removal = engine.remove(dry_run=dry_run, footprint=footprint)
+            removal = draining.remove(engine, footprint, ports, dry_run=dry_run)
             removed += removal.removed
             notices += removal.notices
     rest = "The rest was removed. " if removed and not dry_run else ""

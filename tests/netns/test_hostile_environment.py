@@ -140,7 +140,9 @@ def foreign(host: Room, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "engine"), zip(("legacy", "nft", "legacy"), ENGINES, strict=True), ids=lambda one: str(one[0])
+    ("variant", "engine"),
+    list(zip(("legacy", "nft", "legacy"), ENGINES, strict=True)),
+    ids=[engine[0] for engine in ENGINES],
 )
 def test_rules_of_others_whose_comments_look_like_ours_stay_in_place(variant: str, engine: tuple[str, ...]) -> None:
     with room() as host:

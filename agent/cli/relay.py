@@ -18,6 +18,18 @@ _ANY_CASE = ("config", "check_config", "workers", "drain_seconds", "access_log",
 _OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
 
 
+def read_workers(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """A number of processes, or auto. Its bounds are checked with everything else."""
+    if value == "auto":
+        from agent.relay.config_section import workers
+
+        return workers(value)
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto", context, parameter) from None
+
+
 @click.command("relay")
 @click.option(
     "--config",
@@ -98,7 +110,14 @@ _OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
     help="Names that the relay answers itself: YAML, or as /etc/hosts; changes of the file are followed.",
 )
 @click.option("--dns-zone", default="mesh", show_default=True, metavar="DOMAIN", help="The domain of those names.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes that share the work.")
+@click.option(
+    "--workers",
+    callback=read_workers,
+    default="1",
+    show_default=True,
+    metavar="NUMBER",
+    help="Processes that share the work; auto is the number of processors.",
+)
 @click.option(
     "--drain-timeout",
     "drain_seconds",

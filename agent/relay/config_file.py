@@ -16,7 +16,6 @@ from agent.relay.listen import Listen, read_address, read_listen
 from agent.relay.settings import (
     DEFAULT_DRAIN_SECONDS,
     DIRECTIONS,
-    MAX_WORKERS,
     Limits,
     ListenerSettings,
     Role,
@@ -51,7 +50,7 @@ def settings_of(tree: object, path: str) -> Settings:
     settings = Settings(
         listeners=_listeners(section, defaults),
         dns=_dns(section.section("dns")),
-        workers=section.take("workers", read.whole(1, MAX_WORKERS), 1),
+        workers=section.take("workers", read.workers, 1),
         drain_seconds=section.take("drain_timeout", read.seconds, DEFAULT_DRAIN_SECONDS),
         access_log=section.take("access_log", read.flag, False),
         metrics=section.take("metrics", read_address, None),

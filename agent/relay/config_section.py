@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from agent.config_sources import did_you_mean
 from agent.config_values import BadValueError, quoted, read_bool, read_duration, read_networks, shown, whole_number
 from agent.relay.networks import NetworkSet
-from agent.relay.settings import TrustedSources
+from agent.relay.settings import MAX_WORKERS, TrustedSources
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -106,6 +107,16 @@ def whole(low: int, high: int) -> Callable[[object], int]:
         return number
 
     return read
+
+
+def workers(value: object) -> int:
+    """A number of processes, or `auto`: one for each processor that this one may use."""
+    if value == "auto":
+        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    try:
+        return whole(1, MAX_WORKERS)(value)
+    except BadValueError as bad:
+        raise BadValueError([f"{problem}, nor auto" for problem in bad.problems]) from None
 
 
 def one_of(*words: str) -> Callable[[object], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from pathlib import Path, PurePosixPath
 
@@ -252,7 +253,7 @@ listeners:
             f"{where}.upstream_tls.certificate: certificate and certificate_key belong together",
             f"{where}.upstream_tls.tls_verify_depth: 1000 is not a whole number",
             f"{where}.nmae: there is no such key; did you mean \"name\"?",
-            "file r.yaml: workers: 0 is not a whole number from 1 to 256",
+            "file r.yaml: workers: 0 is not a whole number from 1 to 256, nor auto",
             "file r.yaml: metrics: \"everywhere\" is not an address",
             "file r.yaml: limits.connections: -1 is not a whole number",
         ],
@@ -391,3 +392,13 @@ def test_flags_that_belong_into_the_file(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in result.exception.problems] == ["--dns-zone", "--inbound-port"]
     arguments = ["--config", str(tmp_path / "r.yaml"), "--workers", "0", "--check-config"]
     assert isinstance(CliRunner().invoke(command, arguments).exception, InputError)
+
+
+def test_as_many_workers_as_processors(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("workers: auto\nlisteners: [{listen: '*:1', direction: outbound}]")
+    assert load(str(tmp_path / "r.yaml")).workers == len(os.sched_getaffinity(0))
+    (tmp_path / "one.yaml").write_text("listeners: [{listen: '*:1', direction: outbound}]")
+    assert load(str(tmp_path / "one.yaml")).workers == 1
+    started = CliRunner().invoke(command, ["--workers", "auto", "--check-config"], standalone_mode=False)
+    assert started.return_value == 0, started.output
+    assert CliRunner().invoke(command, ["--workers", "some", "--check-config"]).exit_code == 2

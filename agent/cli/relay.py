@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ from agent.policy import DEFAULT_DNS_PORT, DEFAULT_INBOUND_PORT, DEFAULT_OUTBOUN
 
 if TYPE_CHECKING:
     from agent.relay.settings import Settings
+    from agent.relay.sockmap import Sockmap
 
 PORT = click.IntRange(1, MAX_PORT)
-_ANY_CASE = ("config", "check_config", "workers", "drain_seconds", "access_log", "user", "log_format")
+_ANY_CASE = ("config", "check_config", "workers", "drain_seconds", "access_log", "user", "accelerate", "log_format")
 """Flags that may stand beside --config, over which they win."""
-_OVERRIDES = ("workers", "drain_seconds", "access_log", "user")
+_OVERRIDES = ("workers", "drain_seconds", "access_log", "user", "accelerate")
 
 
 def read_workers(context: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -36,7 +38,8 @@ def read_workers(context: click.Context, parameter: click.Parameter, value: str)
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Listeners and everything else from a YAML file, see docs/relay.md. "
-    "Of the other flags only --workers, --drain-timeout, --access-log, --user and --log-format are possible beside it.",
+    "Of the other flags only --workers, --drain-timeout, --access-log, --user, --accelerate and --log-format are "
+    "possible beside it.",
 )
 @click.option("--check-config", is_flag=True, help="Say what is wrong with the configuration, and do nothing else.")
 @click.option(
@@ -132,6 +135,14 @@ def read_workers(context: click.Context, parameter: click.Parameter, value: str)
     metavar="NAME",
     help="Started as root, become this user (or uid) before opening a socket. It must be the policy's data plane user.",
 )
+@click.option(
+    "--accelerate",
+    type=click.Choice(["off", "sockmap"]),
+    default="off",
+    show_default=True,
+    help="sockmap: let the kernel move the bytes of long-lived connections with small messages. Needs Linux 6.4, bcc, "
+    "and root at the start.",
+)
 @click.option("--access-log", is_flag=True, help="Log a line for every connection when it ends.")
 @click.option(
     "--metrics",
@@ -183,10 +194,21 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
     from agent.relay.supervisor import serve
 
     configure(log_format)
+    sockmap = _sockmap(settings)
     if settings.user is not None:
         become(settings.user, needed_capabilities(settings))
     confine()
-    return serve(load, settings, get_logger())
+    return serve(load, settings, get_logger(), sockmap)
+
+
+def _sockmap(settings: Settings) -> Sockmap | None:
+    """The kernel's maps for accelerated connections, if there are to be any: made here, or by a predecessor."""
+    from agent.relay import sockmap
+
+    given = sockmap.inherited(os.environ)
+    if settings.accelerate == "off":
+        return None
+    return given or sockmap.load(sockmap.pairs_for(settings.limits.connections))
 
 
 def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> Settings:
@@ -203,7 +225,10 @@ def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> 
         flags = (f"--{name.replace('_', '-')}" for name in out_of_place)
         raise InputError([f"{flag}: is not possible beside --config; write it into the file" for flag in flags])
     from agent.relay.config_file import load
+    from agent.relay.settings import Acceleration
 
     overrides = {name: options[name] for name in _OVERRIDES if name in given}
     Flags.of(overrides).settings()  # they are checked as if they stood alone
+    if "accelerate" in overrides:
+        overrides["accelerate"] = Acceleration(overrides["accelerate"])
     return replace(load(str(config)), **overrides)

@@ -16,6 +16,7 @@ from agent.relay.listen import Listen, read_address, read_listen
 from agent.relay.settings import (
     DEFAULT_DRAIN_SECONDS,
     DIRECTIONS,
+    Acceleration,
     Limits,
     ListenerSettings,
     Role,
@@ -56,6 +57,7 @@ def settings_of(tree: object, path: str) -> Settings:
         metrics=section.take("metrics", read_address, None),
         limits=_limits(section, Limits()),
         user=section.take("user", read.text, None),
+        accelerate=Acceleration(section.take("accelerate", read.one_of(*Acceleration), Acceleration.OFF)),
     )
     section.finish()
     if not problems:

@@ -9,9 +9,10 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import NamedTuple
 
+from agent.relay.acceleration import Accelerator, ChattyFlow, RedirectedFlow
 from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling, Exchange
 from agent.relay.dials import Dial
@@ -19,7 +20,7 @@ from agent.relay.end_flow import EndFlow
 from agent.relay.ends import End, PlainEnd, TlsEnd
 from agent.relay.handshake import Handshake
 from agent.relay.original_destination import Destination
-from agent.relay.pump import DONE, READ, WRITE, Flow, PipePool
+from agent.relay.pump import DONE, END, READ, WRITE, Flow, PipePool, Wish
 from agent.relay.tls import Tls
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -47,6 +48,10 @@ class Context(NamedTuple):
     exchange: Exchange
     pool: PipePool
     buffer: memoryview
+    accelerator: Accelerator | None = None
+
+
+AnyFlow = Flow | EndFlow | RedirectedFlow
 
 
 class UpstreamTls(NamedTuple):
@@ -88,8 +93,8 @@ class Connection:
         self._dialling = Dialling(context.exchange, plan.dials, plan.deadlines, self._on_reached, self._on_failed)
         self._upstream: socket.socket | None = None
         self._shaking: Handshake | None = None
-        self._up: Flow | EndFlow | None = None
-        self._down: Flow | EndFlow | None = None
+        self._up: AnyFlow | None = None
+        self._down: AnyFlow | None = None
         self._client_mask = 0
         self._upstream_mask = EPOLLIN
         self._seen = 0
@@ -157,8 +162,9 @@ class Connection:
         elif self._plan.client is not None:
             self._flow_between(self._plan.client, PlainEnd(upstream))
         else:
-            self._up = Flow(self._client, upstream, self._context.buffer, self._context.pool)
-            self._down = Flow(upstream, self._client, self._context.buffer, self._context.pool)
+            kind = Flow if self._context.accelerator is None else ChattyFlow
+            self._up = kind(self._client, upstream, self._context.buffer, self._context.pool)
+            self._down = kind(upstream, self._client, self._context.buffer, self._context.pool)
             self._begin(upstream)
 
     def _shake_hands(self, upstream: socket.socket, secure: UpstreamTls) -> None:
@@ -239,7 +245,7 @@ class Connection:
         self._arm()
 
     def _on_event(
-        self, mask: int, sock: socket.socket, watched: int, flows: tuple[Flow | EndFlow | None, Flow | EndFlow | None]
+        self, mask: int, sock: socket.socket, watched: int, flows: tuple[AnyFlow | None, AnyFlow | None]
     ) -> int:
         """Move what the event allows: `flows` are the one that reads the socket and the one that writes it.
 
@@ -255,6 +261,8 @@ class Connection:
                 # Not being read just now, so nobody else would find the reset.
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
                 raise OSError(code, os.strerror(code))
+            elif mask & EPOLLRDHUP and reads is not None:
+                reads.move()
             elif mask & EPOLLHUP and not mask & EPOLLOUT:
                 # Both sides have finished with this socket, but its last bytes wait for the other one. epoll reports
                 # that without being asked, and again at once: look away until something is wanted of the socket.
@@ -280,13 +288,38 @@ class Connection:
         if up.wish is DONE and down.wish is DONE:
             self._close()
             return
-        client = (EPOLLIN if up.wish is READ else 0) | (EPOLLOUT if down.wish is WRITE else 0)
+        if up.is_chatty() and down.is_chatty():
+            up, down = self._accelerate(up, down)
+        client = _reading(up.wish) | (EPOLLOUT if down.wish is WRITE else 0)
         if client != self._client_mask:
             self._client_mask = self._watch(self._client, self._client_mask, client, self._on_client)
-        upstream = (EPOLLIN if down.wish is READ else 0) | (EPOLLOUT if up.wish is WRITE else 0)
+        upstream = _reading(down.wish) | (EPOLLOUT if up.wish is WRITE else 0)
         if upstream != self._upstream_mask:
             assert self._upstream is not None
             self._upstream_mask = self._watch(self._upstream, self._upstream_mask, upstream, self._on_upstream)
+
+    def _accelerate(self, up: AnyFlow, down: AnyFlow) -> tuple[AnyFlow, AnyFlow]:
+        """Let the kernel move the bytes from now on, if it can."""
+        assert self._context.accelerator is not None
+        assert isinstance(up, ChattyFlow)
+        assert isinstance(down, ChattyFlow)
+        flows = self._context.accelerator.take_over(up, down, self._on_nudge)
+        if flows is None:
+            up.stay()
+            return up, down
+        self._up, self._down = flows
+        return flows
+
+    def _on_nudge(self) -> None:
+        """Something has become of bytes that the kernel moves, of which no event tells."""
+        if self._up is None or self._down is None:
+            return
+        try:
+            self._up.move()
+            self._down.move()
+        except OSError as error:
+            self.reset(error, self._who_reset())
+        self._arm()
 
     def _watch(self, sock: socket.socket, watched: int, wanted: int, handler: Callable[[int], None]) -> int:
         if watched != _UNWATCHED:
@@ -313,3 +346,8 @@ class Connection:
         self._up = self._down = self._shaking = None
         self.error = None  # its traceback leads back here
         del self._dialling
+
+
+def _reading(wish: Wish) -> int:
+    """The events of a source that a flow waits for."""
+    return EPOLLIN if wish is READ else EPOLLRDHUP if wish is END else 0

@@ -51,6 +51,10 @@ class EndFlow:
         self.wish = WRITE
         return False
 
+    def is_chatty(self) -> bool:
+        """No: what OpenSSL encrypts has to come through this process."""
+        return False
+
     def abandon(self) -> None:
         """Nothing more will be moved, because the connection is over."""
         self.wish = DONE

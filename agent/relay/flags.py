@@ -19,6 +19,7 @@ from agent.relay.original_destination import Destination
 from agent.relay.settings import (
     DEFAULT_DRAIN_SECONDS,
     MAX_WORKERS,
+    Acceleration,
     ListenerSettings,
     Role,
     Settings,
@@ -49,6 +50,7 @@ class Flags:
     access_log: bool = False
     metrics: str | None = None
     user: str | None = None
+    accelerate: str = Acceleration.OFF
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Flags:
@@ -107,6 +109,7 @@ class _Reading:
             access_log=flags.access_log,
             metrics=metrics,
             user=flags.user,
+            accelerate=Acceleration(flags.accelerate),
         )
         if not self.problems:
             self.problems += contradictions(settings)

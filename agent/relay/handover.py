@@ -16,6 +16,7 @@ from select import EPOLLIN
 
 from agent.relay.activation import FIRST, Inherited, environment
 from agent.relay.loop import Loop
+from agent.relay.sockmap import VARIABLE, Sockmap
 
 PREDECESSOR = "TPCTL_RELAY_PREDECESSOR"
 """The descriptor on which a successor says that it serves."""
@@ -34,13 +35,19 @@ def announce_readiness() -> None:
 class Successor:
     """A process that is being started. Calls `ended` once: with its pid when it serves, with None when it does not."""
 
-    def __init__(self, loop: Loop, sockets: Sequence[Inherited], ended: Callable[[int | None], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        sockets: Sequence[Inherited],
+        ended: Callable[[int | None], None],
+        sockmap: Sockmap | None = None,
+    ) -> None:
         self._loop = loop
         self._ended = ended
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._pid = os.fork()
         if self._pid == 0:
-            _become_successor(sockets, writer)
+            _become_successor(sockets, writer, sockmap or ())
         os.close(writer)
         loop.watch(self._reader, EPOLLIN, self._on_word)
 
@@ -56,18 +63,21 @@ class Successor:
         self._ended(None)
 
 
-def _become_successor(sockets: Sequence[Inherited], writer: int) -> None:
+def _become_successor(sockets: Sequence[Inherited], writer: int, maps: Sequence[int]) -> None:
     """What the forked process does; never comes back."""
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.set_wakeup_fd(-1)
         # First out of the way of the numbers that they will have, then to these numbers.
-        above = FIRST + len(sockets) + 1
-        copies = [_copy_above(number, above) for number in (*(one.socket.fileno() for one in sockets), writer)]
+        given = (*(one.socket.fileno() for one in sockets), writer, *maps)
+        copies = [_copy_above(number, FIRST + len(given)) for number in given]
         for at, copy in enumerate(copies):
             os.dup2(copy, FIRST + at, inheritable=True)
         pid = os.getpid()
-        variables = {**os.environ, **environment(sockets, pid), PREDECESSOR: str(FIRST + len(sockets))}
+        after = FIRST + len(sockets)
+        variables = {**os.environ, **environment(sockets, pid), PREDECESSOR: str(after)}
+        if maps:
+            variables[VARIABLE] = ",".join(str(after + 1 + number) for number in range(len(maps)))
         if "WATCHDOG_PID" in variables:
             variables["WATCHDOG_PID"] = str(pid)
         os.execve(sys.executable, sys.orig_argv, variables)  # noqa: S606 - no shell is the point

@@ -84,19 +84,23 @@ class Wish(enum.IntEnum):
     """Its sink to take something; until then it reads nothing, so it never holds more than one buffer or pipe."""
     DONE = 3
     """Nothing: the end of the stream has been passed on."""
+    END = 4
+    """Its source to end: the kernel moves the bytes (`agent.relay.acceleration`)."""
+    SENT = 5
+    """The kernel to have sent what it has moved; nothing tells when, so it looks now and then."""
 
 
-READ, WRITE, DONE = Wish.READ, Wish.WRITE, Wish.DONE
+READ, WRITE, DONE, END, SENT = Wish
 
 
 class Flow:
     """One direction of a connection."""
 
-    __slots__ = ("_buffer", "_bulk", "_held", "_in_pipe", "_pipe", "_pool", "_sink", "_source", "moved", "wish")
+    __slots__ = ("_buffer", "_bulk", "_held", "_in_pipe", "_pipe", "_pool", "moved", "sink", "source", "wish")
 
     def __init__(self, source: socket.socket, sink: socket.socket, buffer: memoryview, pool: PipePool) -> None:
-        self._source = source
-        self._sink = sink
+        self.source = source
+        self.sink = sink
         self._buffer = buffer
         self._pool = pool
         self._pipe: Pipe | None = None
@@ -117,14 +121,14 @@ class Flow:
             return self._move_otherwise()
         buffer = self._buffer
         try:
-            count = self._source.recv_into(buffer)
+            count = self.source.recv_into(buffer)
         except BlockingIOError:
             return True
         if not count:
             self._end()
             return False
         try:
-            sent = self._sink.send(buffer[:count])
+            sent = self.sink.send(buffer[:count])
         except BlockingIOError:
             sent = 0
         self.moved += sent
@@ -147,6 +151,10 @@ class Flow:
             self.move()
         return before is READ and self.wish is READ
 
+    def is_chatty(self) -> bool:
+        """Whether it would do better without this process."""
+        return False
+
     def abandon(self) -> None:
         """Drop what is held, because the connection is over."""
         self.wish = DONE
@@ -164,7 +172,7 @@ class Flow:
                 self._pool.give(self._pipe)
                 self._pipe = None
                 return True
-            sent = self._sink.send(self._held)
+            sent = self.sink.send(self._held)
         except BlockingIOError:
             return False
         self.moved += sent
@@ -179,7 +187,7 @@ class Flow:
             return
         # Held from here on, so that `abandon` finds the pipe when a splice fails half-way.
         self._pipe = pipe
-        source, total = self._source.fileno(), 0
+        source, total = self.source.fileno(), 0
         for _ in range(_ROUNDS):
             try:
                 self._in_pipe = os.splice(source, pipe.sink, pipe.size, flags=_FLAGS)
@@ -203,7 +211,7 @@ class Flow:
 
     def _drain(self, pipe: Pipe) -> bool:
         """Whether the pipe is empty."""
-        sink = self._sink.fileno()
+        sink = self.sink.fileno()
         while self._in_pipe:
             try:
                 count = os.splice(pipe.source, sink, self._in_pipe, flags=_FLAGS)
@@ -216,4 +224,4 @@ class Flow:
     def _end(self) -> None:
         """The source has ended: so does the sink, in this direction only."""
         self.wish = DONE
-        self._sink.shutdown(socket.SHUT_WR)
+        self.sink.shutdown(socket.SHUT_WR)

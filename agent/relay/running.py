@@ -50,7 +50,7 @@ class Running:
 
 def needs_restart(old: Settings, new: Settings) -> Iterator[str]:
     """What differs and cannot be changed in a running process or on an open socket."""
-    for name in ("workers", "user"):
+    for name in ("workers", "user", "accelerate"):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
             yield f"{name}: the change from {before} to {after} {_RESTART}"

@@ -30,6 +30,14 @@ class Role(enum.StrEnum):
 DIRECTIONS = (Role.INBOUND, Role.OUTBOUND, Role.DNS)
 
 
+class Acceleration(enum.StrEnum):
+    """Who else than this process moves bytes."""
+
+    OFF = "off"
+    SOCKMAP = "sockmap"
+    """The kernel, those of long-lived connections with small messages (`agent.relay.acceleration`)."""
+
+
 class Source(enum.StrEnum):
     """The address from which the relay dials."""
 
@@ -167,6 +175,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     """Over all listeners; only the total counts."""
     user: str | None = None
+    accelerate: Acceleration = Acceleration.OFF
 
     @property
     def served(self) -> tuple[ListenerSettings, ...]:

@@ -25,6 +25,7 @@ from agent.relay.privileges import raise_descriptor_limit
 from agent.relay.running import Running
 from agent.relay.settings import Settings
 from agent.relay.sockets import Place, Sockets, deal, wanted
+from agent.relay.sockmap import Sockmap
 from agent.relay.tally import Tally
 from agent.relay.worker import AT_ONCE, DRAINING_SIGNALS, ENDING_SIGNALS, Worker
 
@@ -38,7 +39,9 @@ _COLLECTED_EVERY = 20_000
 RELOAD, RESTART = signal.SIGHUP, signal.SIGUSR2
 
 
-def serve(load: Callable[[], Settings], settings: Settings, log: FilteringBoundLogger) -> int:
+def serve(
+    load: Callable[[], Settings], settings: Settings, log: FilteringBoundLogger, sockmap: Sockmap | None = None
+) -> int:
     """Run the relay until it is told to end; returns the exit code. `load` reads the configuration again.
 
     Raises HostError when a socket cannot be opened, InputError when a file of the settings is unusable.
@@ -62,14 +65,17 @@ def serve(load: Callable[[], Settings], settings: Settings, log: FilteringBoundL
     gc.freeze()
     gc.set_threshold(_COLLECTED_EVERY)
     kind = Alone if settings.workers == 1 else Supervisor
-    return kind(running, load, log).run()
+    return kind(running, load, log, sockmap).run()
 
 
 class Life:
     """What there is to do in a relay's life, however many workers it has."""
 
-    def __init__(self, running: Running, load: Callable[[], Settings], log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, running: Running, load: Callable[[], Settings], log: FilteringBoundLogger, sockmap: Sockmap | None
+    ) -> None:
         self._state = running
+        self._sockmap = sockmap
         self._load = load
         self._log = log
         self._counts = Tally(running.settings.workers)
@@ -135,7 +141,7 @@ class Life:
 
         sockets = activation.names_of(self._state.settings, self._state.sockets)
         try:
-            self._successor = Successor(loop, sockets, ended)
+            self._successor = Successor(loop, sockets, ended, self._sockmap)
         except OSError as error:
             self._log.error("the restart has failed, this process goes on", reason=error.strerror)
 
@@ -145,7 +151,7 @@ class Alone(Life):
 
     def run(self) -> int:
         """Serve until told to end."""
-        worker = self._worker = Worker(self._state.settings, self._counts, self._log)
+        worker = self._worker = Worker(self._state.settings, self._counts, self._log, sockmap=self._sockmap)
         worker.use(self._state)
         self._announce()
         worker.run(
@@ -214,7 +220,7 @@ class Supervisor(Life):
                         sock.close()
             os.environ.pop("NOTIFY_SOCKET", None)
             self._counts.be(number)
-            worker = Worker(self._state.settings, self._counts, log, supervisor)
+            worker = Worker(self._state.settings, self._counts, log, supervisor, self._sockmap)
             worker.use(Running(self._state.settings, share, self._state.slots))
             worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)})
             code = 0

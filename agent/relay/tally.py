@@ -18,7 +18,11 @@ ENDED = {ending: number for number, ending in enumerate(Ending, BROUGHT_BACK + 1
 """Connections by the reason of their end."""
 REFUSED = {refusal: number for number, refusal in enumerate(Refusal, BROUGHT_BACK + 1 + len(Ending))}
 """Connections by the reason of their refusal."""
-WIDTH = BROUGHT_BACK + 1 + len(Ending) + len(Refusal)
+ACCELERATED, TAKEN_BACK = range(
+    BROUGHT_BACK + 1 + len(Ending) + len(Refusal), BROUGHT_BACK + 3 + len(Ending) + len(Refusal)
+)
+"""In the slot `WORKER`: streams that went over to the kernel, and those of them that were taken back."""
+WIDTH = TAKEN_BACK + 1
 WORKER = MAX_LISTENERS
 """The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
 PAUSES, RELOADS, FAILED_RELOADS, DRAINING, DNS = ACCEPTED, SENT, RECEIVED, BROUGHT_BACK, BROUGHT_BACK + 1

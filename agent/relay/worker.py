@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from agent.errors import TpctlError
 from agent.relay import routes, signals, sock_diag, tally, tls
+from agent.relay.acceleration import Accelerator
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
@@ -28,6 +29,7 @@ from agent.relay.route import Route, Surroundings
 from agent.relay.running import Running
 from agent.relay.settings import ListenerSettings, Role, Settings
 from agent.relay.sockets import wanted
+from agent.relay.sockmap import Sockmap
 from agent.relay.tally import Tally
 from agent.relay.tcp import TcpRelay
 
@@ -51,7 +53,12 @@ class Worker:
     """
 
     def __init__(
-        self, settings: Settings, counts: Tally, log: FilteringBoundLogger, supervisor: socket.socket | None = None
+        self,
+        settings: Settings,
+        counts: Tally,
+        log: FilteringBoundLogger,
+        supervisor: socket.socket | None = None,
+        sockmap: Sockmap | None = None,
     ) -> None:
         self._running: Running | None = None
         self._log = log
@@ -63,7 +70,9 @@ class Worker:
         self._guard = SelfDialGuard(frozenset(), routes.is_local)
         own_dials: dict[Link, OwnDial] = {}
         exchange = Exchange(self.loop, own_dials, counts.hops, self._missing_source, sock_diag.serves_every_address)
-        context = Context(exchange, self._pool, memoryview(bytearray(BUFFER_SIZE)))
+        buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._accelerator = Accelerator(self.loop, sockmap, buffer) if sockmap is not None else None
+        context = Context(exchange, self._pool, buffer, self._accelerator)
         self._tcp = TcpRelay(context, counts, log)
         self._counts = counts
         self._metrics = MetricsServer(self.loop, self._complaints, self._figures)
@@ -146,6 +155,9 @@ class Worker:
 
     def _tell_figures(self) -> None:
         self._tcp.count_bytes()
+        if self._accelerator is not None:
+            self._counts.put(tally.WORKER, tally.ACCELERATED, self._accelerator.begun)
+            self._counts.put(tally.WORKER, tally.TAKEN_BACK, self._accelerator.over)
         for number, name in enumerate(DNS_COUNTERS):
             self._counts.put(tally.WORKER, tally.DNS + number, getattr(self._dns.counters, name))
 

@@ -83,8 +83,10 @@ def wait_for_listener(name: str, port: int, running: subprocess.Popen[bytes]) ->
 def plane(net: Net, name: str, folder: Path) -> Iterator[None]:
     """A data plane on our host, as the user whose connections are not redirected."""
     with contextlib.ExitStack() as stack:
-        if name == "relay":
-            stack.enter_context(relay_net.relay(net, folder, "--workers", str(WORKERS)))
+        if name in ("relay", "sockmap"):
+            accelerate = name if name == "sockmap" else "off"
+            options = ("--workers", str(WORKERS), "--accelerate", accelerate)
+            stack.enter_context(relay_net.relay(net, folder, *options))
         elif name == "envoy":
             stack.enter_context(running_envoy(net, folder / "envoy.log", concurrency=WORKERS))
         elif name == "haproxy":

@@ -34,7 +34,7 @@ from agent.rehearsal.namespaces import write_sysctls
 from tests.bench import relay_report
 from tests.bench.engines import SYSCTLS, progress
 from tests.bench.planes import SERVER, STREAM_PORT, plane, wait_for_listener
-from tests.bench.relay_report import CELLS, PLANES, Cell, Figures, Results
+from tests.bench.relay_report import CELLS, ON_REQUEST, PLANES, Cell, Figures, Results
 from tests.bench.stream import raise_descriptor_limit
 from tests.bench.wrk import PORT, REPORT, inside, server, used_seconds
 from tests.netns import relay_net
@@ -190,7 +190,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of each wrk (default: %(default)s)")
     parser.add_argument("--idle", type=int, default=IDLE, help="connections; 0: do not measure memory")
-    parser.add_argument("--planes", nargs="+", choices=PLANES, default=PLANES)
+    parser.add_argument("--planes", nargs="+", choices=(*PLANES, *ON_REQUEST), default=PLANES)
     parser.add_argument("--only", default="", help="measure only what has this in its name")
     parser.add_argument("--picture", type=Path, help="write an SVG file")
     options = parser.parse_args(arguments)

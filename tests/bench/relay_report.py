@@ -11,6 +11,8 @@ from tests.bench.engines import spread
 from tests.bench.picture import Panel, picture
 
 PLANES = ("relay", "haproxy", "envoy", "nginx", "none")
+ON_REQUEST = ("sockmap",)
+"""The relay with --accelerate sockmap."""
 PEERS = ("haproxy", "envoy", "nginx")
 
 
@@ -93,7 +95,7 @@ class Results:
 
     def planes(self, cell: Cell) -> list[str]:
         """Those that were measured."""
-        return [plane for plane in PLANES if self.of(plane, cell, "rate")]
+        return [plane for plane in (*PLANES, *ON_REQUEST) if self.of(plane, cell, "rate")]
 
 
 def _table(results: Results, cell: Cell) -> None:

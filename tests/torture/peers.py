@@ -62,12 +62,13 @@ async def receive(sock: socket.socket, script: Script, *, is_up: bool) -> str | 
     return None if digest.digest() == script.digest(expected, is_up=is_up) else "other bytes than were sent"
 
 
-async def converse(sock: socket.socket, script: Script, failures: Failures, *, is_client: bool) -> None:
-    """Play one end of a connection."""
+async def converse(sock: socket.socket, script: Script, failures: Failures, *, is_client: bool, messages: int) -> None:
+    """Play one end of a connection, after so many small messages each way."""
     first = {Way.CLIENT_FIRST: True, Way.SERVER_FIRST: False}.get(script.way)
     who = "client" if is_client else "server"
     resetting = script.way is (Way.CLIENT_RESETS if is_client else Way.SERVER_RESETS)
     try:
+        await talk(sock, messages, is_client=is_client)
         if resetting:
             await send(sock, script, is_up=is_client)
             await asyncio.sleep(_SLOW_SECONDS)
@@ -97,8 +98,20 @@ async def converse(sock: socket.socket, script: Script, failures: Failures, *, i
         sock.close()
 
 
-async def clients(sockets: list[socket.socket], address: tuple[str, int], seed: int) -> Failures:
-    """Connect all of them, and when all are connected, let each play its part."""
+async def talk(sock: socket.socket, times: int, *, is_client: bool) -> None:
+    """Exchange so many small messages, each an answer to the one before."""
+    loop = asyncio.get_running_loop()
+    for _ in range(times):
+        if is_client:
+            await loop.sock_sendall(sock, b"?")
+        if not await loop.sock_recv(sock, 1):
+            raise ConnectionResetError("ended while it talked")
+        if not is_client:
+            await loop.sock_sendall(sock, b"!")
+
+
+async def clients(sockets: list[socket.socket], address: tuple[str, int], seed: int, messages: int = 0) -> Failures:
+    """Connect all of them, and when all are connected, let each play its part, after so many small messages."""
     loop, failures = asyncio.get_running_loop(), Failures()
     gate = asyncio.Semaphore(_AT_ONCE)
 
@@ -112,11 +125,13 @@ async def clients(sockets: list[socket.socket], address: tuple[str, int], seed: 
     await asyncio.gather(*(connect(number, sock) for number, sock in enumerate(sockets)))
     scripts = [Script.of(seed, number) for number in range(len(sockets))]
     pairs = zip(sockets, scripts, strict=True)
-    await asyncio.gather(*(converse(sock, script, failures, is_client=True) for sock, script in pairs))
+    await asyncio.gather(
+        *(converse(sock, script, failures, is_client=True, messages=messages) for sock, script in pairs)
+    )
     return failures
 
 
-async def server(listener: socket.socket, seed: int, count: int) -> Failures:
+async def server(listener: socket.socket, seed: int, count: int, messages: int = 0) -> Failures:
     """Serve that many connections to their ends."""
     loop, failures = asyncio.get_running_loop(), Failures()
     listener.setblocking(False)
@@ -126,7 +141,7 @@ async def server(listener: socket.socket, seed: int, count: int) -> Failures:
         while len(head) < HEADER:
             head += await loop.sock_recv(sock, HEADER - len(head))
         await loop.sock_sendall(sock, b"!")
-        await converse(sock, Script.of(seed, int.from_bytes(head, "big")), failures, is_client=False)
+        await converse(sock, Script.of(seed, int.from_bytes(head, "big")), failures, is_client=False, messages=messages)
 
     tasks = []
     for _ in range(count):

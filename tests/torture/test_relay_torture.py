@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.relay.acceleration import ENOUGH
 from agent.relay.pump import MAX_PIPES
 from tests.netns import relay_net
 from tests.netns.certificates import Pki
@@ -78,25 +79,28 @@ def _descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def serve(listener: socket.socket, seed: int, count: int, tell: Connection) -> None:
+def serve(listener: socket.socket, seed: int, messages: int, count: int, tell: Connection) -> None:
     """The server's process."""
-    tell.send(asyncio.run(asyncio.wait_for(server(listener, seed, count), SECONDS)))
+    tell.send(asyncio.run(asyncio.wait_for(server(listener, seed, count, messages), SECONDS)))
 
 
-def wave(net: Net, address: tuple[str, int], seed: int, count: int) -> list[str]:
-    """Everything once; what went wrong. The server has the address's port, or, if that is the relay's, 7002."""
+def wave(net: Net, address: tuple[str, int], seed: int, count: int, messages: int = 0) -> list[str]:
+    """Everything once, after so many small messages; what went wrong.
+
+    The server has the address's port, or, if that is the relay's, 7002.
+    """
     port = address[1] if address[0] == PEER4 else DECRYPTED
     context = multiprocessing.get_context("fork")
     with net.listen(net.peer, (PEER4, port)) as listener:
         listener.listen(8192)
         told, tell = context.Pipe(duplex=False)
-        process = context.Process(target=serve, args=(listener, seed, count, tell))
+        process = context.Process(target=serve, args=(listener, seed, messages, count, tell))
         process.start()
         tell.close()
     with net.inside(net.host):
         sockets = [socket.socket() for _ in range(count)]
     try:
-        failures = asyncio.run(asyncio.wait_for(clients(sockets, address, seed), SECONDS))
+        failures = asyncio.run(asyncio.wait_for(clients(sockets, address, seed, messages), SECONDS))
         return [*failures, *told.recv()]
     finally:
         for sock in sockets:
@@ -155,15 +159,18 @@ def settled(pids: list[int], sockets: int) -> Counter[str]:
     return found
 
 
-def torture(net: Net, relays: list[Relay], address: tuple[str, int], count: int) -> None:
-    """Several waves: nothing may go wrong, nothing may be left, and memory may not grow from one to the next."""
+def torture(net: Net, relays: list[Relay], address: tuple[str, int], count: int, messages: int = 0) -> None:
+    """Several waves: nothing may go wrong, nothing may be left, and memory may not grow from one to the next.
+
+    `messages` are the small ones that each connection begins with.
+    """
     pids = [pid for running in relays for pid in family(running)]
     rest(pids)
     before = descriptors(pids)
     sizes = [resident(pids)]
     for seed in range(WAVES):
         began = time.monotonic()
-        failures = wave(net, address, seed, count)
+        failures = wave(net, address, seed, count, messages)
         assert not failures, f"{len(failures)} of {count}: " + "\n".join(failures[:10])
         after = settled(pids, before["socket"])
         assert after["socket"] == before["socket"]
@@ -187,6 +194,13 @@ def test_copies_and_splices(net: Net, tmp_path: Path, workers: int) -> None:
         # conntrack brings some dials back, which are lines too, and a few clients go past the relay: see docs/relay.md.
         assert 0.9 * WAVES * count < sum(endings.values()) < 1.2 * WAVES * count
         assert set(endings) == {"closed", "reset by the client", "reset by the upstream"}, json.dumps(endings)
+
+
+def test_the_kernel_moves(net: Net, tmp_path: Path) -> None:
+    """Connections that were chatty first (--accelerate sockmap)."""
+    with configured(net, tmp_path, PLAIN.format(workers=2) + "accelerate: sockmap\n") as running:
+        count = possible(CONNECTIONS, 2)
+        torture(net, [running], (PEER4, PORT), count, ENOUGH)
 
 
 def test_tls_on_either_side(net: Net) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import struct
@@ -15,7 +16,7 @@ _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64l
 _ATTRIBUTES = 144
 """Bytes of union bpf_attr that are passed; what a kernel does not know must be zero, and is."""
 
-_CREATE, _LOOKUP, _UPDATE, _NEXT_KEY, _PROG_LOAD, _PIN, _GET = 0, 1, 2, 4, 5, 6, 7
+_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD, _PIN, _GET, _PROG_ATTACH = 0, 1, 2, 3, 4, 5, 6, 7, 8
 _PROG_BY_ID, _MAP_BY_ID, _INFO, _BTF_LOAD, _LINK_CREATE, _LINK_UPDATE = 13, 14, 15, 18, 28, 29
 NO_EXIST = 1
 """BPF_NOEXIST: only update an entry that is not there."""
@@ -38,10 +39,14 @@ class RefusedError(Exception):
         self.log = log
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _bpf(command: int, attributes: bytes) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES)
-    result = int(libc.syscall(_NUMBERS[platform.machine()], command, buffer, _ATTRIBUTES))
+    result = int(_libc().syscall(_NUMBERS[platform.machine()], command, buffer, _ATTRIBUTES))
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -92,6 +97,16 @@ def lookup(map_fd: int, key: bytes, size: int) -> bytes | None:
             return None
         raise
     return value_buffer.raw
+
+
+def delete(map_fd: int, key: bytes) -> None:
+    """Take an entry out of a map; harmless when there is none. Raises OSError."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    try:
+        _bpf(_DELETE, struct.pack("=IxxxxQ", map_fd, _address(key_buffer)))
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
 
 
 def keys(map_fd: int, size: int) -> Iterator[bytes]:
@@ -222,6 +237,11 @@ def program_by_id(number: int) -> int:
 def attach(program_fd: int, target_fd: int, attach_type: int) -> int:
     """Attach a program by a link, which is handed back; it is detached when the link's last reference goes."""
     return _bpf(_LINK_CREATE, struct.pack("=IIII", program_fd, target_fd, attach_type, 0))
+
+
+def attach_to_map(program_fd: int, map_fd: int, attach_type: int) -> None:
+    """Let a map of sockets run a program for what they receive; the map holds the program from then on."""
+    _bpf(_PROG_ATTACH, struct.pack("=IIII", map_fd, program_fd, attach_type, 0))
 
 
 def replace(link_fd: int, program_fd: int) -> None:

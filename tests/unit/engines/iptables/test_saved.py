@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from agent.engines.iptables.rule import quote
 from agent.engines.iptables.saved import owner_of_rule, read
 
 LISTING = """\
@@ -49,6 +52,14 @@ def test_what_stands_in_a_comment_is_no_line_of_its_own() -> None:
     assert list(tables["nat"].chains) == ["OUTPUT"]
     assert [rule.index for rule in tables["nat"].owned_jumps()] == [2]
     assert tables["nat"].rules[0].text == hostile.removeprefix("-A OUTPUT ")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1))
+def test_any_comment_is_read_as_it_was_written(comments: list[str]) -> None:
+    lines = [f"-A OUTPUT -m comment --comment {quote(comment)} -j RETURN" for comment in comments]
+    (table,) = read("\n".join(["*nat", ":OUTPUT ACCEPT [0:0]", *lines, "-A OUTPUT -j TPCTL_X", "COMMIT", ""])).values()
+    assert [f"-A OUTPUT {rule.text}" for rule in table.rules[:-1]] == lines
+    assert [rule.index for rule in table.owned_jumps()] == [len(comments) + 1]
 
 
 @pytest.mark.parametrize("text", ['"', '-A OUTPUT "never ends\n' * 200, '"' + "\\" * 10_000, "\n" * 10_000 + '"a"b"'])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from agent.errors import InputError
 from agent.relay.dns_counters import DnsCounters
-from agent.relay.dns_message import Question
+from agent.relay.dns_message import Question, Rcode, failure
 from agent.relay.dns_settings import DnsSettings
 from agent.relay.dns_vips import Vips
 from agent.relay.dns_zone import UDP_PAYLOAD_WITHOUT_EDNS, Zone
@@ -37,7 +37,9 @@ def read_zone(settings: DnsSettings) -> Zone | None:
         return None
     from agent.relay.dns_zone_file import read_zone_file  # lazily: dnspython and YAML, 60 ms
 
-    return read_zone_file(settings.zone_file, settings.zone)
+    zone = read_zone_file(settings.zone_file, settings.zone)
+    zone.rehearse()
+    return zone
 
 
 class LocalZone:
@@ -93,7 +95,10 @@ class LocalZone:
         known = self._answers.get(key)
         if known is not None:
             return query[:2] + known
-        answer = zone.answer(query, question, udp=udp)
+        try:
+            answer = zone.answer(query, question, udp=udp)
+        except OSError:  # dnspython imports the kinds of records when it meets them, and there are no descriptors left
+            return failure(query, Rcode.SERVFAIL, question)
         if len(query) <= _MAX_CACHED_QUERY and _is_lasting(answer):
             if len(self._answers) >= _MAX_CACHED:
                 self._answers.clear()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from agent.relay.dns_message import Question, Rcode, failure
+from agent.relay.dns_message import Question, Rcode, failure, question_of
 from agent.relay.dns_vips import Vips
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ MAX_NEGATIVE_TTL = 10
 
 _IN, _ANY_CLASS = 1, 255
 _A, _NS, _SOA, _AAAA, _ANY = 1, 2, 6, 28, 255
+_USUAL_TYPES = (_A, _AAAA, _SOA, _NS)
 _META_TYPES = range(249, 255)
 """TKEY, TSIG, IXFR, AXFR, MAILB, MAILA: nothing that a name has (RFC 6895, 3.1)."""
 _OPCODE = 0x78
+_QUERY = bytes.fromhex("000001000001000000000001")
+"""The header of a query with EDNS."""
+_EDNS = bytes.fromhex("00002904d0000000000000")
 
 
 class Addresses(NamedTuple):
@@ -71,6 +76,17 @@ class Zone:
         while position < begin:
             position += name[position] + 1
         return position == begin
+
+    def rehearse(self) -> None:
+        """Build answers of the usual kinds once: for the first of each, dnspython reads modules from files.
+
+        Later there may be no descriptors left for that.
+        """
+        for name, kind in itertools.product((next(iter(self.names), self.origin), self.origin), _USUAL_TYPES):
+            query = _QUERY + name + kind.to_bytes(2, "big") + _IN.to_bytes(2, "big") + _EDNS
+            question = question_of(query)
+            assert question is not None
+            self.answer(query, question, udp=True)
 
     def answer(self, query: bytes, question: Question, *, udp: bool) -> bytes:
         """The answer to a query for a name that the zone covers."""

@@ -66,6 +66,9 @@ class Surroundings:
     vips: Callable[[Destination], Sequence[Destination] | None]
     """What to dial for a virtual address of the local DNS zone; None for all other destinations."""
     is_local: Callable[[Destination], bool]
+    """True for what nobody knows, for instance when there are no descriptors left."""
+    is_surely_local: Callable[[Destination], bool]
+    """False for that."""
 
 
 class Route:
@@ -159,9 +162,9 @@ class Route:
         if not settings.allow_metadata_addresses and is_metadata(destination):
             return Refusal.METADATA
         for one in (peer,) if sender is None else (peer, sender):
-            if reaches_loopback_from_afar(destination, one.host, around.is_local):
+            if reaches_loopback_from_afar(destination, one.host, around.is_surely_local):
                 return Refusal.LOOPBACK
-            if sender is not None and reaches_neighbours_from_afar(destination, one.host, around.is_local):
+            if sender is not None and reaches_neighbours_from_afar(destination, one.host, around.is_surely_local):
                 return Refusal.LINK_LOCAL
         return None
 

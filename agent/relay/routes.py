@@ -45,10 +45,19 @@ def is_local_reply(reply: bytes) -> bool:
 
 
 def is_local(destination: Destination) -> bool:
-    """Whether connecting to the address stays on this host. True when the kernel cannot be asked: refusing is safe."""
+    """Whether connecting to the address stays on this host. True if nobody can tell: not dialling is safe."""
+    return _asked(destination) is not False
+
+
+def is_surely_local(destination: Destination) -> bool:
+    """The same, but False when the kernel cannot be asked: for whom something is admitted that others are refused."""
+    return _asked(destination) is True
+
+
+def _asked(destination: Destination) -> bool | None:
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
             netlink.send(build_request(destination))
             return is_local_reply(netlink.recv(_REPLY_LIMIT))
     except OSError:
-        return True
+        return None

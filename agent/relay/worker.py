@@ -20,6 +20,7 @@ from agent.relay.connection import Context
 from agent.relay.dialling import Exchange, Link, OwnDial
 from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
+from agent.relay.held_ports import HeldPorts
 from agent.relay.loop import Loop
 from agent.relay.metrics import DNS_COUNTERS, render
 from agent.relay.metrics_server import MetricsServer
@@ -69,7 +70,14 @@ class Worker:
         self._supervised = supervisor is not None
         self._guard = SelfDialGuard(frozenset(), routes.is_local)
         own_dials: dict[Link, OwnDial] = {}
-        exchange = Exchange(self.loop, own_dials, counts.hops, self._missing_source, sock_diag.serves_every_address)
+        exchange = Exchange(
+            self.loop,
+            own_dials,
+            counts.hops,
+            HeldPorts(self.loop),
+            self._missing_source,
+            sock_diag.serves_every_address,
+        )
         buffer = memoryview(bytearray(BUFFER_SIZE))
         self._accelerator = Accelerator(self.loop, sockmap, buffer) if sockmap is not None else None
         context = Context(exchange, self._pool, buffer, self._accelerator)
@@ -78,7 +86,9 @@ class Worker:
         self._metrics = MetricsServer(self.loop, self._complaints, self._figures)
         self._publishing = False
         self._dns = DnsServer(self.loop, settings.dns, self._guard, log)
-        self._surroundings = Surroundings(self._guard, own_dials, counts.hops, self._dns.upstreams, routes.is_local)
+        self._surroundings = Surroundings(
+            self._guard, own_dials, counts.hops, self._dns.upstreams, routes.is_local, routes.is_surely_local
+        )
         self._sockets: dict[socket.socket, Role] = {}
         if supervisor is not None:
             supervisor.setblocking(False)

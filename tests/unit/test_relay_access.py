@@ -139,12 +139,13 @@ def route(
     own: Mapping[Link, OwnDial] = MappingProxyType({}),
     vips: Callable[[Destination], Sequence[Destination] | None] = no_vips,
     hops: Hops | None = None,
+    surely: Callable[[Destination], bool] = is_local,
     **settings: object,
 ) -> Route:
     whole = ListenerSettings(**{"name": "x", "role": Role.OUTBOUND, "listen": read_listen("*:15001")} | settings)  # type: ignore[arg-type]
     guard = SelfDialGuard(frozenset(), is_local)
     guard.watch([whole.listen])
-    return Route(whole, 0, Surroundings(guard, own, hops or Hops(), vips, is_local), ListenerTls())
+    return Route(whole, 0, Surroundings(guard, own, hops or Hops(), vips, is_local, surely), ListenerTls())
 
 
 def test_what_is_dialled() -> None:
@@ -223,6 +224,12 @@ def test_who_is_refused_before_a_word_is_said() -> None:
     assert proxied.refuses_to_hear(Peer(None, 0), None) is Refusal.UNTRUSTED
     assert proxied.refuses_to_hear(Peer("10.0.0.1", 1), None) is None
     assert proxied.refuses_to_hear(CLIENT, Dial(SERVER, hops=1)) is None, "it is the relay itself"
+
+
+def test_when_the_kernel_cannot_be_asked_nobody_is_local() -> None:
+    unknown = route(surely=lambda _destination: False)
+    assert unknown.decide(Peer("127.0.0.1", 9), Destination("127.0.0.1", 22)) is Refusal.LOOPBACK
+    assert unknown.decide(CLIENT, SERVER) == (Dial(SERVER),)
 
 
 def test_hops_through_other_workers_are_counted() -> None:

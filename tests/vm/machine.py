@@ -18,7 +18,7 @@ from tests.vm.initramfs import archive
 
 HOST = "10.0.2.2"
 """The machine that runs this one, as seen from inside (qemu's user network)."""
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 600.0
 """The processor is emulated, and its owner may be busy."""
 _CPU = "Nehalem,-cx16"
 """Emulated faster than younger processors (a boot takes a sixth less). Without CMPXCHG16B, whose emulation in qemu 7.2

@@ -125,6 +125,8 @@ class Connection:
             return
         self.error = error
         self.ending = ending
+        if ending is Ending.UPSTREAM_RESET:
+            self._dialling.keep_port()
         for sock in (self._client, self._upstream):
             if sock is not None and sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)

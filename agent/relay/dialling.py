@@ -13,6 +13,7 @@ from typing import NamedTuple
 from agent.relay import client_ports
 from agent.relay.deadlines import Deadlines
 from agent.relay.dials import Dial
+from agent.relay.held_ports import HeldPorts
 from agent.relay.hops import Hops
 from agent.relay.loop import Loop
 from agent.relay.original_destination import Destination
@@ -71,6 +72,7 @@ class Exchange(NamedTuple):
     own_dials: dict[Link, OwnDial]
     """The connections this worker has opened itself."""
     hops: Hops
+    ports: HeldPorts
     missing_source: Callable[[str], None]
     """Told when an address to dial from does not exist on this host."""
     serves_every_address: Callable[[Destination], bool]
@@ -115,6 +117,11 @@ class Dialling:
         """The attempt has had its time."""
         self._drop()
         self._next(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+
+    def keep_port(self) -> None:
+        """The server has reset the connection, so its port is free."""
+        if self._link is not None and self._dials[self._attempt - 1].source is None:
+            self._exchange.ports.hold(self._link.host, self._link.port)
 
     def close(self) -> None:
         """Give up, or hang up."""

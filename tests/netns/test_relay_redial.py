@@ -187,6 +187,31 @@ def test_another_worker_passes_it_on(net: Net, tmp_path: Path) -> None:
                 assert client.recv(5) == b"hello"
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_an_application_does_not_get_the_port_of_a_dial_that_was_reset(
+    net: Net, tmp_path: Path, family: socket.AddressFamily
+) -> None:
+    """conntrack remembers that the dial was not redirected, and would let the application go past the relay."""
+    with configured(net, tmp_path, OUTBOUND.format(workers=1, more="")):
+        dial_from(net, ALL)
+        with serving(net, net.peer, (PEER[family], PORT), reset) as server:
+            clients = [connect(net, family, port) for port in (45000, 45001)]
+            for client in clients:
+                client.sendall(b"x")
+            for client in clients:
+                with pytest.raises(ConnectionResetError):
+                    client.recv(1)
+                client.close()
+            assert {peer[1] for peer in server.peers} == set(REMEMBERED)
+        with (
+            serving(net, net.peer, (PEER[family], PORT), relay_net.echo) as server,
+            net.connect(net.host, (PEER[family], PORT)) as client,
+        ):
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+            assert client.getsockname()[1] != server.peers[0][1], "it is the relay that the server sees"
+
+
 def test_connections_that_come_back_again_and_again_end_with_several_workers_too(net: Net, tmp_path: Path) -> None:
     """As root, which is not the user that the rules let pass."""
     with relay_net.relay(net, tmp_path, "--workers", "2", user=None) as running:

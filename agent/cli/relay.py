@@ -207,6 +207,8 @@ def _sockmap(settings: Settings) -> Sockmap | None:
 
     given = sockmap.inherited(os.environ)
     if settings.accelerate == "off":
+        for descriptor in given or ():
+            os.close(descriptor)
         return None
     return given or sockmap.load(sockmap.pairs_for(settings.limits.connections))
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 from agent.errors import HostError
 
 SINCE = (6, 4)
-"""Before, the kernel lost bytes of redirected streams (kernel commits 29173d07f79, 78fa0d61d97 and 405df89dd52)."""
+"""Before, the kernel lost bytes of redirected streams: that release has the fixes "bpf, sockmap: Pass skb ownership
+through read_skb" and "bpf, sockmap: Convert schedule_work into delayed_work"."""
 VARIABLE = "TPCTL_RELAY_SOCKMAP"
 """The descriptors that a successor is given, in the order of `Sockmap`."""
 MOST_PAIRS = 1 << 20

@@ -402,3 +402,16 @@ def test_as_many_workers_as_processors(tmp_path: Path) -> None:
     started = CliRunner().invoke(command, ["--workers", "auto", "--check-config"], standalone_mode=False)
     assert started.return_value == 0, started.output
     assert CliRunner().invoke(command, ["--workers", "some", "--check-config"]).exit_code == 2
+
+
+def test_acceleration_is_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    text = "listeners: [{listen: '*:1', direction: outbound}]\n"
+    found = []
+    for line in ("", "accelerate: off", "accelerate: sockmap"):
+        (tmp_path / "r.yaml").write_text(text + line)
+        found.append(load(str(tmp_path / "r.yaml")).accelerate)
+    assert found == ["off", "off", "sockmap"]
+    assert Flags().settings().accelerate == "off"
+    (tmp_path / "r.yaml").write_text(text + "accelerate: xdp")
+    with pytest.raises(InputError, match=r"accelerate: .xdp. is none of off, sockmap"):
+        load(str(tmp_path / "r.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ _PREFIX = "tpctl_relay_"
 _LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _ESCAPED = re.compile(r"\\(.)")
+_LARGEST = 1e20
+"""Counters have 64 bits."""
+_LATEST = 253402300799.0
+"""The end of the year 9999, beyond which time.gmtime() fails."""
 _ORDERLY = "closed"
 """The one reason of an end that is no error."""
 
@@ -112,7 +117,7 @@ def view(now: Figures, before: Figures | None, seconds: float) -> View:
         before = None
     reading = _Reading(now, before, seconds)
     return View(
-        since=now.get("start_time_seconds"),
+        since=min(max(now.get("start_time_seconds"), 0.0), _LATEST),
         workers=int(now.get("workers")),
         draining=int(now.get("workers_draining")),
         listeners=tuple(reading.listener(labels) for labels in now.labels("listener_info")),
@@ -157,11 +162,16 @@ class _Reading:
 
 
 def _unescaped(text: str) -> str:
-    return _ESCAPED.sub(lambda found: "\n" if found[1] == "n" else found[1], text)
+    """A label's value. Whoever answers there, nothing of it moves the cursor of a terminal."""
+    plain = _ESCAPED.sub(lambda found: "\n" if found[1] == "n" else found[1], text)
+    return "".join(char if char.isprintable() else "?" for char in plain)
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise NotARelayError("what answers there is no tpctl relay") from None
+        value = math.nan
+    if not abs(value) < _LARGEST:
+        raise NotARelayError("what answers there is no tpctl relay")
+    return value

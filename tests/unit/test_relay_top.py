@@ -1,0 +1,137 @@
+"""What `tpctl top` makes of two readings, and how it shows it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.relay import metrics, top_view
+from agent.relay.connection import Ending
+from agent.relay.listen import read_listen
+from agent.relay.metrics import render
+from agent.relay.route import Refusal
+from agent.relay.settings import ListenerSettings, Role, Settings
+from agent.relay.tally import ACCEPTED, ACTIVE, BROUGHT_BACK, DNS, ENDED, PAUSES, RECEIVED, REFUSED, SENT, WORKER, Tally
+from agent.relay.top_figures import Counter, Figures, NotARelayError, View, view
+
+SETTINGS = Settings(
+    listeners=(
+        ListenerSettings("in", Role.INBOUND, read_listen("[::]:15006")),
+        ListenerSettings("out", Role.OUTBOUND, read_listen('unix:/run/a"b\\c')),
+        ListenerSettings("dns", Role.DNS, read_listen("*:15053")),
+    ),
+    workers=2,
+)
+SLOTS = {"in": 0, "out": 1, "dns": 2}
+
+
+@pytest.fixture
+def counts() -> Tally:
+    return Tally(2)
+
+
+def figures(counts: Tally) -> Figures:
+    return Figures(render(counts, SLOTS, SETTINGS))
+
+
+def later(counts: Tally) -> View:
+    """A view over two seconds in which something has happened."""
+    counts.put(0, ACCEPTED, 1000)
+    counts.put(0, SENT, 50)
+    before = figures(counts)
+    for worker in range(2):
+        counts.be(worker)
+        counts.add(0, ACCEPTED, 10)
+        counts.add(0, ACTIVE, 3)
+        counts.add(0, SENT, 2500)
+        counts.add(0, RECEIVED, 1_500_000)
+        counts.add(0, ENDED[Ending.CLOSED], 4)
+        counts.add(0, ENDED[Ending.IDLE], 2)
+        counts.add(0, REFUSED[Refusal.SOURCE], 1)
+        counts.add(1, BROUGHT_BACK, 1)
+        counts.add(WORKER, PAUSES, 2)
+        counts.add(WORKER, DNS, 5)
+    return view(figures(counts), before, 2.0)
+
+
+def test_totals_and_rates(counts: Tally) -> None:
+    shown = later(counts)
+    inbound, outbound, _dns = shown.listeners
+    assert (inbound.open, inbound.accepted.total, inbound.accepted.rate) == (6, 1020, 10.0)
+    assert (inbound.to_upstream.total, inbound.to_upstream.rate, inbound.to_client.rate) == (5050, 2500.0, 1_500_000.0)
+    assert {reason: (one.total, one.rate) for reason, one in inbound.ended.items()} == {
+        "closed": (8, 4.0),
+        "idle for too long": (4, 2.0),
+    }
+    assert (inbound.refused["source"].total, inbound.errors.total, inbound.errors.rate) == (2, 6, 3.0)
+    assert (outbound.listen, outbound.brought_back) == ('unix:/run/a"b\\c', 2)
+    assert outbound.errors == Counter(0, 0.0)
+    assert (shown.dns[metrics.DNS_COUNTERS[0]].total, shown.dns[metrics.DNS_COUNTERS[0]].rate) == (10, 5.0)
+    assert (shown.workers, shown.accept_pauses, shown.draining) == (2, 4, 0)
+
+
+def test_nothing_is_compared_with_another_relay(counts: Tally) -> None:
+    counts.put(0, ACCEPTED, 7)
+    before = figures(counts)
+    restarted = Tally(2)
+    restarted.since = counts.since + 100
+    shown = view(figures(restarted), before, 2.0)
+    assert shown.listeners[0].accepted == Counter(0, None)
+    assert shown.listeners[0].errors.rate is None
+    assert view(before, None, 2.0).listeners[0].accepted == Counter(7, None)
+
+
+def test_the_picture(counts: Tally) -> None:
+    shown = top_view.lines(later(counts), "127.0.0.1:9902", counts.since + 7300)
+    assert shown[0].startswith("relay at 127.0.0.1:9902: serving, 2 workers, since ")
+    assert shown[0].endswith(" (2 h)")
+    rows = [" ".join(line.split()) for line in shown]
+    assert "in inbound [::]:15006 6 10.0 2.5 kB 1.5 MB 3.0" in rows
+    assert 'out outbound unix:/run/a"b\\c 0 0.0 0 B 0 B 0.0' in rows
+    assert "in idle for too long 4 2.0" in rows
+    assert "in refused: source 2 1.0" in rows
+    assert "out dials brought back to the relay, and dialled again 2" in rows
+    assert "accepting paused 4 times" in rows
+    assert not any("closed" in row for row in rows)
+    assert top_view.fit(shown, 10, 3) == [line[:10].rstrip() for line in shown[:3]]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1.0 kB"), (1234, "1.2 kB"), (123_456, "123 kB"), (99.95e9, "100.0 GB"),
+     (5e15, "5000 TB")],
+)  # fmt: skip
+def test_sizes(number: float, text: str) -> None:
+    assert top_view.size(number) == text
+
+
+@given(st.text() | st.text(alphabet='tpcl_reay{}="\\, 0123456789\n#'))
+def test_any_text_is_a_relays_or_not(text: str) -> None:
+    with contextlib.suppress(NotARelayError):
+        view(Figures(text), None, 1.0)
+    assert view(Figures(f"tpctl_relay_workers 1\n{metrics.CONTENT_TYPE}"), None, 1.0).workers == 1
+
+
+def test_what_is_no_number() -> None:
+    for text in (
+        "tpctl_relay_workers x",
+        "tpctl_relay_workers nan",
+        "tpctl_relay_workers -inf",
+        "tpctl_relay_workers{} ",
+        "",
+        "node_cpu 1",
+    ):
+        with pytest.raises(NotARelayError):
+            Figures(text)
+
+
+def test_what_is_shown_moves_no_cursor() -> None:
+    text = "tpctl_relay_workers 1\ntpctl_relay_start_time_seconds 1e19\n"
+    text += 'tpctl_relay_listener_info{listener="a\x1b[2J\\nb",direction="inbound",listen="x"} 1'
+    shown = view(Figures(text), None, 1.0)
+    assert shown.listeners[0].name == "a?[2J?b"
+    assert not any("\x1b" in line for line in top_view.lines(shown, "here", 0.0))
+    assert top_view.document(shown, "here")["since"] == "9999-12-31T23:59:59Z"

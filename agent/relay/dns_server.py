@@ -12,6 +12,7 @@ from agent.relay.dials import SelfDialGuard
 from agent.relay.dns import DnsForwarder
 from agent.relay.dns_counters import DnsCounters
 from agent.relay.dns_local import LocalZone
+from agent.relay.dns_neighbours import Neighbours
 from agent.relay.dns_settings import DnsSettings
 from agent.relay.dns_tcp import DnsStreams
 from agent.relay.dns_tcp_upstream import Shared
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 
-def anybody(_host: str) -> bool:
-    """The access rule of a listener that has none."""
-    return True
-
-
 class DnsServer:
     """Answers queries from the local zone, and forwards all others. Raises InputError when the zone file is unusable.
 
@@ -38,6 +34,7 @@ class DnsServer:
     def __init__(self, loop: Loop, settings: DnsSettings, guard: SelfDialGuard, log: FilteringBoundLogger) -> None:
         complaints = Complaints(log)
         self.counters = DnsCounters()
+        self._neighbours = Neighbours(complaints)
         self._zone = LocalZone(settings, loop, self.counters, log)
         self._settings = settings
         self._resolv_conf = ResolvConf(settings.resolv_conf)
@@ -62,16 +59,15 @@ class DnsServer:
         self._zone.use(settings)
         self._settings = settings
 
-    def listen(self, listener: socket.socket, allows: Callable[[str], bool] = anybody) -> None:
+    def listen(self, listener: socket.socket, allows: Callable[[str], bool] | None = None) -> None:
         """Serve a listener, over UDP (for which `packet_info.enable` was called) or TCP.
 
-        `allows` says whether a client's address, as text and IPv4 in its own form, may ask. For a listener that is
+        `allows` says whether a client's address, as text and IPv4 in its own form, may ask; without it, this host and
+        the networks it is attached to may. For a listener that is
         served already, it replaces the rule.
         """
-        if listener.type == socket.SOCK_DGRAM:
-            self._udp.listen(listener, allows)
-        else:
-            self._tcp.listen(listener, allows)
+        served = self._udp if listener.type == socket.SOCK_DGRAM else self._tcp
+        served.listen(listener, allows or self._neighbours)
 
     def upstreams(self, destination: Destination) -> tuple[Destination, ...] | None:
         """What to dial, best first, for a connection to a virtual address of the zone; see `Vips.upstreams`.

@@ -15,9 +15,10 @@ _RTM_GETROUTE = 26
 _NLM_F_REQUEST = 1
 _RTA_DST = 1
 _RTA_OIF = 4
+_RTA_GATEWAY, _RTA_VIA = 5, 18
 _NLMSG_ERROR = 2
-_RTN_LOCAL = 2
-"""linux/rtnetlink.h: the packet is delivered to this host."""
+_RTN_UNICAST, _RTN_LOCAL = 1, 2
+"""linux/rtnetlink.h: the packet goes to somebody else, or is delivered to this host."""
 
 _HEADER = struct.Struct("=IHHII")
 _ROUTE = struct.Struct("=BBBBBBBBI")
@@ -37,27 +38,53 @@ def build_request(destination: Destination) -> bytes:
 
 def is_local_reply(reply: bytes) -> bool:
     """Whether the kernel's answer says that the address is this host's own. No route at all means that it is not."""
-    if len(reply) < _HEADER.size + _ROUTE.size:
-        return False
-    if _HEADER.unpack_from(reply)[1] == _NLMSG_ERROR:
-        return False
-    return bool(_ROUTE.unpack_from(reply, _HEADER.size)[7] == _RTN_LOCAL)
+    return _kind(reply) == _RTN_LOCAL
+
+
+def is_near_reply(reply: bytes) -> bool:
+    """Whether it says that the address is this host's own, or is reached without a router."""
+    kind = _kind(reply)
+    return kind == _RTN_LOCAL or (kind == _RTN_UNICAST and not {_RTA_GATEWAY, _RTA_VIA} & _attributes(reply))
+
+
+def _kind(reply: bytes) -> int | None:
+    if len(reply) < _HEADER.size + _ROUTE.size or _HEADER.unpack_from(reply)[1] == _NLMSG_ERROR:
+        return None
+    return int(_ROUTE.unpack_from(reply, _HEADER.size)[7])
+
+
+def _attributes(reply: bytes) -> set[int]:
+    found, at = set(), _HEADER.size + _ROUTE.size
+    while at + _ATTRIBUTE.size <= len(reply):
+        size, kind = _ATTRIBUTE.unpack_from(reply, at)
+        found.add(kind)
+        at += max((size + 3) & ~3, _ATTRIBUTE.size)
+    return found
 
 
 def is_local(destination: Destination) -> bool:
     """Whether connecting to the address stays on this host. True if nobody can tell: not dialling is safe."""
-    return _asked(destination) is not False
+    reply = _asked(destination)
+    return reply is None or is_local_reply(reply)
 
 
 def is_surely_local(destination: Destination) -> bool:
     """The same, but False when the kernel cannot be asked: for whom something is admitted that others are refused."""
-    return _asked(destination) is True
+    reply = _asked(destination)
+    return reply is not None and is_local_reply(reply)
 
 
-def _asked(destination: Destination) -> bool | None:
+def is_near(host: str) -> bool:
+    """Whether an address is this host's own, or is reached without a router. True when the kernel cannot be asked."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    reply = _asked(Destination(host.partition("%")[0], 0, family))
+    return reply is None or is_near_reply(reply)
+
+
+def _asked(destination: Destination) -> bytes | None:
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
             netlink.send(build_request(destination))
-            return is_local_reply(netlink.recv(_REPLY_LIMIT))
+            return netlink.recv(_REPLY_LIMIT)
     except OSError:
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from agent.errors import TpctlError
 from agent.relay import routes, signals, sock_diag, tally, tls
 from agent.relay.acceleration import Accelerator
+from agent.relay.access import EVERYBODY
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
@@ -123,7 +124,7 @@ class Worker:
 
     def _listen(self, listener: ListenerSettings, sock: socket.socket) -> None:
         if listener.role is Role.DNS:
-            self._dns.listen(sock, listener.access.admits)
+            self._dns.listen(sock, None if listener.access == EVERYBODY else listener.access.admits)
         elif listener.role is Role.METRICS:
             self._metrics.listen(sock)
             if not self._publishing:

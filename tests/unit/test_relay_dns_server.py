@@ -10,9 +10,10 @@ import dns.message
 import pytest
 import structlog
 
-from agent.relay import packet_info
+from agent.relay import packet_info, routes
 from agent.relay.dials import SelfDialGuard
-from agent.relay.dns_server import DnsServer, anybody
+from agent.relay.dns_neighbours import Neighbours
+from agent.relay.dns_server import DnsServer
 from agent.relay.dns_settings import DnsSettings
 from agent.relay.dns_tcp_upstream import framed, take_frame
 from agent.relay.loop import Loop
@@ -43,7 +44,7 @@ class Served:
         for listener in (self.udp, self.tcp):
             listener.setblocking(False)
 
-    def listen(self, allows: Callable[[str], bool] = anybody) -> None:
+    def listen(self, allows: Callable[[str], bool] | None = None) -> None:
         self.server.listen(self.udp, allows)
         self.server.listen(self.tcp, allows)
 
@@ -158,3 +159,42 @@ def test_other_name_servers_are_used_at_once(served: Served, tmp_path: Path) -> 
             served.turn()
             assert served.server.counters.forwarded == expected
             served.server.use(DnsSettings(other, served.settings.zone_file))
+
+
+def test_the_kernel_is_asked_once_in_a_while_who_is_near() -> None:
+    now = [0.0]
+    asked: list[str] = []
+    refused: list[object] = []
+
+    def is_near(host: str) -> bool:
+        asked.append(host)
+        return host != "198.18.0.9"
+
+    class Complaints:
+        def warn(self, _subject: str, **details: object) -> None:
+            refused.append(details["client"])
+
+    neighbours = Neighbours(Complaints(), is_near, lambda: now[0])  # type: ignore[arg-type]
+    for _ in range(3):
+        assert neighbours("127.0.0.1")
+        assert neighbours("::1")
+        assert neighbours("10.0.0.9")
+        assert neighbours("fe80::9%eth0")
+        assert not neighbours("198.18.0.9")
+    assert asked == ["10.0.0.9", "fe80::9%eth0", "198.18.0.9"]
+    assert refused == ["198.18.0.9"] * 3
+    now[0] = 60.0
+    assert neighbours("10.0.0.9")
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "near"),
+    [(2, b"", True), (1, b"", True), (1, b"\x08\0\5\0\x0a\0\0\1", False), (1, b"\x0a\0\x12\0\2\0\x0a\0\0\1\0\0", False),
+     (7, b"", False)],
+)  # fmt: skip
+def test_who_is_reached_without_a_router(kind: int, attributes: bytes, near: bool) -> None:
+    body = bytes((2, 32, 0, 0, 254, 0, 0, kind)) + bytes(4) + b"\x08\0\4\0\1\0\0\0" + attributes
+    reply = (16 + len(body)).to_bytes(4, "little") + b"\x18\0" + bytes(10) + body
+    assert routes.is_near_reply(reply) is near
+    assert not routes.is_near_reply(reply[:20])

@@ -48,7 +48,7 @@ def refused() -> Iterator[None]:
 @functools.cache
 def _file(name: str) -> Path:
     """A file of this process's own, as long as that runs."""
-    folder = tempfile.mkdtemp(prefix="tpctl-fuzz-")
+    folder = tempfile.mkdtemp(prefix="fuzz-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder, name)
 

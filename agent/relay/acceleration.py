@@ -36,7 +36,7 @@ SMALL = 16 * 1024
 """Bytes read at a time. Large messages do better spliced."""
 _LOOK_SECONDS = 0.05
 """How long a stream that is over may wait until it is noticed."""
-_FIRST_PATIENCE, _LAST_PATIENCE = 0.001, 0.064
+_FIRST_PATIENCE, _LAST_PATIENCE = 0.001, 1.0
 _NO_PIPES = PipePool(0)
 _STREAM = struct.Struct("=QQ")
 _KEY_SIZE = 8

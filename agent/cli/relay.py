@@ -183,11 +183,6 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
 
         read_zone(settings.dns)
         tls.load(settings)
-        from agent.relay import tls
-        from agent.relay.dns_local import read_zone
-
-        read_zone(settings.dns)
-        tls.load(settings)
         click.echo(f"{config or 'the flags'}: in order, {len(settings.listeners)} listeners")
         return 0
     from agent.relay.privileges import become, confine, needed_capabilities

@@ -172,7 +172,7 @@ def test_a_unix_socket(net: Net, tmp_path: Path) -> None:
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(path))
     stale.close()
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o755)
     text = f"""
 listeners: [{{listen: "unix:{path}", direction: outbound, upstream: "{PEER4}:7432"}}]
 """

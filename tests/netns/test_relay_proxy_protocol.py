@@ -208,7 +208,7 @@ listeners:
 
 
 def test_a_unix_socket_is_told_where_to_go_by_the_header(net: Net, tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o755)
     text = f"""
 trusted_ips: ["unix:"]
 listeners: [{{listen: "unix:{tmp_path}/r.sock proxy_protocol", direction: outbound}}]

@@ -6,6 +6,7 @@ With VM_PROVIDER=vagrant, Vagrant runs them (docs/vagrant.md).
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +27,23 @@ FRESH = "fresh"
 _NEEDED = ("qemu-system-x86_64", "mmdebstrap", "ssh")
 
 
+def _obstacle() -> str:
+    """Why no machine can be had here; nothing when one can."""
+    if os.geteuid():
+        return "needs root: disk images are built"
+    missing = [program for program in _NEEDED if not shutil.which(program)]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    distribution = platform.freedesktop_os_release()["ID"]
+    return "" if distribution == "debian" else f"needs a mirror of Debian in apt's sources, and this is {distribution}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without root no image can be built, and without qemu nothing is booted."""
-    missing = [program for program in _NEEDED if not shutil.which(program)]
-    reason = "needs root: disk images are built" if os.geteuid() else f"not installed: {', '.join(missing)}"
-    if "VM_RELEASES" not in os.environ:
-        reason = "make test-vm, or VM_RELEASES=bookworm: not seen yet on a machine with nothing else installed"
-    if os.geteuid() or missing or "VM_RELEASES" not in os.environ:
+    if obstacle := _obstacle():
         for item in items:
             if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=reason))
+                item.add_marker(pytest.mark.skip(reason=obstacle))
     if PROVIDER == "vagrant":
         for item in items:
             if hasattr(getattr(item, "module", None), "SERVICE_PORT"):

@@ -60,8 +60,15 @@ def test_firewalld_brings_the_rules_back(machine: Machine) -> None:
     before = world(machine)
     machine.tpctl(f"install {FLAGS} --engine iptables --store-firewalld")
     assert_captured_after_reboot(machine)
-    assert_survives_firewalld(machine)
     assert_gone(machine, before)
+
+
+@in_the_matrix
+def test_firewalld_keeps_one_copy_of_each_rule(machine: Machine) -> None:
+    start_firewalld(machine)
+    machine.tpctl(f"install {FLAGS} --engine iptables --store-firewalld")
+    remember_policy(machine)
+    assert_survives_firewalld(machine)
 
 
 @in_the_matrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +45,13 @@ class Outcome:
         return "\n".join([*lines, "NOT flawless" if self.faults else "nothing was lost, and nothing has grown"])
 
 
-def soak(seconds: float, folder: Path, tell: Callable[[str], None] = lambda _line: None) -> Outcome:
-    """Do everything in turn for so long; `tell` gets a line about each round.
+def soak(
+    seconds: float,
+    folder: Path,
+    tell: Callable[[str], None] = lambda _line: None,
+    engines: Sequence[str] = ENGINES,
+) -> Outcome:
+    """Do everything in turn for so long, with these engines; `tell` gets a line about each round.
 
     The relay is replaced and killed in the first half alone: its successors are compared with each other there, and in
     the second half one process is with itself.
@@ -58,7 +63,8 @@ def soak(seconds: float, folder: Path, tell: Callable[[str], None] = lambda _lin
         made.install()
         applications = made.applications()
         try:
-            for number, (name, act) in enumerate(_events(made, lambda: time.monotonic() - began < seconds / 2)):
+            events = _events(made, engines, lambda: time.monotonic() - began < seconds / 2)
+            for number, (name, act) in enumerate(events):
                 elapsed = time.monotonic() - began
                 if elapsed > seconds:
                     break
@@ -88,9 +94,11 @@ def _do(made: Plant, name: str, act: Callable[[], None], outcome: Outcome) -> No
     outcome.samples.append(take(made))
 
 
-def _events(made: Plant, relays_change: Callable[[], bool]) -> Iterator[tuple[str, Callable[[], None]]]:
+def _events(
+    made: Plant, order: Sequence[str], relays_change: Callable[[], bool]
+) -> Iterator[tuple[str, Callable[[], None]]]:
     policies = itertools.cycle([*range(1, len(POLICIES)), 0])
-    engines = itertools.cycle([*ENGINES[1:], ENGINES[0]])
+    engines = itertools.cycle([*order[1:], order[0]])
 
     def swap_policy() -> None:
         made.policy = next(policies)

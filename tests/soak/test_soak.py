@@ -28,7 +28,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.root
 def test_some_seconds_of_it(folder: Path) -> None:
-    outcome = soak(SECONDS, folder)
+    outcome = soak(SECONDS, folder, engines=("nftables", "iptables nft"))
     assert not outcome.faults, str(outcome)
     assert outcome.events["swap engine"] >= 1
     assert outcome.seen.connections > 50

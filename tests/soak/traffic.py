@@ -263,7 +263,7 @@ class _MisdirectedError(Exception):
 
 def _check(answer: bytes, sent: bytes) -> None:
     if answer[:1] == PAST:
-        raise _MisdirectedError("it went past the relay")
+        raise _MisdirectedError(f"it went past the relay: the server was called by {answer[1:].decode()[:60]}")
     if answer != THROUGH + sent:
         raise ConnectionError(f"{len(answer)} bytes came back of {len(sent) + 1}")
 
@@ -323,11 +323,12 @@ async def _client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         if first == THROUGH:  # of PROXY
             await reader.readuntil(b"\r\n")
             via, first = THROUGH, await reader.readexactly(1)
-        writer.write(via)
-        if first == WHOLE:
-            writer.write(first + await reader.read(-1))
+        if via == PAST:
+            writer.write(via + str(writer.get_extra_info("peername")[:2]).encode())
+        elif first == WHOLE:
+            writer.write(via + first + await reader.read(-1))
         else:
-            writer.write(first)
+            writer.write(via + first)
             while data := await reader.read(1 << 16):
                 writer.write(data)
         await writer.drain()

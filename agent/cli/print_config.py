@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ _COMMENT_COLUMN = 60
 
 def as_data(config: Config) -> dict[str, dict[str, object]]:
     """By YAML key: the value, and where it came from."""
+    config = _effective(config)
     return {
         option.key: {"value": _plain(option, getattr(config, option.name)), "origin": config.origins[option.name]}
         for option in OPTIONS
@@ -23,6 +25,7 @@ def as_data(config: Config) -> dict[str, dict[str, object]]:
 
 def as_yaml(config: Config) -> str:
     """kumactl's YAML, each value with its origin as a comment."""
+    config = _effective(config)
     tree: dict[str, Any] = {}
     for option in OPTIONS:
         *sections, last = option.key.split(".")
@@ -32,6 +35,14 @@ def as_yaml(config: Config) -> str:
         value = json.dumps(_plain(option, getattr(config, option.name)), ensure_ascii=False)
         branch[last] = (value, config.origins[option.name])
     return "\n".join(_lines(tree, 0))
+
+
+def _effective(config: Config) -> Config:
+    """Beside a control group, what arrives is not redirected by default; a printed default would be refused as given."""
+    if not config.cgroup or config.inbound_include_ports or config.is_given("inbound_enabled"):
+        return config
+    origins = {**config.origins, "inbound_enabled": config.origins["cgroup"]}
+    return dataclasses.replace(config, inbound_enabled=False, origins=origins)
 
 
 def _lines(tree: Mapping[str, Any], depth: int) -> Iterator[str]:

@@ -89,7 +89,17 @@ def test_defaults_are_the_default_policy() -> None:
     assert resolved() == Resolved(Policy(proxy_uid=5678), resolved().options, ())
 
 
-@pytest.mark.parametrize("flags", [{}, {"engine": "nftables"}, {"iptables_mode": "legacy"}, {"dns_enabled": "true"}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"engine": "nftables"},
+        {"iptables_mode": "legacy"},
+        {"dns_enabled": "true"},
+        {"cgroup": APP},
+        {"cgroup": APP, "inbound_include_ports": "80"},
+    ],
+)
 def test_a_printed_configuration_comes_to_the_same(tmp_path: Path, flags: dict[str, str]) -> None:
     # What is a default there is written down, and must not count as a wish: nobody asked for iptables.
     printed = tmp_path / "config.yaml"

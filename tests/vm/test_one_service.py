@@ -42,7 +42,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 
 def told(machine: Machine, service: int, port: int) -> str:
     """What a service of the machine hears that calls this host."""
-    return machine.said(f"curl -s --retry 20 --retry-connrefused http://127.0.0.1:{service}/{HOST}:{port}/")
+    return machine.said(
+        f"curl -s --retry 60 --retry-delay 2 --retry-connrefused http://127.0.0.1:{service}/{HOST}:{port}/"
+    )
 
 
 def test_one_service_is_redirected_and_no_other(machine: Machine) -> None:
@@ -52,6 +54,7 @@ def test_one_service_is_redirected_and_no_other(machine: Machine) -> None:
     machine.write("/etc/systemd/system/other.service", UNIT.format(install="", port=OTHER))
     machine.run("systemctl daemon-reload && systemctl enable --quiet app other")
     machine.reboot()
+    assert machine.said("systemctl is-active app other").split() == ["active", "active"]
     with website() as port:
         # Nobody listens where it was redirected to.
         assert "Connection refused" in told(machine, REDIRECTED, port)

@@ -38,7 +38,7 @@ def as_yaml(config: Config) -> str:
 
 
 def _effective(config: Config) -> Config:
-    """Beside a control group, what arrives is not redirected by default; a printed default would be refused as given."""
+    """Beside a control group, what arrives is not redirected by default; "true" would be refused when given back."""
     if not config.cgroup or config.inbound_include_ports or config.is_given("inbound_enabled"):
         return config
     origins = {**config.origins, "inbound_enabled": config.origins["cgroup"]}

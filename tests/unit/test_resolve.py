@@ -89,6 +89,9 @@ def test_defaults_are_the_default_policy() -> None:
     assert resolved() == Resolved(Policy(proxy_uid=5678), resolved().options, ())
 
 
+APP = "system.slice/app.service"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -133,9 +136,6 @@ def test_everything_arrives_in_the_policy_and_the_options() -> None:
     assert (policy.drop_invalid, policy.log_level, len(policy.virtual_networks)) == (True, 1, 1)
     unchanged = [name for name in options.__slots__ if getattr(options, name) == getattr(default.options, name)]
     assert unchanged == ["executables", "ebpf_cgroup", "ebpf_bpffs"]
-
-
-APP = "system.slice/app.service"
 
 
 @pytest.mark.parametrize("spelling", [APP, f"/{APP}/", f"/sys/fs/cgroup/{APP}"])

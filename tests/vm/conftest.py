@@ -74,7 +74,13 @@ def running(
 def _machine(release: str, folder: Path) -> Machine:
     if PROVIDER == "vagrant":
         return VagrantMachine(release, folder)
-    return Machine(image(Recipe(release)), folder, ports=(SERVICE_PORT,))
+    try:
+        built = image(Recipe(release))
+    except RuntimeError as failed:
+        if "VM_RELEASES" in os.environ:
+            raise
+        pytest.skip(f"no image can be built here (make test-vm shows why): {str(failed).strip().splitlines()[-1]}")
+    return Machine(built, folder, ports=(SERVICE_PORT,))
 
 
 @pytest.fixture

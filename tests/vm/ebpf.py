@@ -32,7 +32,9 @@ def boot(release: str, root: bytes, policies: int, timeout: float) -> str:
         # Archives may follow each other.
         memory.write(root + archive([], own))
         memory.flush()
-        machine = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-m", "3G", "-smp", "2"]
+        # rdrand: nothing else gives the kernel randomness so early, and Python does not start without.
+        processor = ["-cpu", "Nehalem,-cx16,+rdrand", "-smp", "2"]
+        machine = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", *processor, "-m", "3G"]
         words = f"console=ttyS0 quiet panic=-1 rdinit=/init TPCTL_POLICIES={policies}"
         start = ["-kernel", str(chosen.image), "-initrd", memory.name, "-append", words]
         done = subprocess.run(

@@ -27,6 +27,8 @@ CLIENT = "firewall-cmd"
 NEW_FILE_MODE = 0o640
 RELOAD_SECONDS = 120.0
 _RFC3964 = "RFC3964_IPv4="
+_OUTPUT = "inet firewalld filter_OUTPUT"
+_REWRITTEN = "ct status dnat accept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +112,25 @@ def rejects_redirected_ipv6() -> bool:
 
     With RFC3964_IPv4 (firewalld.conf(5)) it rejects what goes to ::/96 by another interface than loopback. ::1 is in
     there; and of a connection whose destination is rewritten on the way out, the kernel's hooks are told the interface
-    it would have left by.
+    it would have left by. firewalld 2 accepts before that whatever has been rewritten.
     """
     try:
         settings = (DIRECTORY / "firewalld.conf").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     given = [line.partition("=")[2].strip().lower() for line in settings.splitlines() if line.startswith(_RFC3964)]
-    return (not given or given[-1] not in ("no", "false")) and in_first_namespace() and is_running()
+    filters = not given or given[-1] not in ("no", "false")
+    return filters and in_first_namespace() and is_running() and not accepts_rewritten()
+
+
+def accepts_rewritten() -> bool:
+    """Whether firewalld's chain for what this host sends accepts connections whose destination was rewritten."""
+    from agent.engines.nftables.nft import NftError, find
+
+    try:
+        return _REWRITTEN in find().listing(f"list chain {_OUTPUT}")
+    except (NftError, HostError, ApplyError):
+        return False
 
 
 def is_running() -> bool:

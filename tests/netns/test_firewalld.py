@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from agent.persist import firewalld
 from agent.policy import Policy
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout
 from tests.netns.firewall import Firewall, firewall
-from tests.netns.lab import PROXY, PROXY_USER
+from tests.netns.lab import PROXY, PROXY_USER, bare_namespace, run
 
 pytestmark = [
     pytest.mark.root,
@@ -166,3 +167,17 @@ def test_an_unconfirmed_install_leaves_direct_xml_as_it_was(daemon: Firewall) ->
     daemon.tpctl("rollback")
     assert daemon.direct.read_text() == OTHERS
     assert rules(daemon) == []
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_whether_rewritten_connections_pass_is_read_from_the_kernel(accepts: bool) -> None:
+    rules = [
+        "ct state { established, related } accept",
+        *(["ct status dnat accept"] if accepts else []),
+        "oifname lo accept",
+    ]
+    with bare_namespace() as space, space.inside():
+        assert not firewalld.accepts_rewritten()
+        chain = "type filter hook output priority filter + 10; policy accept;\n" + "\n".join(rules)
+        run(["nft", "-f", "-"], stdin=f"table inet firewalld {{\nchain filter_OUTPUT {{\n{chain}\n}}\n}}\n")
+        assert firewalld.accepts_rewritten() is accepts

@@ -59,7 +59,9 @@ def top(net: Net, *options: str) -> subprocess.CompletedProcess[str]:
 @contextlib.contextmanager
 def running(net: Net, *options: str, **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A `tpctl top` that is killed in the end, if it still runs."""
-    process = subprocess.Popen(argv(net, *options), **popen)
+    # A shell lets what it starts in the background ignore SIGINT, and so does all that that starts.
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(argv(net, *options), preexec_fn=heeding, **popen)
     try:
         yield process
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from tests.netns.lab import TOUCHED
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("tpctl", deadline=None)
 hypothesis.settings.load_profile("tpctl")
+
+# Root takes configurations only from files that nobody else may change, and tests write many.
+os.umask(0o022)
 
 
 @pytest.fixture(scope="session", autouse=True)

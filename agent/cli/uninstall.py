@@ -25,6 +25,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 @click.option("--verbose", is_flag=True, help="List every chain and rule removed.")
 def command(
+    *,
     what: str | None,
     dry_run: bool,
     flush: bool,

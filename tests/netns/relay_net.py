@@ -131,6 +131,17 @@ class Net:
         return sock
 
 
+@contextlib.contextmanager
+def network(*, redirect: bool = True) -> Iterator[Net]:
+    """Namespaces for a block; see `Net.create`."""
+    made = Net()
+    try:
+        made.create(redirect=redirect)
+        yield made
+    finally:
+        made.remove()
+
+
 class Server:
     """Serves each connection of a listener in a thread of its own."""
 

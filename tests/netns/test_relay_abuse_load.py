@@ -51,12 +51,8 @@ MAX_GROWTH_KB = 8 * 1024
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 @pytest.fixture

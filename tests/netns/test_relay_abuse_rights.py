@@ -39,12 +39,8 @@ print(attached == 0, read)
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 @pytest.fixture

@@ -27,12 +27,8 @@ LISTENER = '  - {{listen: "*:{port}", direction: outbound, upstream: "{peer}:{to
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 @pytest.fixture

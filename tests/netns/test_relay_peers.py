@@ -76,12 +76,8 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

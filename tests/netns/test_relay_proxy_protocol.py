@@ -33,12 +33,8 @@ defaults
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 @contextlib.contextmanager

@@ -38,23 +38,15 @@ TAKEN_BACK = 'accelerated_streams_total{step="taken back"}'
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network() as made:
+        yield made
 
 
 @pytest.fixture
 def apart() -> Iterator[Net]:
     """For a test with a relay of its own."""
-    network = Net()
-    try:
-        network.create()
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,8 @@ BULK = 6 * 1024 * 1024 + 12345
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

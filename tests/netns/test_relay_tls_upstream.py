@@ -22,12 +22,8 @@ BULK = 3 * 1024 * 1024 + 321
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -40,12 +40,8 @@ ROUNDS = 20
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
-        yield network
-    finally:
-        network.remove()
+    with relay_net.network(redirect=False) as made:
+        yield made
 
 
 def argv(net: Net, *options: str) -> list[str]:

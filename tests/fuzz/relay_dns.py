@@ -32,6 +32,16 @@ names:
   a.mesh: [10.0.0.1, "fd00::1"]
   b.mesh: {addresses: 240.0.0.1, upstreams: {80: ["10.0.0.5:8080", "[fd00::5]:80"]}}
 """
+_YAML_FORMS = b"""names:
+  "*.mesh": &one 10.0.0.1
+  x\\032y.mesh.: *one
+  \xc3\xbc.mesh: {<<: &two {addresses: [*one, fd00::2]}, upstreams: [10.0.0.5, "fd00::5"]}
+  ? c.mesh
+  : !!str 240.0.0.2
+"""
+_HOSTS_FORMS = (
+    b"fe80::1%1\tA.Mesh. \xc3\xbc.mesh\r\n::ffff:10.0.0.1 *.mesh x\\046y.mesh # \n\n127.0.0.1 mesh\x0b10.0.0.1 b.mesh"
+)
 _RESOLV_CONF = b"nameserver 192.0.2.1\nnameserver fe80::1%eth0\nsearch x\noptions timeout:1 attempts:3 rotate ndots:5\n"
 
 
@@ -125,7 +135,7 @@ TARGETS = (
     Target("DNS queries", feed_message, _QUERIES),
     Target("DNS answers", feed_answer, [b"\0\7" + message[2:] for message in _QUERIES]),
     Target("DNS over TCP", feed_frames, [framed(message) for message in _QUERIES]),
-    Target("DNS zone as hosts", feed_hosts, [_HOSTS]),
-    Target("DNS zone as YAML", feed_yaml_zone, [_YAML]),
+    Target("DNS zone as hosts", feed_hosts, [_HOSTS, _HOSTS_FORMS]),
+    Target("DNS zone as YAML", feed_yaml_zone, [_YAML, _YAML_FORMS]),
     Target("resolv.conf", feed_resolv_conf, [_RESOLV_CONF]),
 )

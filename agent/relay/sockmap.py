@@ -111,13 +111,13 @@ def _answer(channel: socket.socket, pairs: int) -> NoReturn:
 
 def _made(pairs: int) -> Sockmap:
     from agent.engines.ebpf import syscall
-    from agent.engines.ebpf.build import sources
+    from agent.engines.ebpf.build import STUBS, alone, sources
 
     flags = [f"-D{name}={value}" for name, value in {"PAIRS": pairs, "MAX_WAITING": MAX_WAITING, **_offsets()}.items()]
     folder = sources()
     text = (folder / _SOURCE).read_text(encoding="utf-8")
-    os.environ["BCC_KERNEL_SOURCE"] = str(folder / "stubs")
-    module, lib = _compiled(text, [*flags, "-Wno-everything"])
+    with alone(folder / STUBS):
+        module, lib = _compiled(text, [*flags, "-Wno-everything"])
     size = lib.bpf_function_size(module.module, b"pass_on")
     code = ctypes.string_at(lib.bpf_function_start(module.module, b"pass_on"), size)
     maps = Sockmap(*(int(lib.bpf_table_fd(module.module, name.encode())) for name in Sockmap._fields))

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from agent.engines.ebpf import syscall
 from agent.engines.ebpf.programs import MAPS, PROGRAMS
 from agent.errors import ApplyError, HostError
 from agent.input_files import read_private
+from agent.seclusion import secluded
 
 SOURCES = ("types.c", "kernel.c", "decide.c", "outbound.c", "data_plane.c", "inbound.c")
 CACHE = Path("/var/cache/tpctl")
-_STUBS = "stubs"
+STUBS = "stubs"
 _PSEUDO_MAP_FD = 1
 _LOAD_IMM64 = 0x18
 """A two-instruction load; with source register BPF_PSEUDO_MAP_FD its number is a map's descriptor."""
@@ -100,7 +102,7 @@ def _build(offsets: tuple[tuple[str, int], ...], cache: Path) -> Build:
     file = cache / f"ebpf-{key}.json"
     found = _cached(file)
     if found is None:
-        found = _compile(text, where / _STUBS, dict(offsets))
+        found = _compile(text, where / STUBS, dict(offsets))
         _keep(file, found)
     return found
 
@@ -140,32 +142,36 @@ def forget(*, dry_run: bool = False) -> tuple[str, ...]:
 
 
 def _compile(text: str, stubs: Path, offsets: Mapping[str, int]) -> Build:
-    try:
-        from bcc import BPF
-        from bcc.libbcc import lib
-    except (ImportError, OSError) as error:
-        raise HostError(
-            "the eBPF engine needs bcc's Python bindings (Debian, Ubuntu: apt install python3-bpfcc; Fedora, RHEL: dnf "
-            f"install python3-bcc); importing them failed: {error}. Or use --engine nftables or --engine iptables"
-        ) from error
     flags = [*(f"-D{name}={value}" for name, value in {**offsets, **_PLACEHOLDERS}.items()), "-Wno-everything"]
-    before = os.environ.get("BCC_KERNEL_SOURCE")
-    os.environ["BCC_KERNEL_SOURCE"] = str(stubs)
-    try:
-        module = BPF(text=text.encode(), cflags=flags)
-    except Exception as error:  # bcc raises nothing narrower
-        raise ApplyError(
-            f"bcc could not prepare the eBPF programs: {error} (the compiler's messages stand above). "
-            "Nothing was changed"
-        ) from error
-    finally:
-        os.environ.pop("BCC_KERNEL_SOURCE")
-        if before is not None:
-            os.environ["BCC_KERNEL_SOURCE"] = before
+    with alone(stubs):
+        try:
+            from bcc import BPF
+            from bcc.libbcc import lib
+        except (ImportError, OSError) as error:
+            raise HostError(
+                "the eBPF engine needs bcc's Python bindings (Debian, Ubuntu: apt install python3-bpfcc; Fedora, RHEL: "
+                f"dnf install python3-bcc); importing them failed: {error}. Or use --engine nftables or iptables"
+            ) from error
+        try:
+            module = BPF(text=text.encode(), cflags=flags)
+        except Exception as error:  # bcc raises nothing narrower
+            raise ApplyError(
+                f"bcc could not prepare the eBPF programs: {error} (the compiler's messages stand above). "
+                "Nothing was changed"
+            ) from error
     try:
         return _taken_from(module, lib)
     finally:
         module.cleanup()
+
+
+def alone(stubs: Path) -> AbstractContextManager[None]:
+    """Where bcc compiles: with headers from `stubs`, and none that the caller has a part in.
+
+    It has the working directory on its search path, and ARCH on the path of another one; clang adds those of CPATH and
+    C_INCLUDE_PATH; and BCC_LINUX_VERSION_CODE makes the programs for another kernel.
+    """
+    return secluded({"BCC_KERNEL_SOURCE": str(stubs)})
 
 
 def _taken_from(module: Any, lib: Any) -> Build:

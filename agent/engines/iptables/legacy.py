@@ -21,6 +21,7 @@ from agent.engines.iptables.rule import Option, Rule
 from agent.engines.iptables.tools import Tools
 from agent.errors import ApplyError, HostError
 from agent.policy import Family
+from agent.seclusion import in_root
 
 LOCK = Path("/run/xtables.lock")
 LOCK_POLL_SECONDS = 0.02
@@ -98,7 +99,7 @@ def load() -> Any:
         os.environ["XTABLES_LIBDIR"] = str(extensions)
     searching, ctypes.util.find_library = ctypes.util.find_library, lambda name: _find_library(name, directories)
     try:
-        with _working_in_root():
+        with in_root():
             import iptc
     except Exception as error:  # its import raises whatever the C library lookup meets
         raise HostError(
@@ -108,17 +109,6 @@ def load() -> Any:
     finally:
         ctypes.util.find_library = searching
     return iptc
-
-
-@contextmanager
-def _working_in_root() -> Iterator[None]:
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    os.chdir("/")
-    try:
-        yield
-    finally:
-        os.fchdir(here)
-        os.close(here)
 
 
 def _find_library(name: str, directories: list[Path]) -> str | None:

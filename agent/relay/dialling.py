@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from select import EPOLLOUT
 from typing import NamedTuple
 
-from agent.relay import client_ports
+from agent.relay import client_ports, sock_diag
 from agent.relay.deadlines import Deadlines
 from agent.relay.dials import Dial
 from agent.relay.held_ports import HeldPorts
-from agent.relay.hops import Hops
+from agent.relay.hops import Hops, Link
 from agent.relay.loop import Loop
 from agent.relay.original_destination import Destination
 
@@ -27,14 +27,6 @@ while there was none; tcpi_bytes_received."""
 _SAME_TIME_MS = 50
 
 
-class Link(NamedTuple):
-    """Both ends of a connection. Neither alone tells one from another: ports are shared between destinations."""
-
-    host: str
-    port: int
-    destination: Destination
-
-
 def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
     """Whether an accepted socket is the far end of our own dial, whose ends its own name already shows.
 
@@ -43,11 +35,30 @@ def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
     established on both sides at the same time, and nobody can have answered it.
     """
     try:
-        ours, theirs = (end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size) for end in (dial, accepted))
+        return _began_together(dial.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size), accepted)
     except OSError:
         return False
-    _, since_established, received = _INFO.unpack(ours)
-    since_accepted, _, _ = _INFO.unpack(theirs)
+
+
+def is_of_this_relay(link: Link, accepted: socket.socket) -> bool:
+    """The same for a dial of another worker, which `Hops` knows by these ends: its socket is asked of the kernel.
+
+    An application may have taken the port when the dial had just ended. But its socket belongs to another user.
+    """
+    host, port, destination = link
+    try:
+        found = sock_diag.connection(destination._replace(host=host, port=port), (destination.host, destination.port))
+        if found is None or found.uid != os.geteuid() or len(found.tcp_info) < _INFO.size:
+            return False
+        return _began_together(found.tcp_info, accepted)
+    except OSError:
+        return False
+
+
+def _began_together(dial: bytes, accepted: socket.socket) -> bool:
+    """Whether an accepted socket was established when a dial was, whose tcp_info is given and shows no answer."""
+    _, since_established, received = _INFO.unpack_from(dial)
+    since_accepted, _, _ = _INFO.unpack(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size))
     return not received and abs(since_established - since_accepted) <= _SAME_TIME_MS
 
 
@@ -146,17 +157,17 @@ class Dialling:
     def _dial(self, dial: Dial) -> None:
         upstream, destination = self._bound(dial)
         hops = self._exchange.hops
-        hops.begin(destination, dial.hops)
+        hops.begin(destination)
         try:
             code = upstream.connect_ex(destination.sockaddr)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
             host, port = upstream.getsockname()[:2]
-            hops.note(port, destination, dial.hops)
+            self._link = link = Link(host, port, destination)
+            hops.note(link, dial.hops)
         finally:
-            hops.made(destination, dial.hops)
-        self._link = Link(host, port, destination)
-        self._exchange.own_dials[self._link] = OwnDial(upstream, dial)
+            hops.made()
+        self._exchange.own_dials[link] = OwnDial(upstream, dial)
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
     def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
@@ -207,7 +218,7 @@ class Dialling:
         """Let go of an attempt."""
         if self._link is not None:
             self._exchange.own_dials.pop(self._link, None)
-            self._exchange.hops.forget(self._link.port)
+            self._exchange.hops.forget(self._link)
             self._link = None
         if self._socket is not None:
             self._exchange.loop.close(self._socket)

@@ -1,65 +1,87 @@
-"""How often a connection has gone through the relay: what keeps a loop through several workers short."""
+"""What the workers of a relay know of each other's dials: which there are, and how often each has gone through it."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
+from typing import NamedTuple
 
 from agent.relay.original_destination import Destination
 
-_PORTS = 1 << 16
-_HOPS, _DESTINATION = 0xFF, 0xFFFFFF00
+_PLACES = 1 << 17
+"""Four times the ports that Linux dials from: they are shared between destinations."""
+_HOPS, _LINK = 0xFF, 0xFFFFFF00
 _PATIENCE = 100
 """Looks at another worker's dial that has no port yet, which takes some 30 us unless that worker was interrupted."""
 
 
-class Hops:
-    """What all workers know of each other's dials, in memory that they inherit: for each source port the latest one.
+class Link(NamedTuple):
+    """Both ends of a connection. Neither alone tells one from another: ports are shared between destinations."""
 
-    A number stands beside a hash of the destination. With thousands of dials, many a client has the port of one of
-    them, and would inherit its number.
+    host: str
+    port: int
+    destination: Destination
+
+
+class Hops:
+    """The dials of all workers, in memory that they inherit. Made before the workers are forked.
+
+    A dial is known by a hash of its ends, 41 bits of it: hashes of texts are keyed, so nobody can choose one. A later
+    dial may take the place of another, which then counts as a client's.
 
     connect() over the loopback interface may wake the worker that gets the connection before it returns, and with it
-    the port. So while a dial has no port yet, its destination is noted, and whoever gets a connection for that
-    destination waits for a moment.
+    the port. So while a dial has no port yet, its destination stands in the row of its worker, and whoever gets a
+    connection for that destination waits for a moment.
     """
 
-    __slots__ = ("_numbers",)
+    __slots__ = ("_dialling", "_numbers", "_own", "_under_way")
 
-    def __init__(self) -> None:
-        self._numbers = memoryview(mmap.mmap(-1, 2 * _PORTS * 4)).cast("I")
+    def __init__(self, workers: int = 1) -> None:
+        self._numbers = memoryview(mmap.mmap(-1, _PLACES * 4)).cast("I")
+        self._dialling = mmap.mmap(-1, (workers + 1) * 8)
+        self._under_way = memoryview(self._dialling).cast("q")
+        self._own = 0
 
-    def begin(self, destination: Destination, hops: int) -> None:
-        """A dial that has gone through the relay so often is about to be made."""
-        self._numbers[_place(destination)] = hops + 1
+    def be(self, worker: int) -> None:
+        """Write the row of this worker from now on."""
+        self._own = worker
 
-    def made(self, destination: Destination, hops: int) -> None:
-        """It has been made, and noted under its port; or it could not be made. The next one may be on its way."""
-        place = _place(destination)
-        if self._numbers[place] == hops + 1:
-            self._numbers[place] = 0
+    def begin(self, destination: Destination) -> None:
+        """A dial is about to be made."""
+        self._under_way[self._own] = hash(destination)
 
-    def note(self, port: int, destination: Destination, hops: int) -> None:
-        """A dial comes from this port."""
-        self._numbers[port] = hash(destination) & _DESTINATION | hops + 1
+    def made(self) -> None:
+        """It has been made, and noted; or it could not be made."""
+        self._under_way[self._own] = 0
 
-    def forget(self, port: int) -> None:
+    def note(self, link: Link, hops: int) -> None:
+        """A dial that has gone through the relay so often has these ends."""
+        key = hash(link)
+        self._numbers[key % _PLACES] = _of_link(key) | hops + 1
+
+    def forget(self, link: Link) -> None:
         """It has ended."""
-        self._numbers[port] = 0
+        key = hash(link)
+        if self._numbers[key % _PLACES] & _LINK == _of_link(key):
+            self._numbers[key % _PLACES] = 0
 
-    def of(self, port: int, destination: Destination) -> int:
+    def of(self, link: Link) -> int:
         """How often a connection that was accepted may have gone through the relay; 0 for most clients'."""
-        place = _place(destination)
+        key = hash(link)
+        place, tag = key % _PLACES, _of_link(key)
+        row = hash(link.destination).to_bytes(8, sys.byteorder, signed=True)
         for _ in range(_PATIENCE):
-            found = self._numbers[port]
-            if found and (found ^ hash(destination)) & _DESTINATION == 0:
+            is_under_way = self._dialling.find(row) >= 0  # asked first: it is noted before it is made
+            found = self._numbers[place]
+            if found & _LINK == tag and found:
                 return found & _HOPS
-            if not self._numbers[place]:
+            if not is_under_way:
                 break
             os.sched_yield()
         return 0
 
 
-def _place(destination: Destination) -> int:
-    """Workers are forked, so that hash() is the same for all."""
-    return _PORTS + hash(destination) % _PORTS
+def _of_link(key: int) -> int:
+    """What is kept of a hash, beside its place. Workers are forked, so that hash() is the same for all."""
+    return key >> 24 & _LINK

@@ -34,6 +34,7 @@ class Guest:
         "destination",
         "end",
         "header",
+        "hops",
         "is_translated",
         "moved",
         "peer",
@@ -61,6 +62,8 @@ class Guest:
         """Bytes to the upstream and to the client that have been counted."""
         self.counted: str | None = None
         """The source under which it is counted, if its connections are limited."""
+        self.hops = 0
+        """How often it may have gone through the relay already."""
         self.again: Dial | None = None
         """For a dial of the relay's own that the kernel has brought back: what to dial once more, and nothing else."""
 
@@ -96,7 +99,7 @@ class Reception:
 
     def receive(self, guest: Guest) -> None:
         """Begin with a client."""
-        guest.again = guest.route.brought_back(guest.peer, guest.destination, guest.socket)
+        guest.again, guest.hops = guest.route.brought_back(guest.peer, guest.destination, guest.socket)
         refusal = guest.route.refuses_to_hear(guest.peer, guest.again)
         if refusal is not None:
             self._refuse(guest, refusal, None)

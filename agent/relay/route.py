@@ -12,9 +12,9 @@ from typing import NamedTuple
 from agent.policy import is_scoped
 from agent.relay import dials
 from agent.relay.access import is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
-from agent.relay.dialling import Link, OwnDial, are_one
+from agent.relay.dialling import OwnDial, are_one, is_of_this_relay
 from agent.relay.dials import Dial, SelfDialGuard
-from agent.relay.hops import Hops
+from agent.relay.hops import Hops, Link
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header
 from agent.relay.settings import FixedAddress, ListenerSettings, Role, ServicePorts, Source, Upstream
@@ -23,7 +23,7 @@ from agent.relay.tls import ListenerTls
 MAX_HOPS = 5
 """How often a dial may be brought back before it is a loop. By chance, each time a few in a hundred are, at worst."""
 MAX_WORKERS_HOPS = 20
-"""The same for dials that other workers get, of which nobody knows for certain that they were."""
+"""The same for connections that may be, of which nobody knows for certain."""
 
 
 class Peer(NamedTuple):
@@ -113,17 +113,25 @@ class Route:
         admitted = [one for one, refusal in zip(upstreams, refusals, strict=True) if refusal is None]
         return tuple(dial for one in admitted for dial in self._dials(peer, one)) or refusals[0] or Refusal.NO_UPSTREAM
 
-    def brought_back(self, peer: Peer, destination: Destination, accepted: socket.socket) -> Dial | None:
-        """The dial of this worker whose far end a connection is, as it is to be dialled again; None for all others.
+    def brought_back(self, peer: Peer, destination: Destination, accepted: socket.socket) -> tuple[Dial | None, int]:
+        """The dial of the relay whose far end a connection is, as it is to be dialled again; None for all others.
 
-        The bytes it brings have been through everything already: access rules, PROXY protocol, TLS.
+        The bytes it brings have been through everything already: access rules, PROXY protocol, TLS. Beside it, how
+        often the connection may have gone through the relay.
         """
         if peer.host is None:
-            return None
-        own = self._surroundings.own_dials.get(Link(peer.host, peer.port, destination))
-        if own is None or not are_one(own.socket, accepted):
-            return None
-        return own.dial._replace(hops=own.dial.hops + 1)
+            return None, 0
+        link, around = Link(peer.host, peer.port, destination), self._surroundings
+        own = around.own_dials.get(link)
+        if own is not None and are_one(own.socket, accepted):
+            return own.dial._replace(hops=own.dial.hops + 1), own.dial.hops + 1
+        hops = around.hops.of(link)
+        if not hops or own is not None or not is_of_this_relay(link, accepted):
+            return None, hops
+        # Another worker's, of whose dial only the ends are known. What was dialled in a client's name is not ours.
+        if not around.is_surely_local(_at(peer.host, 0)):
+            return None, hops
+        return Dial(destination, peer.host if peer.host in dials.PASSTHROUGH.values() else None, hops=hops), hops
 
     def refuses_to_hear(self, peer: Peer, again: Dial | None) -> Refusal | None:
         """Why a connection from this very peer is refused, whatever it has to say. `again` is what was brought back."""
@@ -133,13 +141,12 @@ class Route:
             return Refusal.UNTRUSTED
         return None
 
-    def counting_hops(self, peer: Peer, destination: Destination, found: Sequence[Dial]) -> Sequence[Dial] | Refusal:
-        """Dials for a client that may be another worker's dial, so that no loop through several workers lasts.
+    def counting_hops(self, hops: int, found: Sequence[Dial]) -> Sequence[Dial] | Refusal:
+        """Dials for a client that may be a dial of the relay, so that no loop lasts.
 
-        Neither port nor destination is proof of that, but only in a loop does the number grow so far, and a number that
-        is too high does no harm by itself.
+        There is no proof of that, but only in a loop does the number grow so far, and a number that is too high does no
+        harm by itself.
         """
-        hops = self._surroundings.hops.of(peer.port, destination)
         if hops > MAX_WORKERS_HOPS:
             return Refusal.COMES_BACK
         return [dial._replace(hops=hops) for dial in found] if hops else found

@@ -1,4 +1,4 @@
-"""Which listening socket a connection would reach, asked of the kernel: one netlink message of sock_diag(7).
+"""Which socket of this host a connection has or would reach, asked of the kernel: a netlink message of sock_diag(7).
 
 By hand for the reason that stands in `agent.relay.routes`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from typing import NamedTuple
 
 from agent.relay.original_destination import Destination
 
@@ -23,15 +24,31 @@ _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI")
 _ID = struct.Struct("!HH16s16s")
 _REPLY = struct.Struct("=BBBB")
+_REST = struct.Struct("=24xI4x")
+"""linux/inet_diag.h, struct inet_diag_msg behind both ends: idiag_uid. Attributes follow it."""
+_ATTRIBUTE = struct.Struct("=HH")
+_INET_DIAG_INFO = 2
 
 
-def build_request(destination: Destination, client: tuple[str, int] | None = None) -> bytes:
-    """Ask for the socket that a segment of `client`, or of nobody in particular, to `destination` would reach."""
+class Found(NamedTuple):
+    """The socket of a connection."""
+
+    uid: int
+    """Who made it."""
+    tcp_info: bytes
+    """linux/tcp.h, struct tcp_info."""
+
+
+def build_request(destination: Destination, client: tuple[str, int] | None = None, attributes: int = 0) -> bytes:
+    """Ask for the socket that a segment of `client`, or of nobody in particular, to `destination` would reach.
+
+    `attributes` are what is to come with it, a bit for each.
+    """
     local = socket.inet_pton(destination.family, destination.host)
     remote, port = (socket.inet_pton(destination.family, client[0]), client[1]) if client else (bytes(16), 0)
     # The kernel calls our side the source: `idiag_src` is where the connection arrives (net/ipv4/inet_diag.c).
     identity = _ID.pack(destination.port, port, local, remote) + struct.pack("=I", destination.scope) + _NO_COOKIE
-    body = _REQUEST.pack(destination.family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE) + identity
+    body = _REQUEST.pack(destination.family, socket.IPPROTO_TCP, attributes, 0, _ANY_STATE) + identity
     return _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body
 
 
@@ -54,6 +71,32 @@ def is_connection(reply: bytes) -> bool:
 def is_connected(destination: Destination, client: tuple[str, int]) -> bool:
     """Whether this host has a connection of that very client to a destination. False if the kernel cannot be asked."""
     return is_connection(_asked(build_request(destination, client)))
+
+
+def connection(destination: Destination, client: tuple[str, int]) -> Found | None:
+    """The socket of this host that has a connection of that very client; None without one, or if none can be asked for.
+
+    Raises OSError for what is no address.
+    """
+    return parse_connection(_asked(build_request(destination, client, 1 << (_INET_DIAG_INFO - 1))))
+
+
+def parse_connection(reply: bytes) -> Found | None:
+    """The socket that the kernel's answer is about; None if it has no tcp_info, as one that has ended.
+
+    >>> parse_connection(b"")
+    """
+    at = _HEADER.size + _REPLY.size + _ID.size
+    if not is_connection(reply) or len(reply) < at + _REST.size:
+        return None
+    (uid,) = _REST.unpack_from(reply, at)
+    at += _REST.size
+    while at + _ATTRIBUTE.size <= len(reply):
+        length, kind = _ATTRIBUTE.unpack_from(reply, at)
+        if kind == _INET_DIAG_INFO:
+            return Found(uid, reply[at + _ATTRIBUTE.size : at + length])
+        at += max(_ATTRIBUTE.size, length + 3 & ~3)
+    return None
 
 
 def serves_every_address(destination: Destination) -> bool:

@@ -45,13 +45,14 @@ class Tally:
         self._workers = workers
         self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
-        self.hops = Hops()
+        self.hops = Hops(workers)
         self._sources: dict[tuple[int, str], int] = {}
         self._base = 0
         self._own_buckets = 0
 
     def be(self, worker: int) -> None:
         """Write the row of this worker from now on, from zero."""
+        self.hops.be(worker)
         self._base = worker * _ROW
         self._own_buckets = worker * _BUCKETS
         self._sources = {}

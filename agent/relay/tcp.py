@@ -103,7 +103,7 @@ class TcpRelay:
             return
         dials = route.decide(guest.peer, guest.destination, sender=guest.sender, translated=guest.is_translated)
         if not isinstance(dials, Refusal):
-            dials = route.counting_hops(guest.peer, guest.destination, dials)
+            dials = route.counting_hops(guest.hops, dials)
         limit = route.settings.limits.connections_per_source
         if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
             if self._counts.connections_of(route.slot, guest.peer.host) >= limit:

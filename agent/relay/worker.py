@@ -18,10 +18,11 @@ from agent.relay.access import EVERYBODY
 from agent.relay.channel import receive
 from agent.relay.complaints import Complaints
 from agent.relay.connection import Context
-from agent.relay.dialling import Exchange, Link, OwnDial
+from agent.relay.dialling import Exchange, OwnDial
 from agent.relay.dials import SelfDialGuard
 from agent.relay.dns_server import DnsServer
 from agent.relay.held_ports import HeldPorts
+from agent.relay.hops import Link
 from agent.relay.loop import Loop
 from agent.relay.metrics import DNS_COUNTERS, render
 from agent.relay.metrics_server import MetricsServer

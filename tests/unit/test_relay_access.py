@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from agent.relay import tally
 from agent.relay.access import Access, is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
 from agent.relay.deadlines import Deadlines
-from agent.relay.dialling import Link, OwnDial
+from agent.relay.dialling import OwnDial
 from agent.relay.dials import Dial, SelfDialGuard
-from agent.relay.hops import Hops
+from agent.relay.hops import Hops, Link
 from agent.relay.listen import read_listen
 from agent.relay.loop import Loop
 from agent.relay.networks import NetworkSet
@@ -204,13 +204,43 @@ def test_a_dial_that_comes_back_is_known_by_when_it_was_established() -> None:
         other, _ = listener.accept()
     looping = route(own={Link("198.51.100.9", 40000, SERVER): OwnDial(dial, Dial(SERVER, hops=1))})
     with dial, accepted, later, other:
-        assert looping.brought_back(CLIENT, SERVER, accepted) == Dial(SERVER, hops=2)
-        assert looping.brought_back(CLIENT, HERE, accepted) is None
-        assert looping.brought_back(Peer(None, 0), SERVER, accepted) is None
-        assert looping.brought_back(CLIENT, SERVER, other) is None, "the kernel gave a client the dial's port"
+        assert looping.brought_back(CLIENT, SERVER, accepted) == (Dial(SERVER, hops=2), 2)
+        assert looping.brought_back(CLIENT, HERE, accepted) == (None, 0)
+        assert looping.brought_back(Peer(None, 0), SERVER, accepted) == (None, 0)
+        assert looping.brought_back(CLIENT, SERVER, other) == (None, 0), "the kernel gave a client the dial's port"
         accepted.send(b"x")
         dial.recv(1)
-        assert looping.brought_back(CLIENT, SERVER, accepted) is None, "somebody has answered"
+        assert looping.brought_back(CLIENT, SERVER, accepted) == (None, 0), "somebody has answered"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.6", "::1"])
+def test_a_dial_of_another_worker_that_comes_back_is_asked_of_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    family = V6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
+        server = Destination(host, listener.getsockname()[1], family)
+        dial = socket.create_connection(listener.getsockname()[:2], source_address=(host, 0))
+        accepted, _ = listener.accept()
+        time.sleep(0.2)
+        later = socket.create_connection(listener.getsockname()[:2])
+        other, _ = listener.accept()
+    peer = Peer(*dial.getsockname()[:2])
+    hops = Hops()
+    passing = route(hops=hops, surely=lambda destination: destination.host == host)
+    with dial, accepted, later, other:
+        assert passing.brought_back(peer, server, accepted) == (None, 0), "no worker has such a dial"
+        hops.note(Link(peer.host or "", peer.port, server), 1)
+        again = Dial(server, host if host == "127.0.0.6" else None, hops=2)
+        assert passing.brought_back(peer, server, accepted) == (again, 2)
+        assert passing.brought_back(peer, server, other) == (None, 2), "established at another time"
+        assert route(hops=hops, surely=lambda _destination: False).brought_back(peer, server, accepted) == (None, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.geteuid", lambda: 4321)
+            assert passing.brought_back(peer, server, accepted) == (None, 2), "the socket of another user"
+        accepted.send(b"x")
+        dial.recv(1)
+        assert passing.brought_back(peer, server, accepted) == (None, 2), "somebody has answered"
 
 
 def test_who_is_refused_before_a_word_is_said() -> None:
@@ -233,22 +263,27 @@ def test_when_the_kernel_cannot_be_asked_nobody_is_local() -> None:
 
 
 def test_hops_through_other_workers_are_counted() -> None:
-    hops = Hops()
-    crossing = route(hops=hops)
-    hops.begin(SERVER, 1)
-    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == (Dial(SERVER),), "it has no port yet"
-    assert crossing.counting_hops(CLIENT, HERE, (Dial(HERE),)) == (Dial(HERE),)
-    hops.note(CLIENT.port, SERVER, 2)
-    hops.made(SERVER, 0)
-    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
-    hops.made(SERVER, 1)
-    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
-    assert crossing.counting_hops(Peer("198.51.100.9", 40001), SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
-    assert crossing.counting_hops(CLIENT, HERE, (Dial(HERE),)) == (Dial(HERE),), "another one of the dial's port"
-    hops.note(CLIENT.port, SERVER, MAX_WORKERS_HOPS)
-    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) is Refusal.COMES_BACK
-    hops.forget(CLIENT.port)
-    assert crossing.counting_hops(CLIENT, SERVER, (Dial(SERVER),)) == (Dial(SERVER),)
+    hops = Hops(2)
+    hops.be(1)
+    link = Link("198.51.100.9", 40000, SERVER)
+    hops.begin(SERVER)
+    assert hops.of(link) == 0, "it has no port yet"
+    hops.note(link, 2)
+    hops.made()
+    assert hops.of(link) == 3
+    for other in (link._replace(port=40001), link._replace(host="198.51.100.8"), link._replace(destination=HERE)):
+        assert hops.of(other) == 0
+        hops.forget(other)
+    assert hops.of(link) == 3, "the end of another one is none of its own"
+    hops.forget(link)
+    assert hops.of(link) == 0
+
+
+def test_loops_through_other_workers_end() -> None:
+    crossing = route()
+    assert crossing.counting_hops(0, (Dial(SERVER),)) == (Dial(SERVER),)
+    assert crossing.counting_hops(3, (Dial(SERVER),)) == [Dial(SERVER, hops=3)]
+    assert crossing.counting_hops(MAX_WORKERS_HOPS + 1, (Dial(SERVER),)) is Refusal.COMES_BACK
 
 
 def test_where_a_client_behind_a_proxy_wanted_to_go() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.rehearsal.cgroup import own_place
 from tests.crash import at_once
-from tests.crash.campaign import COMMANDS, FAILURES, HEALINGS, KILLS, campaign, summary
+from tests.crash.campaign import COMMANDS, FAILURES, HANGS, HEALINGS, KILLS, MOST_POINTS, campaign, summary
 from tests.crash.scene import FLAVOURS, scene
 
 ROW = "{:26} {:10} {:>6} {:>5} {:>5} {:>7} {:>6} {:>5} {:>7}"
@@ -22,14 +22,16 @@ def main() -> None:
     parser.add_argument("--engine", action="append", choices=FLAVOURS, help="default: all")
     parser.add_argument("--command", action="append", choices=COMMANDS, help="default: all")
     parser.add_argument("--step", type=int, default=1, help="every so many points only")
-    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--first", type=int, default=1, help="the first point to try")
+    parser.add_argument("--last", type=int, default=MOST_POINTS, help="the last one")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--failing", action="store_true", help="let calls fail, instead of killing at them")
+    parser.add_argument("--hanging", action="store_true", help="let calls of what tpctl started never come back")
     parser.add_argument("--at-once", type=int, metavar="N", help="only start so many commands at the same time")
     given = parser.parse_args()
     if given.at_once:
         sys.exit(0 if at_once.main(given.at_once) else 1)
-    interferences = FAILURES if given.failing else KILLS
+    interferences = HANGS if given.hanging else FAILURES if given.failing else KILLS
     healings = ("uninstall",) if given.failing else HEALINGS
     stuck = 0
     print(ROW.format("engine", "command", "tried", "old", "new", "between", "healed", "stuck", "seconds"))
@@ -42,9 +44,8 @@ def main() -> None:
             for command in given.command or COMMANDS:
                 began = time.monotonic()
                 found = []
-                for trial in campaign(
-                    made, command, interferences, step=given.step, offset=given.offset, healings=healings
-                ):
+                points = {"step": given.step, "first": given.first, "last": given.last}
+                for trial in campaign(made, command, interferences, healings=healings, **points):
                     found.append(trial)
                     if given.verbose or trial.faults:
                         print(trial, flush=True)

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.crash.scene import FAIL_FROM, FAIL_ONCE, KILL_ALL, KILL_CALLER, Done, Scene
+from tests.crash.scene import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER, Done, Scene
 
 COMMANDS = ("install", "swap", "uninstall", "apply")
 BEGINNING = {"install": "none", "swap": "old", "uninstall": "old", "apply": "none"}
@@ -48,6 +48,9 @@ FAILURES = (
     ),
     Interference(FAIL_FROM, errno.EROFS, "EROFS for files from there"),
 )
+HANGS = (Interference(HANG),)
+PATIENCE_SECONDS = 5.0
+"""How long a command waits in this case for what it started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ def begin(scene: Scene, command: str) -> None:
         scene.install("old")
     if command == "apply":
         scene.lose_rules()
+    scene.forget()
 
 
 def points_of(scene: Scene, command: str) -> tuple[str, ...]:
@@ -119,7 +123,8 @@ def points_of(scene: Scene, command: str) -> tuple[str, ...]:
 def attempt(scene: Scene, command: str, interference: Interference, at: int, healing: str) -> Trial | None:
     """One trial, with the host bare before and after; None when the run was over before the point."""
     begin(scene, command)
-    done = scene.host(*argv(scene, command), how=interference.how, at=at, errno=interference.errno)
+    patience = PATIENCE_SECONDS if interference.how == HANG else None
+    done = scene.host(*argv(scene, command), how=interference.how, at=at, errno=interference.errno, patience=patience)
     if done.hit is None:
         scene.uninstall()
         return None
@@ -206,19 +211,22 @@ def campaign(
     interferences: Sequence[Interference],
     *,
     step: int = 1,
-    offset: int = 0,
+    first: int = 1,
+    last: int = MOST_POINTS,
     healings: Sequence[str] = HEALINGS,
 ) -> Iterator[Trial]:
-    """Trials of a command: at every `step`th point, from `offset` on, each interference with each healing.
+    """Trials of a command: at every `step`th point from `first` to `last`, each interference with each healing.
 
-    With a step, the ways to interfere and to heal take turns instead.
+    With a step, the ways to interfere and to heal take turns instead. Only what tpctl started can hang.
     """
-    count = len(points_of(scene, command))
+    points = points_of(scene, command)
     ways = [(one, healing) for one in interferences for healing in healings]
-    at = 1 + offset % step
+    at = first
     # A disturbed run can have more points than an undisturbed one: those of its rollback are tried by failing calls.
-    while at <= min(count, MOST_POINTS):
+    while at <= min(len(points), last):
         for interference, healing in ways if step == 1 else [ways[(at // step) % len(ways)]]:
+            if interference.how == HANG and not points[at - 1].endswith(")"):
+                continue
             trial = attempt(scene, command, interference, at, healing)
             if trial:
                 yield trial

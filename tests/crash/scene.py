@@ -24,24 +24,26 @@ from agent.rehearsal.cgroup import OwnPlace
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout, seat
 from agent.rehearsal.rehearse import expectation
-from tests.crash.server import FAIL_FROM, FAIL_ONCE, KILL_ALL, KILL_CALLER
+from tests.crash.server import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER
 from tests.netns.lab import APP, PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot
 
-__all__ = ["FAIL_FROM", "FAIL_ONCE", "KILL_ALL", "KILL_CALLER", "Done", "Host", "Scene"]
+__all__ = ["FAIL_FROM", "FAIL_ONCE", "HANG", "KILL_ALL", "KILL_CALLER", "Done", "Host", "Scene"]
 
 PROXY_FLAGS = ("--kuma-dp-user", PROXY_USER)
 OLD = ("install", *PROXY_FLAGS, "--exclude-inbound-ports", "22,7001", "--exclude-outbound-ports", "22,7002")
 NEW = ("install", *PROXY_FLAGS, "--exclude-inbound-ports", "22,7003", "--exclude-outbound-ports", "22,7004",
        "--redirect-all-dns-traffic", "--drop-invalid-packets")  # fmt: skip
+NOT_COMPILED = "ebpf, not compiled"
+"""Begins without the cache of compiled programs."""
 FLAVOURS: Mapping[str, tuple[str, ...]] = {
     "nftables": ("--engine", "nftables"),
     "iptables nft": ("--engine", "iptables", "--iptables-mode", "nft"),
     "iptables legacy": ("--engine", "iptables", "--iptables-mode", "legacy"),
     "ebpf": ("--engine", "ebpf"),
+    NOT_COMPILED: ("--engine", "ebpf"),
     "iptables nft, firewalld": ("--engine", "iptables", "--iptables-mode", "nft", "--store-firewalld"),
     "iptables legacy, firewalld": ("--engine", "iptables", "--iptables-mode", "legacy", "--store-firewalld"),
 }
-DIRECT = "/etc/firewalld/direct.xml"
 _DIAL_SECONDS = 2.0
 _SETTING = """
 set -e
@@ -113,13 +115,11 @@ class Host:
                 stream.close()
         self.server.wait(timeout=60)
 
-    def __call__(self, *argv: str, how: str | None = None, at: int = 0, errno: int = 0) -> Done:
-        """Run the command with this interference."""
-        return Done.of(self._ask({"argv": argv, "how": how, "at": at, "errno": errno}))
-
-    def impatient(self, *argv: str, seconds: float) -> Done:
-        """Run the command; it waits for other programs for so long only."""
-        return Done.of(self._ask({"argv": argv, "patience": seconds}))
+    def __call__(
+        self, *argv: str, how: str | None = None, at: int = 0, errno: int = 0, patience: float | None = None
+    ) -> Done:
+        """Run the command with this interference; it waits for what it starts for `patience` seconds only."""
+        return Done.of(self._ask({"argv": argv, "how": how, "at": at, "errno": errno, "patience": patience}))
 
     def shell(self, script: str, *, check: bool = True) -> Done:
         """Run a script beside the command, in its namespaces."""
@@ -222,9 +222,14 @@ class Scene:
         self.uninstall()
         self.host.write(f"/run/tpctl/{key}/state.json", record)
 
+    def forget(self) -> None:
+        """Without the cache of compiled programs, if that is the flavour."""
+        if self.flavour == NOT_COMPILED:
+            self.host.shell("rm -rf /var/cache/tpctl")
+
     def litter(self) -> list[str]:
         """Files that only a killed command can have left, beside what is installed."""
-        paths = self.host.files("/run/tpctl", "/tmp", "/etc/firewalld")
+        paths = self.host.files("/run/tpctl", "/tmp", "/etc/firewalld", "/var/cache")
         ours = [path for path in paths if path.rpartition("/")[2].startswith((".", "tpctl-"))]
         return [f"litter: {path}" for path in ours]
 

@@ -26,6 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LONGEST_RUN_SECONDS = 120.0
 _STUBBORN = -999
 KILL_CALLER, KILL_ALL, FAIL_ONCE, FAIL_FROM = "kill the caller", "kill all", "fail once", "fail from there"
+HANG = "hang"
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class Run:
             os.killpg(self.group, signal.SIGKILL)
         elif (here and self.how == FAIL_ONCE) or self._keeps_failing(what):
             notify.refuse(listener, call, self.errno)
-        else:
+        elif not (here and self.how == HANG):  # without an answer the call never comes back
             notify.proceed(listener, call)
 
     def _keeps_failing(self, what: str) -> bool:
@@ -111,11 +112,12 @@ def _command(request: dict[str, Any], streams: list[int], telling: int, waiting:
         os.writev(telling, [str(listener).encode()])  # not write(2), which would wait for the listener
         os.read(waiting, 1)
         os.close(listener)
-        from agent import runner
+        from agent import child, runner
         from agent.cli.main import main
 
-        if "patience" in request:
+        if request.get("patience"):
             runner.run.__kwdefaults__.update(timeout=request["patience"])  # type: ignore[union-attr]
+            child.in_child.__kwdefaults__.update(seconds=request["patience"])  # type: ignore[union-attr]
         sys.argv = ["tpctl", *request["argv"]]
         try:
             main()

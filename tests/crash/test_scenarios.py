@@ -180,7 +180,7 @@ def test_iptables_restore_that(host: Host, lab: Lab, tmp_path: Path, restore: st
     for name in NAMES:
         host.shell(f"cat > {scripts}/{name} <<'END'\n{WRAPPER.format(restore=restore)}END\nchmod +x {scripts}/{name}")
     argv = [*scene.argv("new")[: -len(scene.flags)], "--engine", "iptables", "--iptables-executables", programs]
-    said = one_message(host.impatient(*argv, "--max-retries", "0", seconds=2.0))
+    said = one_message(host(*argv, "--max-retries", "0", patience=2.0))
     assert problem in said
     assert scene.seen() == scene.expected("old")
     assert "rolled back" in said or "was changed" in said or "as they were before" in said

@@ -28,6 +28,7 @@ from agent.seclusion import secluded
 SOURCES = ("types.c", "kernel.c", "decide.c", "outbound.c", "data_plane.c", "inbound.c")
 CACHE = Path("/var/cache/tpctl")
 STUBS = "stubs"
+_TEMPORARY = ".ebpf-"
 _PSEUDO_MAP_FD = 1
 _LOAD_IMM64 = 0x18
 """A two-instruction load; with source register BPF_PSEUDO_MAP_FD its number is a map's descriptor."""
@@ -121,13 +122,23 @@ def _keep(file: Path, built: Build) -> None:
     """Put a build into the cache, and older ones away. It is no misfortune when that cannot be done."""
     with contextlib.suppress(OSError):
         private_folder.prepare(file.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".ebpf-")
-        with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-            stream.write(built.dump())
-        Path(temporary).replace(file)
+        _clear_leftovers(file.parent)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=_TEMPORARY)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+                stream.write(built.dump())
+            Path(temporary).replace(file)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
         for other in file.parent.glob("ebpf-*.json"):
             if other != file:
                 other.unlink(missing_ok=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a tpctl that was killed was writing. One that still writes has to compile again the next time."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def forget(*, dry_run: bool = False) -> tuple[str, ...]:
@@ -136,6 +147,7 @@ def forget(*, dry_run: bool = False) -> tuple[str, ...]:
     if files and not dry_run:
         for file in files:
             file.unlink(missing_ok=True)
+        _clear_leftovers(CACHE)
         with contextlib.suppress(OSError):
             CACHE.rmdir()
     return tuple(f"the compiled eBPF programs {file}" for file in files)

@@ -51,6 +51,18 @@ def test_older_builds_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ebpf-2.json"]
 
 
+def test_what_a_killed_one_was_writing_goes(tmp_path: Path) -> None:
+    (tmp_path / ".ebpf-abc").write_text("{")
+    module._keep(tmp_path / "ebpf-1.json", built())
+    assert [path.name for path in tmp_path.iterdir()] == ["ebpf-1.json"]
+
+
+def test_a_build_that_cannot_be_kept_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ebpf-1.json").mkdir()  # nothing can be renamed to that
+    module._keep(tmp_path / "ebpf-1.json", built())
+    assert [path.name for path in tmp_path.iterdir()] == ["ebpf-1.json"]
+
+
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"instructions": {"connect4": 1}}'])
 def test_a_damaged_cache_is_no_cache(tmp_path: Path, damage: str) -> None:
     (tmp_path / "ebpf-1.json").write_text(damage)

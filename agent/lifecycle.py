@@ -155,7 +155,7 @@ def carry_out(
     engine: Engine[Any], record: state.State, previous: state.State | None, report: InstallReport
 ) -> InstallReport:
     """Install what `record` says in place of `previous`, all or nothing. To be called under the lock."""
-    from agent import draining
+    from agent import draining, ended
 
     policy = record.policy
     older = _older(engine, record, previous)
@@ -192,6 +192,8 @@ def carry_out(
         renewal.finish()
     except (TpctlError, OSError) as error:
         undo.roll_back(error, outcome)
+    if engine.name != "ebpf":  # whose programs do not ask conntrack
+        ended.forget()
     upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *others.removed)
     notices = (*report.notices, *applied.notices, *others.notices, *answers)
@@ -327,7 +329,7 @@ def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, kee
 
 def remove_everything(record: state.State | None, *, dry_run: bool = False) -> Removal:
     """Take away all that is tpctl's or kumactl's, and the record. To be called under the lock."""
-    from agent import draining
+    from agent import draining, ended
 
     engines = list(registry.available(EngineOptions()))
     if not engines:
@@ -361,6 +363,7 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
             raise ApplyError(in_files)
         if not dry_run:
             state.clear()
+            ended.forget()
     failures.raise_if_any("Everything else was removed: no traffic is redirected; `tpctl uninstall` can be run again")
     return Removal(tuple(removed), tuple(notices))
 

@@ -7,19 +7,16 @@ that somebody else added.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from agent.errors import ApplyError
+from agent.host import sockets
 from agent.policy import PASSTHROUGH6
 
 IFA_F_NOPREFIXROUTE = 0x200
 """include/uapi/linux/if_addr.h"""
 ADDRESSES = Path("/proc/self/net/if_inet6")
-SOCKETS = Path("/proc/self/net/tcp6")
-_OVER = frozenset(("06", "07", "0A"))
-"""include/net/tcp_states.h: TIME_WAIT, CLOSE, LISTEN"""
 
 
 def present(interface: str) -> bool:
@@ -33,14 +30,8 @@ def present(interface: str) -> bool:
 
 
 def connections() -> int:
-    """How many TCP connections run from ::6, and would be cut if it went. proc_pid_net(5): tcp6."""
-    wanted = "".join(f"{int.from_bytes(PASSTHROUGH6.packed[at : at + 4], sys.byteorder):08X}" for at in range(0, 16, 4))
-    try:
-        lines = SOCKETS.read_text().splitlines()[1:]
-    except OSError:
-        return 0
-    rows = (line.split(maxsplit=4) for line in lines)
-    return sum(1 for row in rows if row[1].startswith(f"{wanted}:") and row[3] not in _OVER)
+    """How many TCP connections run from ::6, and would be cut if it went."""
+    return sum(1 for ends in sockets.connections() if ends.local == PASSTHROUGH6.packed)
 
 
 def add(interface: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which sockets listen on this host, on which address, for which user."""
+"""Which sockets listen on this host, on which address, for which user; and which connections there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import NamedTuple
 
 from agent.host.proc import read_net
 from agent.policy import Address, Protocol
@@ -14,7 +15,19 @@ from agent.policy import Address, Protocol
 _TCP_LISTEN = 0x0A
 _UDP_UNCONNECTED = 0x07
 """TCP_LISTEN and TCP_CLOSE (net/tcp_states.h); a bound UDP socket that is not connected is in the latter."""
+_NO_CONNECTION = frozenset((0x06, 0x07, _TCP_LISTEN))
+"""TIME_WAIT, CLOSE, LISTEN."""
+_MAPPED = bytes(10) + b"\xff\xff"
 _IDLE_STATE = {Protocol.TCP: _TCP_LISTEN, Protocol.UDP: _UDP_UNCONNECTED}
+
+
+class Ends(NamedTuple):
+    """A TCP connection as one of its sockets sees it. Addresses are packed, as socket.inet_pton makes them."""
+
+    local: bytes
+    local_port: int
+    remote: bytes
+    remote_port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +62,34 @@ def parse_listeners(protocol: Protocol, text: str) -> Iterator[Listener]:
 
 
 def _address(text: str) -> Address:
-    """An address as the kernel prints it: 32-bit words of network order bytes, each as a number of this machine."""
-    packed = b"".join(struct.pack("=I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8))
+    packed = _packed(text)
     if len(packed) not in (4, 16):
         raise ValueError(text)
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
+
+
+def _packed(text: str) -> bytes:
+    """An address as the kernel prints it: 32-bit words of network order bytes, each as a number of this machine."""
+    return b"".join(struct.pack("=I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8))
+
+
+def parse_connections(text: str) -> Iterator[Ends]:
+    """The connections of /proc/net/{tcp,tcp6} that have not ended; an IPv4 one of an IPv6 socket is an IPv4 one."""
+    for line in text.splitlines()[1:]:
+        fields = line.split(maxsplit=4)
+        try:
+            if int(fields[3], 16) in _NO_CONNECTION:
+                continue
+            (here, port), (there, their_port) = (fields[at].split(":") for at in (1, 2))
+            local, remote = (_packed(host).removeprefix(_MAPPED) for host in (here, there))
+            yield Ends(local, int(port, 16), remote, int(their_port, 16))
+        except (IndexError, ValueError):
+            continue
+
+
+def connections() -> frozenset[Ends]:
+    """Every TCP connection that a socket of this network namespace has, and that has not ended."""
+    return frozenset(ends for name in ("tcp", "tcp6") for ends in parse_connections(read_net(name)))
 
 
 def listeners(protocol: Protocol) -> tuple[Listener, ...]:

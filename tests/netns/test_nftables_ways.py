@@ -20,6 +20,7 @@ from agent.engines.nftables.nft import LibraryNft, Nft, NftError, ProgramNft
 from agent.engines.nftables.parts import interface
 from agent.engines.nftables.probe import EVERYTHING
 from agent.errors import HostError
+from agent.host import conntrack
 from agent.policy import Family, Policy
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, stage
@@ -195,7 +196,7 @@ def test_both_ways_count_the_same_connections(monkeypatch: pytest.MonkeyPatch) -
             assert [who(connection) for connection in through] == ["P", "P"]
         with lab.inside("host"):
             assert drain.running((15001,)) == 2
-            monkeypatch.setattr(drain, "_PROC", Path("/nonexistent"))
+            monkeypatch.setattr(conntrack, "LISTING", "nonexistent")
             assert drain.running((15001,)) == 2
             assert drain.running((15006,)) == 0
             through[0].close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
 from agent.engines.ebpf.contents import contents_for
 from agent.engines.nftables import drain
 from agent.errors import InputError
+from agent.host import conntrack, proc
 from agent.policy import Inbound, Policy, Redirection
 from agent.policy_document import from_document, to_document
 from agent.relay import sock_diag
@@ -41,8 +43,12 @@ def test_a_record_without_a_mode_is_of_redirect() -> None:
     [("ESTABLISHED", 0x800, True), ("ESTABLISHED", 0x4801, True), ("ESTABLISHED", 0x1000, False),
      ("ESTABLISHED", 0, False), ("TIME_WAIT", 0x800, False), ("CLOSE", 0x800, False)],
 )  # fmt: skip
-def test_connections_in_a_clients_name_are_counted(state: str, mark: int, counts: bool) -> None:
-    assert drain._is_dialled(CONNTRACK.format(state=state, mark=mark)) is counts
+def test_connections_in_a_clients_name_are_counted(
+    state: str, mark: int, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / conntrack.LISTING).write_text(CONNTRACK.format(state=state, mark=mark))
+    monkeypatch.setattr(proc, "NET", tmp_path)
+    assert drain.dialled() == counts
 
 
 def test_the_relays_flag_is_both_ends() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.engines.nftables import drain
+from agent.host import conntrack, proc
 
 REDIRECTED = (
     "ipv4     2 tcp      6 431999 ESTABLISHED src=10.0.0.1 dst=203.0.113.10 sport=24658 dport=8080 "
@@ -29,8 +30,7 @@ DIRECT = REDIRECTED.replace("203.0.113.10", "127.0.0.1").replace("dport=8080", "
 def test_only_running_redirected_connections_count(
     line: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listing = tmp_path / "nf_conntrack"
-    listing.write_text(f"{line}\n")
-    monkeypatch.setattr(drain, "_PROC", listing)
+    (tmp_path / conntrack.LISTING).write_text(f"{line}\n")
+    monkeypatch.setattr(proc, "NET", tmp_path)
     assert drain.running((15001, 15006)) == count
     assert drain.running(()) == 0

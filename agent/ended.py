@@ -1,0 +1,52 @@
+"""Connections that are over, while conntrack still remembers them and what was decided about them.
+
+A SYN of the same addresses and ports may be taken for one of the connection that conntrack knows (tcp_packet() and
+tcp_conntracks[] in net/netfilter/nf_conntrack_proto_tcp.c). NAT is not asked anew then: what was not redirected goes
+past the data plane once more, and what was goes there although nothing is redirected any more. After a FIN of either
+side that does not happen. It does
+
+- when the server ended it with a RST, for ten seconds (nf_conntrack_tcp_timeout_close);
+- when conntrack did not see the end: when nobody needed it meanwhile, as between an uninstall and the next install, or
+  with the eBPF engine. For up to five days (nf_conntrack_tcp_timeout_established);
+- when conntrack saw a single late packet of it, which it takes for the middle of a connection
+  (nf_conntrack_tcp_loose): five minutes (nf_conntrack_tcp_timeout_unacknowledged).
+
+So whoever changes what is redirected lets conntrack forget them. Connections that pass through this host are left
+alone, as nobody here can tell whether they are over, and so are those in conntrack zones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+from agent.host import conntrack, interfaces, sockets
+from agent.host.conntrack import Entry, State
+
+_LIMIT_SECONDS = 3.0
+"""An entry takes a millisecond. What is left then goes by itself, sooner or later."""
+
+
+def forget() -> int:
+    """Let conntrack forget this host's connections that are over. Hands back how many; 0 if the kernel refuses."""
+    # The sockets are looked at after the entries: a connection that has an entry and no socket later is over.
+    suspects = [entry for entry in conntrack.entries() if _is_suspect(entry)]
+    return conntrack.forget(_ended(suspects), _LIMIT_SECONDS) if suspects else 0
+
+
+def _is_suspect(entry: Entry) -> bool:
+    """Whether it could be over, and in the way. In TIME_WAIT it begins anew with the next SYN."""
+    if entry.has_zone or entry.state is State.TIME_WAIT:
+        return False
+    return entry.state is State.CLOSE or not entry.is_translated
+
+
+def _ended(suspects: list[Entry]) -> Iterator[Entry]:
+    running = sockets.connections()
+    local = interfaces.local_networks()
+    for entry in suspects:
+        flow = entry.original
+        if (entry.state is State.CLOSE or not {flow, flow.reversed()} & running) and any(
+            ip_address(address) in network for address in (flow.source, flow.destination) for network in local
+        ):
+            yield entry

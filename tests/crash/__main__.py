@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--engine", action="append", choices=FLAVOURS, help="default: all")
     parser.add_argument("--command", action="append", choices=COMMANDS, help="default: all")
     parser.add_argument("--step", type=int, default=1, help="every so many points only")
+    parser.add_argument("--turns", action="store_true", help="one interference a point, in turns, not each")
     parser.add_argument("--first", type=int, default=1, help="the first point to try")
     parser.add_argument("--last", type=int, default=MOST_POINTS, help="the last one")
     parser.add_argument("--verbose", action="store_true")
@@ -44,7 +45,7 @@ def main() -> None:
             for command in given.command or COMMANDS:
                 began = time.monotonic()
                 found = []
-                points = {"step": given.step, "first": given.first, "last": given.last}
+                points = {"step": given.step, "first": given.first, "last": given.last, "turns": given.turns}
                 for trial in campaign(made, command, interferences, healings=healings, **points):
                     found.append(trial)
                     if given.verbose or trial.faults:

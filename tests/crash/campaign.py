@@ -213,18 +213,19 @@ def campaign(
     step: int = 1,
     first: int = 1,
     last: int = MOST_POINTS,
+    turns: bool = False,
     healings: Sequence[str] = HEALINGS,
 ) -> Iterator[Trial]:
     """Trials of a command: at every `step`th point from `first` to `last`, each interference with each healing.
 
-    With a step, the ways to interfere and to heal take turns instead. Only what tpctl started can hang.
+    With a step, or if told so, the ways to interfere and to heal take turns instead. Only what tpctl started can hang.
     """
     points = points_of(scene, command)
     ways = [(one, healing) for one in interferences for healing in healings]
     at = first
     # A disturbed run can have more points than an undisturbed one: those of its rollback are tried by failing calls.
     while at <= min(len(points), last):
-        for interference, healing in ways if step == 1 else [ways[(at // step) % len(ways)]]:
+        for interference, healing in [ways[(at // step) % len(ways)]] if turns or step > 1 else ways:
             if interference.how == HANG and not points[at - 1].endswith(")"):
                 continue
             trial = attempt(scene, command, interference, at, healing)

@@ -17,21 +17,30 @@ alone, as nobody here can tell whether they are over, and so are those in conntr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
+from typing import Any
 
 from agent.host import conntrack, interfaces, sockets
-from agent.host.conntrack import Entry, State
+from agent.host.conntrack import Entry, Flow, State
 
 _LIMIT_SECONDS = 3.0
 """An entry takes a millisecond. What is left then goes by itself, sooner or later."""
+_ADDRESS_BYTES = {socket.AF_INET: 4, socket.AF_INET6: 16}
 
 
 def forget() -> int:
     """Let conntrack forget this host's connections that are over. Hands back how many; 0 if the kernel refuses."""
     # The sockets are looked at after the entries: a connection that has an entry and no socket later is over.
     suspects = [entry for entry in conntrack.entries() if _is_suspect(entry)]
-    return conntrack.forget(_ended(suspects), _LIMIT_SECONDS) if suspects else 0
+    if not suspects:
+        return 0
+    ended = list(_ended(suspects))
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    return sum(_forget(family, ended, deadline) for family in _ADDRESS_BYTES)
 
 
 def _is_suspect(entry: Entry) -> bool:
@@ -50,3 +59,30 @@ def _ended(suspects: list[Entry]) -> Iterator[Entry]:
             ip_address(address) in network for address in (flow.source, flow.destination) for network in local
         ):
             yield entry
+
+
+def _forget(family: socket.AddressFamily, ended: Sequence[Entry], deadline: float) -> int:
+    """Those of a family that have not gone into another state since."""
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
+
+    forgotten = 0
+    with contextlib.suppress(OSError), NFCTSocket(nfgen_family=family) as netlink:
+        for entry in (entry for entry in ended if len(entry.original.source) == _ADDRESS_BYTES[family]):
+            if time.monotonic() > deadline:
+                break
+            wanted = _wanted(family, entry.original)
+            with contextlib.suppress(NetlinkError):  # it has gone by itself
+                for found in netlink.entry("get", tuple_orig=wanted):
+                    if (now := conntrack.read(family, found)) and now.state is entry.state:
+                        # With its id none is taken that has come in its place since the last line but one.
+                        netlink.entry("del", tuple_orig=wanted, id=found.get_attr("CTA_ID"))
+                        forgotten += 1
+    return forgotten
+
+
+def _wanted(family: int, flow: Flow) -> Any:
+    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
+
+    source, destination = (socket.inet_ntop(family, address) for address in (flow.source, flow.destination))
+    return NFCTAttrTuple(family, source, destination, socket.IPPROTO_TCP, flow.source_port, flow.destination_port)

@@ -6,11 +6,9 @@ fast as it takes netlink messages apart; else the kernel is asked over netlink.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -110,46 +108,6 @@ def parse(line: str) -> Entry | None:
     return Entry(_STATES[fields[5]], flows[0], flows[1], int(mark[1]) if mark else 0, bool(_ZONE.search(fields[6])))
 
 
-def forget(ended: Iterable[Entry], seconds: float) -> int:
-    """Let conntrack forget entries that have not gone into another state since; after so long, the rest is left.
-
-    Hands back how many are gone. Needs CAP_NET_ADMIN; without it, or without nf_conntrack_netlink, it is 0.
-    """
-    deadline = time.monotonic() + seconds
-    four: list[Entry] = []
-    six: list[Entry] = []
-    for entry in ended:
-        (four if len(entry.original.source) == 4 else six).append(entry)
-    return sum(_forget(some, deadline) for some in (four, six) if some)
-
-
-def _forget(ended: Sequence[Entry], deadline: float) -> int:
-    from pyroute2.netlink.exceptions import NetlinkError
-    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
-
-    forgotten = 0
-    family = socket.AF_INET if len(ended[0].original.source) == 4 else socket.AF_INET6
-    with contextlib.suppress(OSError), NFCTSocket(nfgen_family=family) as conntrack:
-        for entry in ended:
-            if time.monotonic() > deadline:
-                break
-            wanted = _wanted(family, entry.original)
-            with contextlib.suppress(NetlinkError):  # it has gone by itself
-                for found in conntrack.entry("get", tuple_orig=wanted):
-                    if (now := _read(family, found)) and now.state is entry.state:
-                        # With its id none is taken that has come in its place since the last line but one.
-                        conntrack.entry("del", tuple_orig=wanted, id=found.get_attr("CTA_ID"))
-                        forgotten += 1
-    return forgotten
-
-
-def _wanted(family: int, flow: Flow) -> Any:
-    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple
-
-    source, destination = (socket.inet_ntop(family, address) for address in (flow.source, flow.destination))
-    return NFCTAttrTuple(family, source, destination, socket.IPPROTO_TCP, flow.source_port, flow.destination_port)
-
-
 def _flow(family: int, source: str, destination: str, source_port: str | int, destination_port: str | int) -> Flow:
     packed = (socket.inet_pton(family, address) for address in (source, destination))
     return Flow(next(packed), int(source_port), next(packed), int(destination_port))
@@ -160,11 +118,12 @@ def _asked(family: int) -> Iterator[Entry]:
 
     with NFCTSocket(nfgen_family=family) as conntrack:
         for message in conntrack.dump():
-            if entry := _read(family, message):
+            if entry := read(family, message):
                 yield entry
 
 
-def _read(family: int, message: Any) -> Entry | None:
+def read(family: int, message: Any) -> Entry | None:
+    """An entry of a netlink message of pyroute2's about a connection of that family; None for what is no TCP."""
     protocol = message.get_attr("CTA_PROTOINFO")
     tcp = protocol.get_attr("CTA_PROTOINFO_TCP") if protocol else None
     if tcp is None:

@@ -10,6 +10,7 @@ What the caller has opened itself, standard input and /dev/fd/N, is taken as it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -18,7 +19,7 @@ import shlex
 import stat
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 STDIN = "-"
 MAX_CONFIGURATION = 1024 * 1024
@@ -38,6 +39,26 @@ class UnusableFileError(Exception):
     """A file that cannot be read or parsed; says why."""
 
 
+class _Rule(NamedTuple):
+    """Who alone may have to do with a file, and what is said when others may."""
+
+    why: str
+    otherwise: str = ""
+    """Another way out."""
+    owners: frozenset[int] = frozenset({0})
+    """To whom the file, and every directory and link on the way to it, may belong."""
+    group: str | None = None
+    """For a private key, which others may not read either: the group that it should belong to."""
+
+
+_CONFIGURATION = _Rule(
+    "root takes its configuration only from a file that nobody else may change",
+    " (or pass the content on standard input, as -)",
+)
+_TRUSTED = "it is trusted, so nobody else may change it"
+_SECRET = "a private key is for nobody else to change, and at most for a group to read"  # noqa: S105 - no password
+
+
 def read_configuration(path: str) -> str:
     """The text of a configuration file; `-` is stdin. Raises UnusableFileError.
 
@@ -54,6 +75,19 @@ def read_text(path: str | Path, limit: int) -> str:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """The bytes of such a file. Raises OSError, and UnusableFileError when it is larger."""
     return _content(str(path), limit, trusted=False)
+
+
+def judge(path: str | Path, user: int = 0, key_for: str | None = None) -> None:
+    """Raise UnusableFileError if anybody but root and `user`, for whom it is, may change a file, or which one it is.
+
+    `key_for` is for private keys, which others may not read either, and names the group that should be able to. What is
+    missing, or cannot be opened, is not judged, and what the caller has opened himself is as he wants it.
+    """
+    rule = _Rule(_SECRET if key_for else _TRUSTED, owners=frozenset({0, user}), group=key_for)
+    if _DESCRIPTOR.fullmatch(str(path)):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.close(_opened_by(rule, str(path)))
 
 
 def read_private(path: Path, limit: int) -> bytes:
@@ -102,7 +136,7 @@ def _content(path: str, limit: int, *, trusted: bool) -> bytes:
 def _opened(path: str, *, trusted: bool) -> int:
     if own := _DESCRIPTOR.fullmatch(path):
         return os.dup(int(own[1] or 0))
-    return _opened_as_roots(path) if trusted else _checked(os.open(path, _READ), fifos=False)
+    return _opened_by(_CONFIGURATION, path) if trusted else _checked(os.open(path, _READ), fifos=False)
 
 
 def _checked(descriptor: int, *, fifos: bool) -> int:
@@ -138,10 +172,10 @@ def _too_large(limit: int) -> NoReturn:
     raise UnusableFileError(f"is larger than {limit} bytes")
 
 
-def _opened_as_roots(path: str) -> int:
+def _opened_by(rule: _Rule, path: str) -> int:
     """Go to a file as the kernel would, judging every step. Raises OSError and UnusableFileError."""
     shown = [] if path.startswith("/") else Path.cwd().parts[1:]
-    walk = _Walk(path, [*shown])
+    walk = _Walk(rule, path, [*shown])
     try:
         return walk.to_the_end()
     finally:
@@ -151,7 +185,8 @@ def _opened_as_roots(path: str) -> int:
 class _Walk:
     """Where a path has led so far."""
 
-    def __init__(self, path: str, place: list[str]) -> None:
+    def __init__(self, rule: _Rule, path: str, place: list[str]) -> None:
+        self.rule = rule
         self.path = path
         self.here = os.open("/" if path.startswith("/") else ".", _STEP | os.O_DIRECTORY)
         self.place = place
@@ -191,7 +226,7 @@ class _Walk:
         if self.links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         link = self._show(name)
-        if found.st_uid != 0:
+        if found.st_uid not in self.rule.owners:
             raise UnusableFileError(
                 f"is reached by the symbolic link {link}, which belongs to uid {found.st_uid}, so that user decides "
                 f"what root reads: chown --no-dereference root:root {shlex.quote(link)}"
@@ -209,23 +244,26 @@ class _Walk:
         descriptor = _checked(os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self.here), fifos=True)
         found = os.fstat(descriptor)
         # Whoever may write to a device cannot change what others read from it.
-        open_to_others = found.st_mode & _OTHERS_WRITE and not stat.S_ISCHR(found.st_mode)
-        if found.st_uid == 0 and not open_to_others:
+        forbidden = 0 if stat.S_ISCHR(found.st_mode) else _OTHERS_WRITE
+        if self.rule.group is not None:
+            forbidden |= stat.S_IROTH
+        if found.st_uid in self.rule.owners and not found.st_mode & forbidden:
             return descriptor
         os.close(descriptor)
-        raise UnusableFileError(
-            f"{_described(found)}, and root takes its configuration only from a file that nobody else may change: "
-            f"{_remedy(found, self._show(name))} (or pass the content on standard input, as -)"
-        )
+        place = shlex.quote(self._show(name))
+        as_key = f"chown root:{self.rule.group} {place} && chmod 0640 {place}"
+        remedy = as_key if self.rule.group is not None else _remedy(found, self._show(name))
+        raise UnusableFileError(f"{_described(found)}, and {self.rule.why}: {remedy}{self.rule.otherwise}")
 
     def _judge_directory(self) -> None:
         found = os.fstat(self.here)
-        if found.st_uid == 0 and (not found.st_mode & _OTHERS_WRITE or found.st_mode & stat.S_ISVTX):
+        shared = found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX
+        if found.st_uid in self.rule.owners and not shared:
             return
         place = self._show()
         raise UnusableFileError(
             f"lies below {place}, which {_described(found)}, so others can replace it: keep it in a directory of "
-            f"root's, such as /etc/tpctl, or {_remedy(found, place)} (or pass the content on standard input, as -)"
+            f"root's, such as /etc/tpctl, or {_remedy(found, place)}{self.rule.otherwise}"
         )
 
     def _show(self, name: str = "") -> str:

@@ -170,11 +170,14 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
       tpctl relay --config /etc/tpctl/relay.yaml --check-config
     """
     from agent.log import configure, get_logger
+    from agent.relay.trusted_files import require_own
 
     given = {name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
 
     def load() -> Settings:
-        return _settings(config, options, given)
+        found = _settings(config, options, given)
+        require_own(found)
+        return found
 
     settings = load()
     if check_config:

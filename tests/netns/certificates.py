@@ -6,7 +6,7 @@ import ssl
 import subprocess
 from pathlib import Path
 
-from tests.netns.relay_net import HOST4, PEER4
+from tests.netns.relay_net import HOST4, PEER4, for_the_relay
 
 _EXTENSIONS = {
     "authority": "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n",
@@ -15,7 +15,7 @@ _EXTENSIONS = {
 
 
 class Authority:
-    """A certificate that signs others. Files are PEM, and may be read by everybody."""
+    """A certificate that signs others. Files are PEM; the relay's user may read them."""
 
     def __init__(self, directory: Path, name: str, parent: Authority | None = None) -> None:
         self._directory = directory
@@ -51,7 +51,7 @@ def _sign(certificate: Path, key: Path, name: str, extensions: str, parent: Auth
     signer = ["-signkey", str(key)] if parent is None else ["-CA", str(parent.path), "-CAkey", str(parent.key)]
     run("x509", "-req", "-in", str(request), *signer, "-days", "2", "-extfile", str(details),
         "-CAcreateserial", "-out", str(certificate))  # fmt: skip
-    key.chmod(0o644)
+    for_the_relay(key)
 
 
 def run(*arguments: str) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -202,6 +203,12 @@ def public_directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tpctl-relay-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+def for_the_relay(file: Path) -> None:
+    """Let the relay's user read a file of root's, and nobody else, as a private key has to be."""
+    os.chown(file, 0, pwd.getpwnam(RELAY_USER).pw_gid)
+    file.chmod(0o640)
 
 
 def pattern(size: int) -> bytes:

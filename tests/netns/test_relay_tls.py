@@ -256,6 +256,8 @@ listeners:
 def test_certificates_are_rotated_under_load(net: Net, tmp_path: Path, pki: Pki, workers: int) -> None:
     certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
     pairs = [pki.middle.issue(f"rotated{number}", "DNS:server.test") for number in range(4)]
+    key.touch()
+    relay_net.for_the_relay(key)
 
     def install(number: int) -> None:
         certificate.write_bytes(pairs[number][0].read_bytes())

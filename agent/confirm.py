@@ -83,8 +83,17 @@ def _of_document(document: Mapping[str, Any]) -> Pending:
 
 
 def drop(pending: Pending | None) -> None:
-    """Forget a pending change, or a record of one that cannot be read: it stays. To be called under the lock."""
-    path().unlink(missing_ok=True)
+    """Forget a pending change, or a record of one that cannot be read: it stays. To be called under the lock.
+
+    Raises ApplyError when the record cannot be removed.
+    """
+    try:
+        path().unlink(missing_ok=True)
+    except OSError as error:
+        raise ApplyError(
+            f"The record of a change that awaits confirmation, {path()}, cannot be removed: {error.strerror}; see "
+            "`tpctl status`"
+        ) from error
     with contextlib.suppress(OSError):
         path().parent.rmdir()
     if pending:
@@ -108,12 +117,15 @@ def guarded(command: str, seconds: float | None, record: state.State | None) -> 
     armed = _arm(command, seconds, way_back)
     try:
         yield armed
-    except TpctlError:  # nothing was changed, or it is undone; after anything else the guardian is needed
-        if earlier:
-            _write(earlier)
-            _dismiss(armed)
-        else:
-            drop(armed)
+    except TpctlError as error:  # nothing was changed, or it is undone; after anything else the guardian is needed
+        try:
+            if earlier:
+                _write(earlier)
+                _dismiss(armed)
+            else:
+                drop(armed)
+        except ApplyError as also:
+            raise ApplyError(f"{error}. {also}") from error
         raise
     if earlier:
         _dismiss(earlier)

@@ -18,7 +18,7 @@ from agent.host import cgroups
 from agent.host.privilege import require_root
 from agent.persist import in_step
 from agent.policy import DnsCapture, Family, Policy
-from agent.undo import INSTALLED_AGAIN, KUMACTLS_GONE, ROLLED_BACK, Failures, Undo
+from agent.undo import INSTALLED_AGAIN, KUMACTLS_GONE, REMOVED, ROLLED_BACK, Failures, Undo
 
 FLUSHED_TABLES = ("nat", "raw")
 DOCKER_ZONES = (
@@ -319,11 +319,15 @@ def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, kee
                 confirm.drop(armed)
             return removal
         removal = remove_everything(record, dry_run=dry_run)
+        failures = Failures()
         if not keep_units:
-            files = in_step.remove_files(dry_run=dry_run)
-            removal = dataclasses.replace(removal, removed=(*removal.removed, *files))
+            with failures.kept():
+                files = in_step.remove_files(dry_run=dry_run)
+                removal = dataclasses.replace(removal, removed=(*removal.removed, *files))
         if not dry_run:  # the way out is never barred, and whoever took it needs no way back
-            confirm.drop(pending)
+            with failures.kept():
+                confirm.drop(pending)
+        failures.raise_if_any(REMOVED)
         return removal
 
 
@@ -364,7 +368,7 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         if not dry_run:
             state.clear()
             ended.forget()
-    failures.raise_if_any("Everything else was removed: no traffic is redirected; `tpctl uninstall` can be run again")
+    failures.raise_if_any(REMOVED)
     return Removal(tuple(removed), tuple(notices))
 
 

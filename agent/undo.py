@@ -12,6 +12,7 @@ ROLLED_BACK = "Everything was rolled back: the host is as it was before"
 KUMACTLS_GONE = "The new rules were taken away again; kumactl's, which they had replaced, cannot be brought back"
 INSTALLED_AGAIN = "Everything was rolled back: the policy that was installed before is carried out again"
 NOTHING_CHANGED = "Nothing was changed"
+REMOVED = "Everything else was removed: no traffic is redirected; `tpctl uninstall` can be run again"
 _SAID = (
     "as it was before",
     "tpctl status",

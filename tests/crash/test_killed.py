@@ -36,3 +36,16 @@ def test_a_sample_of_points(flavour: str, tmp_path: Path) -> None:
             assert not trial.faults, str(trial)
             states.add(trial.state)
         assert states <= {"old", "new", "between"}
+
+
+def test_an_uninstall_whose_last_steps_fail_says_that_nothing_is_redirected(tmp_path: Path) -> None:
+    with own_place() as place, scene("nftables", place, tmp_path) as made:
+        points = points_of(made, "uninstall")
+        last = [at for at, point in enumerate(points, 1) if point.endswith(("state.json", "pending.json"))]
+        assert len(last) == 2
+        for at in last:
+            for failure in (FAILURES[0], FAILURES[-1]):
+                trial = attempt(made, "uninstall", failure, at, "uninstall")
+                assert trial
+                assert not trial.faults, str(trial)
+                assert (trial.state, trial.exit) == ("new", 1)

@@ -77,6 +77,26 @@ def test_a_change_that_failed_needs_no_guardian(place: Path, monkeypatch: pytest
     assert programs.run[-1][:2] == ["systemctl", "stop"]
 
 
+def test_a_record_that_cannot_be_removed_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(monkeypatch)
+    confirm.path().mkdir(parents=True)
+    with pytest.raises(ApplyError, match=r"pending\.json, cannot be removed: Is a directory; see `tpctl status`"):
+        confirm.drop(None)
+
+
+def test_what_stopped_a_change_is_said_with_what_stopped_its_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(monkeypatch)
+
+    def change() -> None:
+        with confirm.guarded("install", 60.0, None):
+            confirm.path().unlink()
+            confirm.path().mkdir()
+            raise ApplyError("refused")
+
+    with pytest.raises(ApplyError, match=r"refused\. The record .* cannot be removed"):
+        change()
+
+
 def test_a_change_that_broke_off_keeps_its_guardian(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(monkeypatch)
     with pytest.raises(ZeroDivisionError), confirm.guarded("install", 60.0, None):

@@ -28,9 +28,13 @@ __attribute__((section("maps/sockhash"))) struct sockets_table_t sources = {.max
 BPF_F_TABLE("hash", u64, struct stream, streams, 2 * PAIRS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, u64, ended, 2 * PAIRS, BPF_F_NO_PREALLOC); /* tells user space which streams are over */
 
+/* By number: bcc looks the helper up in /proc/kallsyms, which shows it only with CAP_SYSLOG, and takes one that sockets'
+ * programs may not call if it does not find it. */
+static long (*read_kernel)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+
 static inline __attribute__((always_inline)) u64 read64(u64 at) {
   u64 value = 0;
-  bpf_probe_read_kernel(&value, sizeof(value), (void *)at);
+  read_kernel(&value, sizeof(value), (void *)at);
   return value;
 }
 
@@ -38,10 +42,10 @@ static inline __attribute__((always_inline)) u64 read64(u64 at) {
 static inline __attribute__((always_inline)) u32 waiting_for(struct bpf_sock *sink) {
   struct bpf_sock *spilled = sink; /* the verifier forbids arithmetic on the pointer, but not reading the stack */
   u64 sock = 0;
-  bpf_probe_read_kernel(&sock, sizeof(sock), &spilled);
+  read_kernel(&sock, sizeof(sock), &spilled);
   u64 psock = read64(sock + OFFSET_SOCK_USER_DATA) & ~(u64)TAG;
   u32 count = 0;
-  bpf_probe_read_kernel(&count, sizeof(count), (void *)(psock + OFFSET_PSOCK_QUEUE + OFFSET_QUEUE_LENGTH));
+  read_kernel(&count, sizeof(count), (void *)(psock + OFFSET_PSOCK_QUEUE + OFFSET_QUEUE_LENGTH));
   return count;
 }
 

@@ -86,10 +86,12 @@ def entries() -> Iterator[Entry]:
         lines = proc.read_net(LISTING).splitlines()
         yield from (entry for line in lines if (entry := parse(line)))
         return
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
         for family in _FAMILIES.values():
             yield from _asked(family)
-    except OSError:
+    except (OSError, NetlinkError):
         return
 
 

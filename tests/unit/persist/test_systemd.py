@@ -152,6 +152,20 @@ def test_systemd_finds_nothing_wrong(machine: Path, unit: str) -> None:
 
 
 @analyzed
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_sockmap(machine: Path) -> None:
+    relay = (Path(__file__).parents[3] / "docs/relay.md").read_text()
+    text = relay.partition("tpctl-relay.service.d/sockmap.conf\n")[2].partition("```")[0]
+    assert "CapabilityBoundingSet=CAP_BPF" in text
+    folder = machine / "etc/systemd/system/tpctl-relay.service.d"
+    folder.mkdir()
+    (folder / "sockmap.conf").write_text(text)
+    test_systemd_finds_nothing_wrong(machine, systemd.RELAY)
+    (folder / "sockmap.conf").write_text(text.replace("PrivateUsers=", "PrivateUserz="))
+    with pytest.raises(AssertionError, match="PrivateUserz"):
+        test_systemd_finds_nothing_wrong(machine, systemd.RELAY)
+
+
+@analyzed
 def test_systemd_finds_what_is_wrong(machine: Path) -> None:
     """So that the silence above means something."""
     path = machine / "etc/systemd/system" / systemd.SERVICE

@@ -13,6 +13,13 @@ from typing import Protocol
 from agent.relay.tls import ChainTooLongError, Tls, check_depth
 
 _CHUNK = 64 * 1024
+_RECORD = 16 * 1024
+"""The most that a record of TLS carries (RFC 8446, 5.1). A memory BIO grows to the most that it ever held and a third
+more, and never shrinks (crypto/buffer/buffer.c, BUF_MEM_grow_clean), so nothing larger passes through one. With
+`_CHUNK`, a connection that has moved bulk once would keep 150 KB as long as it lives."""
+_PIECE = _RECORD + 1024
+"""A whole record, with its header and its tag."""
+_NOTHING = memoryview(b"")
 
 
 class End(Protocol):
@@ -78,6 +85,8 @@ class TlsEnd:
             self._incoming, self._outgoing, server_side=tls.is_server, server_hostname=server_name
         )
         self._plain = PlainEnd(sock)
+        self._arrived = _NOTHING
+        """Read from the socket and not given to OpenSSL yet."""
         self._early: list[bytes] = []
         """Read from OpenSSL before it had to say goodbye."""
 
@@ -104,8 +113,10 @@ class TlsEnd:
         if self._early:
             return self._early.pop(0)
         while True:
+            if self._arrived:  # before OpenSSL asks for it: its exceptions cost more than a record
+                self._feed()
             try:
-                return self._connection.read(_CHUNK)
+                return self._connection.read(_RECORD)
             except ssl.SSLWantReadError:
                 if not self._receive():
                     return None
@@ -114,7 +125,14 @@ class TlsEnd:
 
     def write(self, data: bytes) -> None:
         """See `End`."""
-        self._connection.write(data)
+        if len(data) <= _RECORD:
+            self._connection.write(data)
+            return
+        plain, encrypted = memoryview(data), []
+        for start in range(0, len(data), _RECORD):
+            self._connection.write(plain[start : start + _RECORD])
+            encrypted.append(self._outgoing.read())
+        self._plain.write(b"".join(encrypted))
 
     def flush(self) -> bool:
         """See `End`."""
@@ -126,7 +144,7 @@ class TlsEnd:
         """See `End`."""
         # Saying goodbye makes OpenSSL read as well, and it takes data for an error then: have them out before.
         with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-            while data := self._connection.read(_CHUNK):
+            while data := self._connection.read(_RECORD):
                 self._early.append(data)
         with contextlib.suppress(ssl.SSLWantReadError):  # the peer's own goodbye comes later
             self._connection.unwrap()
@@ -136,11 +154,24 @@ class TlsEnd:
 
     def _receive(self) -> bool:
         """Whether OpenSSL has something new to look at."""
+        if self._arrived:
+            self._feed()
+            return True
         data = self._plain.read()
         if data is None:
             return False
-        if data:
+        if not data:
+            self._incoming.write_eof()
+        elif len(data) <= _PIECE:  # nearly always
             self._incoming.write(data)
         else:
-            self._incoming.write_eof()
+            self._arrived = memoryview(data)
+            self._feed()
         return True
+
+    def _feed(self) -> None:
+        """Give OpenSSL what it takes for a record, and no more."""
+        room = _PIECE - self._incoming.pending
+        self._incoming.write(self._arrived[:room])
+        # Even an empty view would keep all of what it is a part of.
+        self._arrived = self._arrived[room:] if room < len(self._arrived) else _NOTHING

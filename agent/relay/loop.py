@@ -8,11 +8,19 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 Handler = Callable[[int], None]
 """Called with the event mask of epoll_ctl(2)."""
 
 _MAX_EVENTS = 256
+
+
+def shrink(table: dict[Any, Any]) -> None:
+    """Give back the room of what has gone from a dictionary. It does so itself only when it would grow."""
+    kept = dict(table)
+    table.clear()
+    table.update(kept)
 
 
 class Timer:
@@ -88,6 +96,10 @@ class Loop:
                 self._expire()
             if self._closing:
                 self._close_all()
+
+    def let_go(self) -> None:
+        """Give back the room of handlers that have gone."""
+        shrink(self._handlers)
 
     def release(self) -> None:
         """Close what is left of the loop itself."""

@@ -16,6 +16,8 @@ from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
 from agent.relay.handshake import Handshake
+from agent.relay.loop import shrink
+from agent.relay.memory import Memory
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import announce
 from agent.relay.reception import Guest, Reception, told
@@ -48,12 +50,14 @@ class TcpRelay:
         self._dialling: dict[float, Deadlines[Dialling]] = {}
         self._shaking: dict[float, Deadlines[Handshake]] = {}
         self._connections: dict[Connection, Guest] = {}
+        self._check_seconds = 0.0
         self._checking = False
         self._reception = Reception(self._loop, self._admit, self._refuse)
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
         self.acceptor.paused = partial(counts.add, tally.WORKER, tally.PAUSES)
         self.idle: Callable[[], None] | None = None
         """Called whenever the last connection has ended."""
+        self._memory = Memory(self._loop, lambda: self.busy, self._let_go)
 
     @property
     def busy(self) -> int:
@@ -69,8 +73,10 @@ class TcpRelay:
             if seconds not in self._dialling:
                 self._dialling[seconds] = Deadlines[Dialling](self._loop, seconds, Dialling.expire)
                 self._shaking[seconds] = Deadlines[Handshake](self._loop, seconds, Handshake.expire)
-        if not self._checking:
-            self._check_quiet()
+        timeouts = [route.settings.timeouts for route in routes.values()]
+        times = [seconds for one in timeouts for seconds in (one.idle, one.half_closed) if seconds]
+        self._check_seconds = min(min(times) / _CHECKS, _LONGEST_CHECK) if times else 0.0
+        self._check_later()
 
     def reset(self, error: OSError) -> None:
         """Break every connection off."""
@@ -131,6 +137,8 @@ class TcpRelay:
         )
         connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections[connection] = guest
+        if not self._checking:
+            self._check_later()
         if guest.counted is not None:
             self._counts.enter(guest.route.slot, guest.counted)
         try:
@@ -149,17 +157,18 @@ class TcpRelay:
             self._write(guest, str(why), upstream=None, error=reason)
         self._left(guest)
 
+    def _check_later(self) -> None:
+        """Look for connections on which nothing moves, as long as there are any and some timeout asks for it."""
+        if self._check_seconds and self._connections and not self._checking:
+            self._checking = True
+            self._loop.later(self._check_seconds, self._check_quiet)
+
     def _check_quiet(self) -> None:
-        """Look for connections on which nothing moves; again and again, as long as any timeout asks for it."""
-        timeouts = [route.settings.timeouts for route in self._routes.values()]
-        times = [seconds for one in timeouts for seconds in (one.idle, one.half_closed) if seconds]
-        self._checking = bool(times)
-        if not times:
-            return
         now = time.monotonic()
         for connection in tuple(self._connections):
             connection.check_quiet(now)
-        self._loop.later(min(min(times) / _CHECKS, _LONGEST_CHECK), self._check_quiet)
+        self._checking = False
+        self._check_later()
 
     def _on_end(self, guest: Guest, connection: Connection) -> None:
         slot = guest.route.slot
@@ -189,8 +198,16 @@ class TcpRelay:
     def _left(self, guest: Guest) -> None:
         self._counts.add(guest.route.slot, tally.ACTIVE, -1)
         self._counts.add(tally.WORKER, tally.ACTIVE, -1)
+        self._memory.ended()
         if self.idle is not None and not self.busy:
             self.idle()
+
+    def _let_go(self) -> None:
+        """Drop what is only kept for later connections."""
+        self._context.pool.close()
+        shrink(self._connections)
+        shrink(self._context.exchange.own_dials)
+        self._loop.let_go()
 
     def _write(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
-from agent.errors import HostError, InputError
+from agent.errors import ApplyError, HostError, InputError
 
 
 def _nftables(options: EngineOptions) -> Engine[Any]:
@@ -46,8 +46,16 @@ class Selection:
 def select(options: EngineOptions) -> Selection:
     """The engine `options` asks for, ready for this host.
 
-    Raises InputError for an engine tpctl does not have or a contradiction, HostError when the host lacks what it needs.
+    Raises InputError for an engine tpctl does not have or a contradiction, HostError when the host lacks what it needs,
+    or does not answer.
     """
+    try:
+        return _selected(options)
+    except ApplyError as late:
+        raise HostError(f"{late}. Nothing was changed") from late
+
+
+def _selected(options: EngineOptions) -> Selection:
     if options.engine in ENGINES:
         engine = ENGINES[options.engine](options)
         return Selection(engine, f"--engine {options.engine} was given{_variant_reason(engine)}")
@@ -67,15 +75,27 @@ def select(options: EngineOptions) -> Selection:
 def available(options: EngineOptions) -> Iterator[Engine[Any]]:
     """Every engine that can work on this host, to look for what may be installed.
 
-    One that could not install anything now, but may have, is among them: to look and to remove takes less.
+    One that could not install anything now, but may have, is among them: to look and to remove takes less. Raises
+    HostError when it cannot be told whether one is: it is not passed over.
     """
     for name, make in ENGINES.items():
         try:
-            yield make(dataclasses.replace(options, engine=name))
-        except HostError:
-            engine = REMNANTS[name](options) if name in REMNANTS else None
-            if engine:
-                yield engine
+            engine = _looked_for(name, make, dataclasses.replace(options, engine=name))
+        except ApplyError as late:
+            raise HostError(f"{late}. Nothing was changed") from late
+        if engine:
+            yield engine
+
+
+def _looked_for(name: str, make: Maker, options: EngineOptions) -> Engine[Any] | None:
+    try:
+        return make(options)
+    except HostError:
+        return REMNANTS[name](options) if name in REMNANTS else None
+    except ApplyError:  # it did not answer in time
+        if name not in REMNANTS:
+            raise
+        return REMNANTS[name](options)
 
 
 def _readable_nftables(options: EngineOptions) -> Engine[Any] | None:

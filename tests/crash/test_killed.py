@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.rehearsal.cgroup import own_place
-from tests.crash.campaign import COMMANDS, FAILURES, KILLS, Interference, attempt, points_of
+from tests.crash.campaign import COMMANDS, FAILURES, HANGS, KILLS, Interference, attempt, points_of
 from tests.crash.scene import scene
 
 pytestmark = pytest.mark.root
@@ -49,3 +49,14 @@ def test_an_uninstall_whose_last_steps_fail_says_that_nothing_is_redirected(tmp_
                 assert trial
                 assert not trial.faults, str(trial)
                 assert (trial.state, trial.exit) == ("new", 1)
+
+
+@pytest.mark.parametrize(("command", "state"), [("install", "old"), ("uninstall", "new")])
+def test_a_kernel_that_does_not_answer_whether_it_could(command: str, state: str, tmp_path: Path) -> None:
+    with own_place() as place, scene("nftables", place, tmp_path) as made:
+        points = points_of(made, command)
+        probe = next(at for at, point in enumerate(points, 1) if point.endswith(")"))
+        trial = attempt(made, command, HANGS[0], probe, "uninstall")
+        assert trial
+        assert not trial.faults, str(trial)
+        assert trial.state == state

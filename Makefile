@@ -49,6 +49,7 @@ test-crash: venv ## killed and failing at every system call that changes anythin
 	@.ci/packages $(TEST_PACKAGES)
 	@$(BIN)/python -m tests.crash --step $(or $(STEP),1)
 	@$(BIN)/python -m tests.crash --failing --step $(or $(STEP),1)
+	@$(BIN)/python -m tests.crash --hanging
 	@$(BIN)/python -m tests.crash --at-once 50
 
 test-vm: venv ## reboots, firewalld, ssh and data planes in virtual machines of Debian 11, 12 and 13 (VM_RELEASES=...)

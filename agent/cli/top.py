@@ -50,7 +50,7 @@ Exit codes: 0 done, or interrupted; 2 bad input, or no relay tells its metrics t
 @click.option("--once", is_flag=True, help="Show one picture, after one interval, and end.")
 @click.option("--json", "as_json", is_flag=True, help="A line of JSON for each picture; with --once, one document.")
 def command(metrics: str | None, config: Path | None, interval: float, once: bool, as_json: bool) -> int:
-    """Watch the relay: its connections, bytes, errors and DNS queries, until interrupted.
+    """Watch the relay: its connections, bytes, errors, DNS queries and clients, until interrupted.
 
     The figures are those that the relay serves for Prometheus, of all its workers.
     """

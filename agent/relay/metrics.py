@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from agent.relay import tally
+from agent.relay.clients import Client
 from agent.relay.connection import Ending
 from agent.relay.dns_counters import DnsCounters
 from agent.relay.listen import show
@@ -37,9 +38,12 @@ _BY_LISTENER = (
 )  # fmt: skip
 
 
-def render(counts: Tally, slots: Mapping[str, int], settings: Settings) -> str:
-    """Everything that is counted; `slots` are those of the listeners."""
-    return "\n".join((*_described(settings), *_listeners(counts, slots), *_whole(counts, settings.workers), ""))
+def render(
+    counts: Tally, slots: Mapping[str, int], settings: Settings, clients: Mapping[str, Client] | None = None
+) -> str:
+    """Everything that is counted; `slots` are those of the listeners, `clients` those that were asked for."""
+    whole = (*_described(settings), *_listeners(counts, slots), *_whole(counts, settings.workers))
+    return "\n".join((*whole, *_clients(clients or {}), ""))
 
 
 def _described(settings: Settings) -> Iterator[str]:
@@ -79,6 +83,17 @@ def _whole(counts: Tally, workers: int) -> Iterator[str]:
     yield from _head("dns_total", "counter", "What happened to DNS queries, by kind.")
     for number, name in enumerate(DNS_COUNTERS):
         yield _line("dns_total", {"kind": name}, row[tally.DNS + number])
+
+
+def _clients(clients: Mapping[str, Client]) -> Iterator[str]:
+    if clients:
+        yield from _head("client_connections", "gauge", "Connections at this moment, of clients that have most.")
+        for name, client in clients.items():
+            yield _line("client_connections", {"client": name}, client.connections)
+        yield from _head("client_bytes", "gauge", "Bytes passed on, on these connections.")
+        for name, client in clients.items():
+            yield _line("client_bytes", {"client": name, "to": "upstream"}, client.sent)
+            yield _line("client_bytes", {"client": name, "to": "client"}, client.received)
 
 
 def _head(metric: str, kind: str, text: str) -> Iterator[str]:

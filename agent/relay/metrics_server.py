@@ -1,4 +1,8 @@
-"""Serves the figures over HTTP to whoever scrapes them: GET /metrics, one request a connection."""
+"""Serves the figures over HTTP to whoever scrapes them: GET /metrics, one request a connection.
+
+`GET /metrics?clients` has the clients with most connections and bytes as well. They are not for Prometheus, which would
+keep a series for each client for ever.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from agent.relay.metrics import CONTENT_TYPE
 MAX_CLIENTS = 16
 MAX_REQUEST = 8192
 TIMEOUT_SECONDS = 5.0
+CLIENTS = b"?clients"
 
 
 class _Client:
@@ -33,7 +38,7 @@ class _Client:
 class MetricsServer:
     """The metrics listener of one worker; every worker can tell the figures of all."""
 
-    def __init__(self, loop: Loop, complaints: Complaints, render: Callable[[], str]) -> None:
+    def __init__(self, loop: Loop, complaints: Complaints, render: Callable[[bool], str]) -> None:
         self._loop = loop
         self._render = render
         self._clients: set[_Client] = set()
@@ -91,14 +96,14 @@ class MetricsServer:
         self._loop.close(client.socket)
 
 
-def answer(request: bytes, render: Callable[[], str]) -> bytes:
-    """The HTTP response to a request."""
+def answer(request: bytes, render: Callable[[bool], str]) -> bytes:
+    """The HTTP response to a request; `render` is told whether the clients are wanted too."""
     words = request.split(b"\n", 1)[0].split()
     body, status, kind = "", "404 Not Found", "text/plain"
     if words[:1] not in ([b"GET"], [b"HEAD"]):
         status = "405 Method Not Allowed"
     elif len(words) > 1 and words[1].split(b"?")[0] in (b"/metrics", b"/"):
-        body, status, kind = render(), "200 OK", CONTENT_TYPE
+        body, status, kind = render(words[1].endswith(CLIENTS)), "200 OK", CONTENT_TYPE
     content = body.encode()
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     return head.encode() + (content if words[:1] == [b"GET"] else b"")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from agent.relay.check import MAX_LISTENERS
+from agent.relay.clients import Clients
 from agent.relay.connection import Ending
 from agent.relay.hops import Hops
 from agent.relay.route import Refusal
@@ -46,6 +47,7 @@ class Tally:
         self._numbers = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * 8)).cast("Q")
         self._buckets = memoryview(mmap.mmap(-1, workers * _BUCKETS * 4)).cast("I")
         self.hops = Hops(workers)
+        self.clients = Clients(workers)
         self._sources: dict[tuple[int, str], int] = {}
         self._base = 0
         self._own_buckets = 0
@@ -53,6 +55,7 @@ class Tally:
     def be(self, worker: int) -> None:
         """Write the row of this worker from now on, from zero."""
         self.hops.be(worker)
+        self.clients.be(worker)
         self._base = worker * _ROW
         self._own_buckets = worker * _BUCKETS
         self._sources = {}

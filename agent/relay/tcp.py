@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.relay import tally
 from agent.relay.acceptor import Acceptor
+from agent.relay.clients import Client, total
 from agent.relay.complaints import Complaints
 from agent.relay.connection import RESET_ON_CLOSE, Connection, Context, Ending, Plan, UpstreamTls
 from agent.relay.deadlines import Deadlines
@@ -187,6 +188,10 @@ class TcpRelay:
         """Count what has moved on the connections that exist."""
         for connection, guest in self._connections.items():
             self._count_bytes(guest, connection)
+
+    def clients(self) -> dict[str, Client]:
+        """Whose connections there are, with the bytes that have been counted."""
+        return total((str(guest.peer), (1, *guest.moved)) for guest in self._connections.values())
 
     def _count_bytes(self, guest: Guest, connection: Connection) -> None:
         moved = connection.moved

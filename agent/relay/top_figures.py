@@ -15,6 +15,8 @@ _LARGEST = 1e20
 """Counters have 64 bits."""
 _LATEST = 253402300799.0
 """The end of the year 9999, beyond which time.gmtime() fails."""
+_MOST_CLIENTS = 16
+"""The relay tells no more; whatever else may answer there."""
 _ORDERLY = "closed"
 """The one reason of an end that is no error."""
 
@@ -51,6 +53,10 @@ class Figures:
             if label in named and others.items() <= named.items():
                 found[named[label]] = value
         return dict(sorted(found.items()))
+
+    def names(self, name: str, label: str) -> list[str]:
+        """The values of a label, in the order of the text."""
+        return [labels[label] for labels in self.labels(name) if label in labels]
 
     def labels(self, name: str) -> list[dict[str, str]]:
         """The labels of every figure of a name, in the order of the text."""
@@ -93,6 +99,16 @@ class ListenerView:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientView:
+    """The connections that a client has at this moment, and the bytes that have moved on them."""
+
+    name: str
+    open: int
+    to_upstream: int
+    to_client: int
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """Everything at one moment."""
 
@@ -106,6 +122,8 @@ class View:
     accept_pauses: int
     reloads: int
     refused_reloads: int
+    clients: tuple[ClientView, ...] = ()
+    """Those with most connections, and those with most bytes."""
 
 
 def view(now: Figures, before: Figures | None, seconds: float) -> View:
@@ -125,6 +143,7 @@ def view(now: Figures, before: Figures | None, seconds: float) -> View:
         accept_pauses=int(now.get("accept_pauses_total")),
         reloads=int(now.get("configuration_reloads_total", result="used")),
         refused_reloads=int(now.get("configuration_reloads_total", result="refused")),
+        clients=tuple(reading.client(name) for name in now.names("client_connections", "client")[:_MOST_CLIENTS]),
     )
 
 
@@ -153,6 +172,10 @@ class _Reading:
             ended=self._reasons("connections_ended_total", name),
             refused=self._reasons("connections_refused_total", name),
         )
+
+    def client(self, name: str) -> ClientView:
+        moved = (int(self.now.get("client_bytes", client=name, to=to)) for to in ("upstream", "client"))
+        return ClientView(name, int(self.now.get("client_connections", client=name)), *moved)
 
     def _reasons(self, metric: str, listener: str) -> dict[str, Counter]:
         reasons = self.now.by(metric, "reason", listener=listener)

@@ -23,7 +23,7 @@ def read(address: Address) -> Figures:
     """The relay's figures. Raises NoAnswerError."""
     connection = _Connection(address)
     try:
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics?clients")
         answer = connection.getresponse()
         body = answer.read(_MAX_ANSWER).decode("utf-8", "replace")
         if answer.status != 200:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent.relay.top_figures import Counter, ListenerView, View
+from agent.relay.top_figures import ClientView, Counter, ListenerView, View
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _STEP = 1000
@@ -23,6 +23,8 @@ def lines(view: View, where: str, now: float) -> list[str]:
     if any(one.direction == "dns" for one in view.listeners):
         rates = "  ".join(f"{kind} {_rate(view.dns[kind].rate)}" for kind in _DNS_KINDS if kind in view.dns)
         shown += ["", f"DNS queries/s: {rates}"]
+    if view.clients:
+        shown += ["", *_table([_HEAD_OF_CLIENTS, *(_client(one) for one in view.clients)])]
     reasons = [_HEAD_OF_REASONS, *(row for one in view.listeners for row in _reasons(one))]
     if len(reasons) > 1:
         shown += ["", *_table(reasons)]
@@ -32,6 +34,7 @@ def lines(view: View, where: str, now: float) -> list[str]:
     return [*shown, *([""] if notes else []), *notes]
 
 
+_HEAD_OF_CLIENTS = ("CLIENT", "", "", "OPEN", "UP", "DOWN")
 _HEAD_OF_REASONS = ("NOT IN ORDER", "REASON", "", "IN ALL", "/S")
 
 
@@ -65,6 +68,10 @@ def document(view: View, where: str) -> dict[str, Any]:
             for one in view.listeners
         ],
         "dns": _counters(view.dns),
+        "clients": [
+            {"client": one.name, "open": one.open, "bytesToUpstream": one.to_upstream, "bytesToClient": one.to_client}
+            for one in view.clients
+        ],
     }
 
 
@@ -97,6 +104,10 @@ def _row(one: ListenerView) -> tuple[str, ...]:
     up, down = (_size(counter.rate) for counter in (one.to_upstream, one.to_client))
     rates = (_rate(one.accepted.rate), up, down, _rate(one.errors.rate))
     return (one.name, one.direction, one.listen, str(one.open), *rates)
+
+
+def _client(one: ClientView) -> tuple[str, ...]:
+    return (one.name, "", "", str(one.open), size(one.to_upstream), size(one.to_client))
 
 
 def _reasons(one: ListenerView) -> list[tuple[str, ...]]:

@@ -154,10 +154,13 @@ class Worker:
             self.loop.release()
             self._pool.close()
 
-    def _figures(self) -> str:
+    def _figures(self, with_clients: bool) -> str:
         assert self._running is not None
+        if with_clients:
+            self._counts.clients.ask()
         self._tell_figures()
-        return render(self._counts, self._running.slots, self._running.settings)
+        clients = self._counts.clients.told() if with_clients else {}
+        return render(self._counts, self._running.slots, self._running.settings, clients)
 
     def _publish(self) -> None:
         """Bring the counters that all workers share up to date, again and again, once somebody wants to read them."""
@@ -167,6 +170,8 @@ class Worker:
 
     def _tell_figures(self) -> None:
         self._tcp.count_bytes()
+        if self._counts.clients.are_asked_for():
+            self._counts.clients.tell(self._tcp.clients())
         if self._accelerator is not None:
             self._counts.put(tally.WORKER, tally.ACCELERATED, self._accelerator.begun)
             self._counts.put(tally.WORKER, tally.TAKEN_BACK, self._accelerator.over)

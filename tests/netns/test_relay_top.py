@@ -10,6 +10,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 from tests.netns import relay_net
 from tests.netns.relay_net import HOST4, PEER4, Net
 from tests.netns.test_relay_listeners import configured, serving
+from tests.netns.test_relay_sockmap import exactly
 
 pytestmark = pytest.mark.root
 METRICS = "127.0.0.1:9902"
@@ -119,18 +121,49 @@ def test_the_values_are_those_of_the_traffic(net: Net, tmp_path: Path) -> None:
     assert ["dead", "the", "upstream", "was", "not", "reached", str(ROUNDS), "0.0"] in rows
 
 
+def test_the_clients_with_most_connections_and_bytes(net: Net, tmp_path: Path) -> None:
+    many, much = "10.99.0.101", "10.99.0.102"
+    for address in (many, much):
+        relay_net.run("ip", "-n", net.peer, "address", "add", f"{address}/24", "dev", "eth0")
+    with (
+        configured(net, tmp_path, TEXT),
+        serving(net, net.peer, (PEER4, 7003), relay_net.echo),
+        contextlib.ExitStack() as clients,
+    ):
+        for address, connections, size in ((many, 9, 10), (much, 1, 100_000), (PEER4, 3, 0)):
+            for _ in range(connections):
+                with net.inside(net.peer):
+                    client = clients.enter_context(socket.socket())
+                client.bind((address, 0))
+                client.connect((HOST4, 1101))
+                if size:
+                    client.sendall(b"x" * size)
+                    assert len(exactly(client, size)) == size
+        expected = [(many, 9, 90, 90), (PEER4, 3, 0, 0), (much, 1, 100_000, 100_000)]
+        with running(net, "--metrics", METRICS, "--json", "--interval", "0.5", stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            end = time.monotonic() + relay_net.TIMEOUT
+            shown: list[tuple[Any, ...]] = []
+            while shown != expected and time.monotonic() < end:
+                shown = [tuple(one.values()) for one in json.loads(process.stdout.readline())["clients"]]
+            assert shown == expected, "once both workers have told"
+        picture = top(net, "--metrics", METRICS, "--once", "--interval", "0.2").stdout
+        assert [many, "9", "90", "B", "90", "B"] in [line.split() for line in picture.splitlines()]
+        assert "client_connections" not in net.on_host("curl", "-s", f"http://{METRICS}/metrics")
+
+
 def dead_rate(listener: dict[str, Any]) -> Any:
     return listener["ended"]["the upstream was not reached"]["perSecond"]
 
 
 def test_dns_queries_and_a_unix_socket(net: Net, tmp_path: Path) -> None:
-    with relay_net.public_directory() as directory:
+    with relay_net.public_directory() as directory, relay_net.public_directory() as files:
         directory.chmod(0o777)
-        (directory / "zone.yaml").write_text("names: {one.mesh: 10.0.0.1}")
+        (files / "zone.yaml").write_text("names: {one.mesh: 10.0.0.1}")
         where = f"unix:{directory}/metrics.sock"
         text = f"""
 metrics: {where}
-dns: {{zone_file: {directory}/zone.yaml}}
+dns: {{zone_file: {files}/zone.yaml}}
 listeners: [{{listen: "127.0.0.1:53", direction: dns}}]
 """
         with configured(net, tmp_path, text, "--user", "root"):

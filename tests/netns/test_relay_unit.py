@@ -203,6 +203,7 @@ def test_the_unit(net: Net, tmp_path: Path) -> None:
 
 
 def test_the_unit_as_it_is_does_not_allow_sockmap(net: Net, tmp_path: Path) -> None:
+    pytest.importorskip("bcc")
     more = MAIN.replace(OPTIONS, f"{OPTIONS} --accelerate sockmap")
     with machine(tmp_path, net, main=more) as made:
         assert made.systemctl("start", systemd.RELAY).returncode != 0

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.relay import metrics, top_view
+from agent.relay.clients import MOST, Client
 from agent.relay.connection import Ending
 from agent.relay.listen import read_listen
 from agent.relay.metrics import render
+from agent.relay.metrics_server import answer
 from agent.relay.route import Refusal
 from agent.relay.settings import ListenerSettings, Role, Settings
 from agent.relay.tally import ACCEPTED, ACTIVE, BROUGHT_BACK, DNS, ENDED, PAUSES, RECEIVED, REFUSED, SENT, WORKER, Tally
-from agent.relay.top_figures import Counter, Figures, NotARelayError, View, view
+from agent.relay.top_figures import ClientView, Counter, Figures, NotARelayError, View, view
 
 SETTINGS = Settings(
     listeners=(
@@ -82,6 +85,58 @@ def test_nothing_is_compared_with_another_relay(counts: Tally) -> None:
     assert shown.listeners[0].accepted == Counter(0, None)
     assert shown.listeners[0].errors.rate is None
     assert view(before, None, 2.0).listeners[0].accepted == Counter(7, None)
+
+
+def test_clients_of_all_workers(counts: Tally) -> None:
+    for worker, found in enumerate(
+        ({"10.0.0.1": Client(2, 5, 0), "unix:": Client(1, 0, 9)}, {"10.0.0.1": Client(3, 1, 1)})
+    ):
+        counts.be(worker)
+        counts.clients.tell(found)
+    assert counts.clients.told() == {"10.0.0.1": Client(5, 6, 1), "unix:": Client(1, 0, 9)}
+    text = render(counts, SLOTS, SETTINGS, counts.clients.told())
+    shown = view(Figures(text), None, 1.0)
+    assert shown.clients == (ClientView("10.0.0.1", 5, 6, 1), ClientView("unix:", 1, 0, 9))
+    assert ["10.0.0.1", "5", "6", "B", "1", "B"] in [line.split() for line in top_view.lines(shown, "here", 0.0)]
+    assert "client_" not in render(counts, SLOTS, SETTINGS)
+
+
+def test_the_busiest_clients_fit_in_however_many_there_are(counts: Tally) -> None:
+    longest = "fe80:1111:2222:3333:4444:5555:6666:{:04x}%interface123456"
+    found = {longest.format(number): Client(number, 2**64 - number, 2**64 - 1) for number in range(1000)}
+    counts.clients.tell(found)
+    told = counts.clients.told()
+    assert len(told) == 2 * MOST
+    assert next(iter(told)) == longest.format(999)
+    assert longest.format(0) in told, "it has most bytes"
+
+
+def test_what_a_worker_told_long_ago_or_is_just_writing_does_not_count(
+    counts: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not counts.clients.are_asked_for()
+    counts.clients.ask()
+    counts.clients.tell({"10.0.0.1": Client(1, 0, 0)})
+    assert counts.clients.are_asked_for()
+    now = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now + 30)
+        assert counts.clients.told() == {}
+        assert not counts.clients.are_asked_for()
+    counts.clients._rows[20] ^= 1
+    assert counts.clients.told() == {}
+
+
+def test_clients_are_told_only_to_who_asks() -> None:
+    asked: list[bool] = []
+
+    def text(with_clients: bool) -> str:
+        asked.append(with_clients)
+        return "figures"
+
+    for path in ("/metrics", "/metrics?clients", "/", "/metrics?x=?clients&y"):
+        assert answer(f"GET {path} HTTP/1.1\r\n\r\n".encode(), text).endswith(b"\r\n\r\nfigures")
+    assert asked == [False, True, False, False]
 
 
 def test_the_picture(counts: Tally) -> None:

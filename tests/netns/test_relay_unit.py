@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.persist import systemd
+from agent.relay.sockmap import SINCE
 from tests.netns import relay_net
 from tests.netns.relay_net import PEER4, RELAY_UID, Net
 from tests.netns.test_relay_listeners import serving
@@ -56,6 +57,9 @@ MAIN = f"""[Service]
 Environment="TPCTL_RELAY_OPTIONS={OPTIONS}"
 StandardError=append:/run/relay.log
 """
+needs_sockmap = pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < SINCE, reason="this kernel is too old for sockmap"
+)
 CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -202,6 +206,7 @@ def test_the_unit(net: Net, tmp_path: Path) -> None:
                 assert client.recv(5) == b"hello"
 
 
+@needs_sockmap
 def test_the_unit_as_it_is_does_not_allow_sockmap(net: Net, tmp_path: Path) -> None:
     pytest.importorskip("bcc")
     more = MAIN.replace(OPTIONS, f"{OPTIONS} --accelerate sockmap")
@@ -210,6 +215,7 @@ def test_the_unit_as_it_is_does_not_allow_sockmap(net: Net, tmp_path: Path) -> N
         assert "it needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN" in made.log()
 
 
+@needs_sockmap
 def test_the_drop_in_allows_sockmap_and_nothing_of_it_stays(net: Net, tmp_path: Path) -> None:
     pytest.importorskip("bcc")
     with machine(tmp_path, net, main=MAIN, sockmap=drop_in()) as made:

@@ -92,6 +92,7 @@ class Loop:
                 handler = handlers.get(fd)
                 if handler is not None:
                     handler(mask)
+            handler = None  # which would keep the last connection while nothing happens
             if self._timers:
                 self._expire()
             if self._closing:

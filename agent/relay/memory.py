@@ -24,9 +24,9 @@ _MANY = 64
 """Connections that have gone, at least, when it is worth while."""
 _MUCH = 2 * 1024 * 1024
 """Bytes by which the worker has grown, at least, when it is worth while all the same."""
-_AGAIN_SECONDS = 12.0
+_AGAIN_SECONDS = (12.0, 2.0, 2.0)
 """Deadlines, and ports that are kept (`agent.relay.held_ports`), outlive their connections by some ten seconds, and
-what goes then may be kept as well."""
+what goes then may be kept as well. Each time leaves a few objects, which the next one may find gone: an arena each."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -52,6 +52,8 @@ class Memory:
         self._ended = 0
         self._is_looking = False
         self._again: Timer | None = None
+        self._times = 0
+        """How often it was given back for the same connections, while that is going on."""
         self._is_due = False
 
     def ended(self) -> None:
@@ -77,10 +79,8 @@ class Memory:
         # What the others have left lies among the connections that are left, and goes when those have gone.
         have_gone = self._most - busy >= _MANY and busy <= self._most // 2
         if have_gone or (busy <= _QUIET and resident() - self._size >= _MUCH):
+            self._times = 0
             self._return()
-            if self._again is not None:
-                self._again.cancel()
-            self._again = self._loop.later(_AGAIN_SECONDS, self._once_more)
         elif self._is_due:
             self._return()
 
@@ -91,6 +91,11 @@ class Memory:
 
     def _return(self) -> None:
         self._is_due = False
+        if self._again is not None:
+            self._again.cancel()
+        if self._times < len(_AGAIN_SECONDS):
+            self._again = self._loop.later(_AGAIN_SECONDS[self._times], self._once_more)
+        self._times += 1
         self._let_go()
         # The cache of attribute lookups keeps the names that were looked up, thousands of them, each in another arena.
         sys._clear_type_cache()

@@ -35,7 +35,7 @@ SPARE = 500
 SLACK, SLACK_PART = 5 * 1024 * 1024, 0.1
 """Bytes, or part of what it began with, whichever is more, by which a process may have grown in the end. Python gives
 back arenas of 1 MB, in which nothing may be left: a few of them do hold something, and which ones is chance."""
-WARMING = 40
+WARMING = 200
 """Connections before anything is measured: they import what is imported late, and touch the pages of libraries."""
 SECONDS = 60.0 + CONNECTIONS / 10
 PORT, ENCRYPTED, DECRYPTED = 9000, 7001, 7002

@@ -35,7 +35,7 @@ def replace(path: Path, content: bytes, *, mode: int) -> None:
     target = path.resolve()
     temporary = None
     try:
-        _clear_leftovers(target)
+        clear_leftovers(target)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
@@ -55,7 +55,7 @@ def replace(path: Path, content: bytes, *, mode: int) -> None:
 def remove(path: Path) -> bool:
     """Delete a file; whether it was there. Raises ApplyError."""
     try:
-        _clear_leftovers(path)
+        clear_leftovers(path)
         path.unlink()
         sync_folder(path.parent)
     except FileNotFoundError:
@@ -78,8 +78,8 @@ def _prefix(target: Path) -> str:
     return f".tpctl-{target.name}-"
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Remove the temporary files of a tpctl that was killed."""
+def clear_leftovers(target: Path) -> None:
+    """Remove what a tpctl that was killed while it wrote this file has left beside it. Raises OSError."""
     for leftover in target.parent.glob(f"{_prefix(target)}*"):
         leftover.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ then writes what direct.xml says. So the file holds all our rules, and is checke
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +106,14 @@ def removing() -> Change | None:
     if shutil.which(CHECKER, path=runner.SEARCH_PATH):
         _check(after)
     return Change(path, after)
+
+
+def tidy() -> None:
+    """Remove what a tpctl that was killed has left beside its files, as far as that goes: nobody reads it."""
+    with suppress(OSError):
+        files.clear_leftovers((DIRECTORY / "direct.xml").resolve())
+        if in_first_namespace():
+            files.clear_leftovers(address.DROP_IN)
 
 
 def rejects_redirected_ipv6() -> bool:

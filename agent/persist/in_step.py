@@ -41,6 +41,8 @@ def remove(record: State | None, removed: list[str], *, dry_run: bool) -> str | 
                 found.carry_out()
     except TpctlError as error:
         return str(error)
+    if not dry_run:
+        firewalld.tidy()
     return None
 
 

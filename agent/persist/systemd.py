@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def remove(root: Path = ROOT, *, dry_run: bool = False) -> tuple[str, ...]:
     running = {unit for unit in (RELAY, RELAY_SOCKET) if root == ROOT and _is_active(unit)}
     ours += [root / RUNTIME_UNITS / unit for unit in (RELAY, RELAY_SOCKET) if unit not in running]
     there = [path for path in ours if path.is_symlink() or path.exists()]
+    if not dry_run:
+        for name in (SERVICE, RELAY, RELAY_SOCKET, DROP_IN):
+            with suppress(OSError):  # nobody reads them
+                files.clear_leftovers(folder / name)
     if dry_run or not there:
         return tuple(map(str, there))
     for path in there:

@@ -6,6 +6,7 @@ The points are chosen by the clock, and a failure names its own. `python -m test
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -60,3 +61,15 @@ def test_a_kernel_that_does_not_answer_whether_it_could(command: str, state: str
         assert trial
         assert not trial.faults, str(trial)
         assert trial.state == state
+
+
+@pytest.mark.skipif(not shutil.which("firewall-offline-cmd"), reason="no firewalld here")
+def test_an_uninstall_clears_what_was_being_written_for_firewalld(tmp_path: Path) -> None:
+    with own_place() as place, scene("iptables nft, firewalld", place, tmp_path) as made:
+        points = points_of(made, "install")
+        at = next(
+            at for at, point in enumerate(points, 1) if point.startswith("write /etc/firewalld/.tpctl-direct.xml")
+        )
+        trial = attempt(made, "install", KILLS[0], at, "uninstall")
+        assert trial
+        assert not trial.faults, str(trial)

@@ -64,6 +64,19 @@ def test_installed_enabled_and_taken_away_again(root: Path, kuma: bool) -> None:
     assert systemd.remove(root) == ()
 
 
+def test_what_a_killed_one_was_writing_goes(root: Path) -> None:
+    leftover = root / systemd.UNITS / f".tpctl-{systemd.SERVICE}-abc"
+    other = root / systemd.UNITS / ".tpctl-other.service-abc"
+    for path in (leftover, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[Unit]")
+    systemd.remove(root, dry_run=True)
+    assert leftover.exists()
+    assert systemd.remove(root) == ()
+    assert not leftover.exists()
+    assert other.exists()
+
+
 def test_drop_ins_of_others_stay(root: Path) -> None:
     (root / "etc/systemd/system/kuma-dp.service.d").mkdir(parents=True)
     (root / "etc/systemd/system/kuma-dp.service.d/site.conf").write_text("[Unit]\n")

@@ -98,7 +98,7 @@ class Memory:
         self._times += 1
         self._let_go()
         # The cache of attribute lookups keeps the names that were looked up, thousands of them, each in another arena.
-        sys._clear_type_cache()
+        getattr(sys, "_clear_type_cache", lambda: None)()  # may go: deprecated from Python 3.13 on
         gc.collect()
         self._trim(0)
         self._most, self._size = self._busy(), resident()

@@ -110,7 +110,7 @@ def _run(scene: Scene, commands: Sequence[tuple[str, ...]]) -> Outcome:
 def _complaint(argv: tuple[str, ...], code: int, err: str) -> list[str]:
     """A command ends well, or says who was in the way; `status` may find what is half-way done by another."""
     waited = "has held" in err or "is currently holding" in err or "try again" in err
-    fine = code == 0 or (argv[0] == "status" and code == 3) or (code == 1 and waited)
+    fine = code == 0 or (argv[0] == "status" and code == 3) or (code in (1, 2) and waited)
     if fine and not any(words in err for words in _TRACE):
         return []
     return [f"{' '.join(argv)}: exit {code}: {err.strip()}"]

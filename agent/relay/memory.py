@@ -24,7 +24,7 @@ _MANY = 64
 """Connections that have gone, at least, when it is worth while."""
 _MUCH = 2 * 1024 * 1024
 """Bytes by which the worker has grown, at least, when it is worth while all the same."""
-_AGAIN_SECONDS = (12.0, 2.0, 2.0)
+_AGAIN_SECONDS = (12.0, 2.0, 2.0, 2.0, 2.0)
 """Deadlines, and ports that are kept (`agent.relay.held_ports`), outlive their connections by some ten seconds, and
 what goes then may be kept as well. Each time leaves a few objects, which the next one may find gone: an arena each."""
 _STATM = Path("/proc/self/statm")

@@ -59,7 +59,7 @@ def test_memory_is_given_back_when_many_have_gone_and_again_when_their_deadlines
     assert worker.returns == 2
     while worker.clock.waiting:
         worker.clock.next()
-    assert worker.returns == 4, "and then nobody is woken any more"
+    assert worker.returns == 6, "and then nobody is woken any more"
 
 
 def test_nothing_is_given_back_while_as_many_come_as_go() -> None:

@@ -2,7 +2,8 @@
 
 That runs as the first process of namespaces of its own, in a control group of its own. Nothing of the machine may be
 changed by that. So it finds no unit but those of the test (the machine's would empty /tmp, for instance), the root file
-system is read-only for it, and /run, /tmp and /var/tmp are its own.
+system, /dev, /sys and /proc/sys are read-only for it (a first process raises fs.file-max, for instance), and /run, /tmp and
+/var/tmp are its own.
 """
 
 from __future__ import annotations
@@ -37,16 +38,23 @@ pytestmark = [
         reason="the unit hides where this checkout is",
     ),
 ]
+# A user namespace (PrivateUsers=) may only mount the /proc that it sees a whole one of: hence /run/host/proc.
 START = f"""
 set -e
 mount -t proc proc /proc
+mount --bind /proc/sys /proc/sys
+mount -o remount,bind,ro /proc/sys
 mount --bind {{folder}}/passwd /etc/passwd
 mount -t tmpfs tmpfs /run
 cp -a {{folder}}/run/. /run
+mkdir -p /run/host/proc
+mount -t proc proc /run/host/proc
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /var/tmp
 umount -l /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -o remount,bind,ro /sys
+mount -o remount,bind,ro /dev
 mount -o remount,bind,ro /
 export container=tests SYSTEMD_UNIT_PATH={{units}} SYSTEMD_GENERATOR_PATH=/nonexistent
 exec {SYSTEMD} --unit=tests.target --log-target=console --show-status=no

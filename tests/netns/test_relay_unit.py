@@ -2,8 +2,8 @@
 
 That runs as the first process of namespaces of its own, in a control group of its own. Nothing of the machine may be
 changed by that. So it finds no unit but those of the test (the machine's would empty /tmp, for instance), the root file
-system, /dev, /sys and /proc/sys are read-only for it (a first process raises fs.file-max, for instance), and /run, /tmp and
-/var/tmp are its own.
+system, /dev, /sys and /proc/sys are read-only for it (a first process raises fs.file-max, for instance), and /run, /tmp
+and /var/tmp are its own.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ SOURCES = ("types.c", "kernel.c", "decide.c", "outbound.c", "data_plane.c", "inb
 CACHE = Path("/var/cache/tpctl")
 STUBS = "stubs"
 _TEMPORARY = ".ebpf-"
+_METHOD = 2
+"""Changes with the way of compiling: what was compiled before in a stranger's surroundings is not believed."""
 _PSEUDO_MAP_FD = 1
 _LOAD_IMM64 = 0x18
 """A two-instruction load; with source register BPF_PSEUDO_MAP_FD its number is a map's descriptor."""
@@ -99,7 +101,7 @@ def build(offsets: Mapping[str, int], cache: Path = CACHE) -> Build:
 def _build(offsets: tuple[tuple[str, int], ...], cache: Path) -> Build:
     where = sources()
     text = "\n".join((where / name).read_text(encoding="utf-8") for name in SOURCES)
-    key = hashlib.sha256(repr((text, offsets, MAPS, os.uname().machine)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_METHOD, text, offsets, MAPS, os.uname().machine)).encode()).hexdigest()[:32]
     file = cache / f"ebpf-{key}.json"
     found = _cached(file)
     if found is None:

@@ -41,8 +41,6 @@ _SYSCTLS = {
     "ipv4/tcp_fin_timeout": "5",
     # What conntrack remembers of connections that are over is to say something about those that exist.
     "netfilter/nf_conntrack_tcp_timeout_time_wait": "3",
-    "netfilter/nf_conntrack_tcp_timeout_close_wait": "5",
-    "netfilter/nf_conntrack_tcp_timeout_fin_wait": "5",
     "netfilter/nf_conntrack_udp_timeout": "5",
     "netfilter/nf_conntrack_udp_timeout_stream": "5",
 }

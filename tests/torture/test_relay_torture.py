@@ -7,6 +7,7 @@ the clients and in that of the servers, and two in the relay.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -157,7 +158,8 @@ def descriptors(pids: list[int]) -> Counter[str]:
     kinds: Counter[str] = Counter()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            kinds[str(link.readlink()).partition(":")[0]] += 1
+            with contextlib.suppress(FileNotFoundError):  # it has just been closed
+                kinds[str(link.readlink()).partition(":")[0]] += 1
     return kinds
 
 
@@ -240,7 +242,8 @@ def test_copies_and_splices(net: Net, tmp_path: Path, workers: int) -> None:
         torture(net, [running], (PEER4, PORT), count)
         endings = Counter(line["reason"] for line in running.lines() if line["event"] == "connection")
         # conntrack brings some dials back, which are lines too, and a few clients go past the relay: see docs/relay.md.
-        assert 0.9 * WAVES * count < sum(endings.values()) < 1.2 * WAVES * count
+        made = WAVES * count + WARMING
+        assert 0.9 * made < sum(endings.values()) < 1.2 * made
         assert {"closed", "reset by the client", "reset by the upstream"} <= set(endings), json.dumps(endings)
         assert not [reason for reason in endings if reason.startswith("refused")], json.dumps(endings)
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.root
 CONNECTIONS = int(os.environ.get("TORTURE_CONNECTIONS", "300"))
 SPARE = 500
 """Descriptors for everything else."""
-SLACK, SLACK_PART = 5 * 1024 * 1024, 0.1
+SLACK, SLACK_PART = 8 * 1024 * 1024, 0.1
 """Bytes, or part of what it began with, whichever is more, by which a process may have grown in the end. Python gives
 back arenas of 1 MB, in which nothing may be left: a few of them do hold something, and which ones is chance."""
 WARMING = 200

@@ -12,6 +12,7 @@ from typing import Any
 
 from agent.errors import ApplyError
 from agent.host import sockets
+from agent.host.proc import read_net
 from agent.policy import PASSTHROUGH6
 
 IFA_F_NOPREFIXROUTE = 0x200
@@ -31,7 +32,8 @@ def present(interface: str) -> bool:
 
 def connections() -> int:
     """How many TCP connections run from ::6, and would be cut if it went."""
-    return sum(1 for ends in sockets.connections() if ends.local == PASSTHROUGH6.packed)
+    found = sockets.parse_connections(read_net("tcp6"))
+    return sum(1 for ends in found if ends.local == PASSTHROUGH6.packed)
 
 
 def add(interface: str) -> bool:

@@ -84,13 +84,9 @@ class NameServer:
 @contextlib.contextmanager
 def network() -> Iterator[Net]:
     """The two namespaces, the peer with two addresses."""
-    net = Net()
-    try:
-        net.create()
+    with relay_net.network() as net:
         relay_net.run("ip", "-n", net.peer, "addr", "add", f"{PEER_SECOND}/24", "dev", "eth0")
         yield net
-    finally:
-        net.remove()
 
 
 @contextlib.contextmanager

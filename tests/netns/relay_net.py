@@ -133,14 +133,20 @@ class Net:
 
 
 @contextlib.contextmanager
-def network(*, redirect: bool = True) -> Iterator[Net]:
+def network(*, redirect: bool = True, passthrough6: bool = True) -> Iterator[Net]:
     """Namespaces for a block; see `Net.create`."""
     made = Net()
     try:
-        made.create(redirect=redirect)
+        made.create(redirect=redirect, passthrough6=passthrough6)
         yield made
     finally:
         made.remove()
+
+
+def process_status(pid: int) -> dict[str, str]:
+    """What the kernel says of a process; proc_pid_status(5)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 class Server:

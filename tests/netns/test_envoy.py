@@ -113,16 +113,12 @@ def tpctl(net: Net, *arguments: str) -> str:
 @pytest.fixture(scope="module", params=["nft", "legacy"])
 def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     """Our host with Envoy behind an installation of each variant, and a peer."""
-    network = Net()
-    try:
-        network.create(redirect=False, passthrough6=False)
+    with relay_net.network(redirect=False, passthrough6=False) as network:
         flags = ("--kuma-dp-user", RELAY_USER, "--exclude-inbound-ports", "22", "--iptables-mode", request.param)
         tpctl(network, "install", *flags)
         with running_envoy(network, tmp_path_factory.mktemp("envoy") / "envoy.log"):
             yield network
         tpctl(network, "uninstall")
-    finally:
-        network.remove()
 
 
 @contextlib.contextmanager

@@ -47,17 +47,13 @@ names:
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     """The host has a link-local address, and routes to metadata services, all of which the peer plays."""
-    network = Net()
-    try:
-        network.create(redirect=False)
+    with relay_net.network(redirect=False) as network:
         for address in (f"{LINK_LOCAL}/16", f"{METADATA[0]}/32", f"{METADATA[1]}/128"):
             nodad = ("nodad",) if ":" in address else ()
             relay_net.run("ip", "-n", network.peer, "address", "add", address, "dev", "eth0", *nodad)
         relay_net.run("ip", "-n", network.host, "address", "add", "169.254.7.8/16", "dev", "eth0")
         relay_net.run("ip", "-n", network.host, "-6", "route", "add", METADATA[1], "dev", "eth0")
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.fixture
@@ -176,9 +172,7 @@ def connections(net: Net) -> int:
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_the_relay_is_not_led_to_itself(directory: Path, workers: str) -> None:
     """By an application, by a peer, and by a header; with a redirection, so that its own dials could come back."""
-    network = Net()
-    try:
-        network.create()
+    with relay_net.network() as network:
         options = ["--workers", workers, "--metrics", "127.0.0.1:9902", "--trusted-ips", "0.0.0.0/0,::/0"]
         options += ["--inbound-listen", "[::]:15006 ipv6only=off proxy_protocol"]
         with relay_net.relay(network, directory, *options, "--access-log") as running:
@@ -193,26 +187,22 @@ def test_the_relay_is_not_led_to_itself(directory: Path, workers: str) -> None:
             # Nobody listens there: the metrics have one address.
             assert {line["destination"].rpartition(":")[2] for line in dialled} == {"9902"}
             assert {line["reason"] for line in dialled} == {"the upstream was not reached"}
-    finally:
-        network.remove()
 
 
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("destination", [(PEER4, 4444), (PEER6, 4444)])
 def test_a_loop_through_a_wrong_user_ends(directory: Path, workers: int, destination: tuple[str, int]) -> None:
     """Run as root, whose connections the rules redirect: each dial comes back, and a flood of them would not end."""
-    network = Net()
-    try:
-        network.create()
-        with relay_net.relay(network, directory, "--workers", str(workers), "--access-log", user=None) as running:
-            for _ in range(5):
-                assert said(network, network.host, destination) == b""
-            assert connections(network) == 0
-            running.wait_for("refused: the relay's own connections come back")
-            dials = [line for line in running.lines() if line["event"] == "connection"]
-            assert len(dials) < 5 * 100, "a connection of an application became hundreds"
-    finally:
-        network.remove()
+    with (
+        relay_net.network() as network,
+        relay_net.relay(network, directory, "--workers", str(workers), "--access-log", user=None) as running,
+    ):
+        for _ in range(5):
+            assert said(network, network.host, destination) == b""
+        assert connections(network) == 0
+        running.wait_for("refused: the relay's own connections come back")
+        dials = [line for line in running.lines() if line["event"] == "connection"]
+        assert len(dials) < 5 * 100, "a connection of an application became hundreds"
 
 
 def test_fixed_upstreams_in_a_circle_end(net: Net, directory: Path) -> None:

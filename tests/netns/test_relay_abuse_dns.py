@@ -23,15 +23,11 @@ LOCAL = b"\x02db\x04mesh\x00\x00\x01\x00\x01"
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False)
+    with relay_net.network(redirect=False) as network:
         syn_flood.prepare(network)
         for address in (f"{FAR[socket.AF_INET]}/32", f"{FAR[socket.AF_INET6]}/128"):
             relay_net.run("ip", "-n", network.peer, "address", "add", address, "dev", "eth0")
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.fixture

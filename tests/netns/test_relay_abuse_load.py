@@ -214,9 +214,7 @@ def eventually(act: Callable[[], None]) -> None:
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_half_open_connections_cost_the_relay_nothing(directory: Path, family: socket.AddressFamily) -> None:
     """And real clients get through meanwhile: the kernel keeps 4096 of them, and answers the rest with SYN cookies."""
-    network = Net()
-    try:
-        network.create()
+    with relay_net.network() as network:
         syn_flood.prepare(network)
         with (
             relay_net.relay(network, directory) as running,
@@ -240,8 +238,6 @@ def test_half_open_connections_cost_the_relay_nothing(directory: Path, family: s
                   f"{cpu(running) - used:.2f} s of CPU time, {memory_kb(running) - memory} KB more")  # fmt: skip
             assert descriptors(running) <= open_before + 5
             assert memory_kb(running) - memory < MAX_GROWTH_KB
-    finally:
-        network.remove()
 
 
 def echoed(net: Net, family: socket.AddressFamily) -> None:

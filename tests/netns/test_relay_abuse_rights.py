@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns import relay_net
-from tests.netns.relay_net import HOST4, PEER4, RELAY_UID, Net, Relay
+from tests.netns.relay_net import HOST4, PEER4, RELAY_UID, Net, Relay, process_status
 from tests.netns.test_relay_life import workers_of
 from tests.netns.test_relay_listeners import serving
 
@@ -56,14 +56,9 @@ def configuration(directory: Path, *listens: str) -> str:
     return str(path)
 
 
-def status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
 def is_confined(pid: int, capabilities: int) -> None:
     """An ordinary user, alone in its groups, with these capabilities, which no program can add to."""
-    shown = status(pid)
+    shown = process_status(pid)
     assert shown["Uid"].split() == [str(RELAY_UID)] * 4
     assert len(set(shown["Gid"].split())) == 1
     assert shown["Groups"].split() in ([], shown["Gid"].split()[:1])
@@ -109,7 +104,7 @@ def test_it_keeps_that_when_it_is_restarted(net: Net, directory: Path) -> None:
 
 def ended(pid: int) -> None:
     end = time.monotonic() + relay_net.TIMEOUT
-    while Path(f"/proc/{pid}/fd").exists() and status(pid)["State"][0] != "Z":
+    while Path(f"/proc/{pid}/fd").exists() and process_status(pid)["State"][0] != "Z":
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -135,7 +130,7 @@ def test_another_process_of_its_user_cannot_look_into_it(net: Net, directory: Pa
     ) as ordinary:
         try:
             end = time.monotonic() + relay_net.TIMEOUT
-            while status(ordinary.pid)["Name"] != "sleep":
+            while process_status(ordinary.pid)["Name"] != "sleep":
                 assert time.monotonic() < end
                 time.sleep(0.02)
             ptrace_scope = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -152,7 +147,7 @@ def test_neither_can_one_where_it_was_started_as_its_user(net: Net, directory: P
     started = ("setpriv", f"--reuid={RELAY_UID}", "--regid=65534", "--clear-groups")
     text = configuration(directory, "*:1101")
     with relay_net.relay(net, directory, "--config", text, user=None, prefix=started) as running:
-        assert status(running.process.pid)["NoNewPrivs"] == "1"
+        assert process_status(running.process.pid)["NoNewPrivs"] == "1"
         assert attach(running.process.pid) == "False False"
 
 

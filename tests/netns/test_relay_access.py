@@ -26,17 +26,13 @@ listeners:
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(passthrough6=False)
+    with relay_net.network(passthrough6=False) as network:
         relay_net.run("ip", "-n", network.peer, "address", "add", "10.99.0.7/24", "dev", "eth0")
         relay_net.run("ip", "-n", network.peer, "address", "add", f"{METADATA[0]}/32", "dev", "eth0")
         relay_net.run("ip", "-n", network.peer, "address", "add", f"{METADATA[1]}/128", "dev", "eth0", "nodad")
         for family, via in (("-4", PEER4), ("-6", PEER6)):
             relay_net.run("ip", "-n", network.host, family, "route", "add", "default", "via", via)
         yield network
-    finally:
-        network.remove()
 
 
 def text(*, inbound: str = "", outbound: str = "", workers: int = 1) -> str:

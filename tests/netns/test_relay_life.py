@@ -21,12 +21,8 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(passthrough6=False)
+    with relay_net.network(passthrough6=False) as network:
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.fixture(scope="module")
@@ -202,17 +198,13 @@ def test_without_the_passthrough_address_the_application_is_reached_on_loopback(
 
 def test_a_connection_that_nobody_redirected_is_dialled_only_if_it_is_not_the_relay(net: Net, tmp_path: Path) -> None:
     """Without any rule the accepted socket's own address is the original destination."""
-    bare = Net()
-    try:
-        bare.create(redirect=False)
-        with (
-            relay_net.relay(bare, tmp_path),
-            pytest.raises(ConnectionResetError),
-            bare.connect(bare.peer, (HOST4, 15006)) as client,
-        ):
-            client.recv(1)
-    finally:
-        bare.remove()
+    with (
+        relay_net.network(redirect=False) as bare,
+        relay_net.relay(bare, tmp_path),
+        pytest.raises(ConnectionResetError),
+        bare.connect(bare.peer, (HOST4, 15006)) as client,
+    ):
+        client.recv(1)
 
 
 def test_it_listens_on_ipv4_alone_when_told_to(net: Net, tmp_path: Path, echo_server: Server) -> None:
@@ -224,16 +216,12 @@ def test_it_listens_on_ipv4_alone_when_told_to(net: Net, tmp_path: Path, echo_se
 
 
 def test_it_serves_ipv4_where_ipv6_is_disabled(tmp_path: Path) -> None:
-    network = Net()
-    try:
-        network.create(passthrough6=False)
+    with relay_net.network(passthrough6=False) as network:
         network.on_host("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.lo.disable_ipv6=1")
         server = Server(network.listen(network.peer, (PEER4, 7000)), relay_net.echo)
         with relay_net.relay(network, tmp_path), network.connect(network.host, (PEER4, 7000)) as client:
             talk(client)
         server.close()
-    finally:
-        network.remove()
 
 
 def test_running_out_of_descriptors_is_survived_without_spinning(net: Net, tmp_path: Path, echo_server: Server) -> None:

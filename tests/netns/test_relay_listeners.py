@@ -83,9 +83,7 @@ networking:
 listeners:
   - {{listen: "*:15006", direction: inbound, upstream: dataplane, dataplane_file: {tmp_path}/dp.yaml}}
 """
-    network = Net()
-    try:
-        network.create(redirect=False)
+    with relay_net.network(redirect=False) as network:
         network.restore(4, "*nat\n-A PREROUTING -p tcp -j REDIRECT --to-ports 15006\nCOMMIT\n")
         with (
             configured(network, tmp_path, text),
@@ -96,8 +94,6 @@ listeners:
             assert ask(network, network.peer, (HOST4, 8080)) == ["renamed", "127.0.0.6", HOST4, 80]
             assert ask(network, network.peer, (HOST4, 9090)) == ["on loopback", "127.0.0.6", "127.0.0.1", 90]
             assert ask(network, network.peer, (HOST4, 7070)) == ["as it is", "127.0.0.6", HOST4, 7070]
-    finally:
-        network.remove()
 
 
 def test_options_reach_the_kernel(net: Net, tmp_path: Path) -> None:

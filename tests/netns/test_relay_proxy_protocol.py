@@ -222,9 +222,7 @@ listeners: [{{listen: "unix:{tmp_path}/r.sock proxy_protocol", direction: outbou
 
 
 def test_the_flag_tells_the_application_who_its_client_is(tmp_path: Path) -> None:
-    network = Net()
-    try:
-        network.create()
+    with relay_net.network() as network:
         heard: list[bytes] = []
 
         def application(client: socket.socket, _peer: object) -> None:
@@ -239,5 +237,3 @@ def test_the_flag_tells_the_application_who_its_client_is(tmp_path: Path) -> Non
             assert client.recv(1) == b"!"
             port = client.getsockname()[1]
         assert heard == [f"PROXY TCP4 {PEER4} {HOST4} {port} 8080\r\n".encode()]
-    finally:
-        network.remove()

@@ -36,13 +36,9 @@ listeners: [{{listen: "[::]:15001 ipv6only=off", direction: outbound{more}}}]
 
 @pytest.fixture
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
+    with relay_net.network() as network:
         network.on_host("sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=0")  # ports are free again at once
         yield network
-    finally:
-        network.remove()
 
 
 def reset(client: socket.socket, _peer: Any) -> None:

@@ -24,9 +24,7 @@ listeners:
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     """By hand: what arrives on eth0 is given to the relay, and answers to its dials are brought back to it."""
-    network = Net()
-    try:
-        network.create(redirect=False)
+    with relay_net.network(redirect=False) as network:
         network.on_host("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.lo.rp_filter=0")
         for family, tables in (("-4", "iptables"), ("-6", "ip6tables")):
             tproxy = ("-j", "TPROXY", "--on-port", "15006", "--tproxy-mark", "1")
@@ -38,8 +36,6 @@ def net() -> Iterator[Net]:
             network.on_host("ip", family, "rule", "add", "fwmark", "1", "lookup", "100")
             network.on_host("ip", family, "route", "add", "local", "default", "dev", "lo", "table", "100")
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])

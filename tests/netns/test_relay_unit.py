@@ -19,10 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from agent.errors import HostError
+from agent.host import cgroups
 from agent.persist import systemd
 from agent.relay.sockmap import SINCE
 from tests.netns import relay_net
-from tests.netns.relay_net import PEER4, RELAY_UID, Net
+from tests.netns.relay_net import PEER4, RELAY_UID, Net, process_status
 from tests.netns.test_relay_listeners import serving
 from tests.netns.test_relay_operation import scrape
 from tests.netns.test_relay_sockmap import accelerated
@@ -82,7 +84,7 @@ class Machine:
 
     def __init__(self, folder: Path, net: Net, drop_ins: dict[str, str]) -> None:
         self._folder = folder
-        self._cgroup = Path(_cgroup2(), f"tpctl-unit-{os.getpid()}")
+        self._cgroup = cgroups.root() / f"tpctl-unit-{os.getpid()}"
         units = folder / UNITS.relative_to("/")
         (units / "tpctl-relay.service.d").mkdir(parents=True)
         for name in ("tests", "sysinit", "basic", "shutdown"):
@@ -131,7 +133,7 @@ class Machine:
         assert done.returncode == 0, done.stderr + self.log()
         inside = self.systemctl("show", "-P", "MainPID", systemd.RELAY).stdout.strip()
         for pid in (self._cgroup / "system.slice" / systemd.RELAY / "cgroup.procs").read_text().split():
-            if status(int(pid))["NSpid"].split()[-1] == inside:
+            if process_status(int(pid))["NSpid"].split()[-1] == inside:
                 return int(pid)
         raise AssertionError(self.log())
 
@@ -157,30 +159,18 @@ class Machine:
         """The process that is number 1 inside; 0 before there is one."""
         with contextlib.suppress(OSError, IndexError):
             children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-            if status(int(children[0]))["Name"] == "systemd":
+            if process_status(int(children[0]))["Name"] == "systemd":
                 return int(children[0])
         return 0
-
-
-def _cgroup2() -> str:
-    """Where control groups of version 2 are."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    found = [mount[1] for mount in mounts if mount[2] == "cgroup2"]
-    if not found:
-        pytest.skip("no cgroup2 here")
-    return found[0]
-
-
-def status(pid: int) -> dict[str, str]:
-    """What the kernel says of a process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 @contextlib.contextmanager
 def machine(folder: Path, net: Net, **drop_ins: str) -> Iterator[Machine]:
     """One that is up."""
-    made = Machine(folder, net, {f"{name}.conf": text for name, text in drop_ins.items()})
+    try:
+        made = Machine(folder, net, {f"{name}.conf": text for name, text in drop_ins.items()})
+    except HostError as error:
+        pytest.skip(str(error))
     try:
         if not made.is_up():
             pytest.skip(f"systemd does not run in namespaces here: {made.log()[-500:]}")
@@ -196,7 +186,7 @@ def net() -> Iterator[Net]:
 
 
 def assert_confined(pid: int) -> None:
-    found = status(pid)
+    found = process_status(pid)
     assert set(found["Uid"].split()) == {str(RELAY_UID)}
     assert {name: int(found[name], 16) for name in CAPABILITIES} == dict.fromkeys(CAPABILITIES, 0)
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")

@@ -29,12 +29,8 @@ PORT = 8080
 
 @pytest.fixture
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create(redirect=False, passthrough6=False)
+    with relay_net.network(redirect=False, passthrough6=False) as network:
         yield network
-    finally:
-        network.remove()
 
 
 def install(net: Net, engine: str, *flags: str) -> None:

@@ -68,9 +68,7 @@ listeners:
 
 @pytest.fixture
 def net() -> Iterator[Net]:
-    network = Net()
-    try:
-        network.create()
+    with relay_net.network() as network:
         # Ten thousand clients and as many dials have ports towards one server, again in every wave.
         network.on_host("sysctl", "-qw", "net.ipv4.ip_local_port_range=10000 65535", "net.ipv4.tcp_tw_reuse=1")
         # conntrack forgets a half-closed connection that was quiet for a minute, as some are on a busy machine. Its
@@ -80,8 +78,6 @@ def net() -> Iterator[Net]:
         # The relay keeps ports of dials that were reset as long as conntrack remembers them.
         network.on_host("sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_timeout_close=1")
         yield network
-    finally:
-        network.remove()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 
-from agent.host.sockets import Listener, listeners, parse_listeners, process_uid
+from agent.host.sockets import Ends, Listener, connections, listeners, parse_connections, parse_listeners, process_uid
 from agent.policy import Protocol
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -34,6 +34,27 @@ def test_parse() -> None:
     ]
     assert list(parse_listeners(Protocol.UDP, UDP6)) == [Listener(Protocol.UDP, IPv6Address("::1"), 53, 101, 77)]
     assert list(parse_listeners(Protocol.TCP, "")) == []
+
+
+@little_endian
+def test_parse_connections() -> None:
+    here = IPv4Address("127.0.0.1").packed
+    assert list(parse_connections(TCP)) == [Ends(here, 15006, here, 50000)]
+    assert list(parse_connections("")) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_both_ends_of_a_connection_are_seen_until_it_is_over(address: str) -> None:
+    """The server's socket is one of IPv6 for both: an IPv4 client's address is seen as that, not as a mapped one."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        dialler = socket.create_connection((address, listener.getsockname()[1]))
+        accepted, _ = listener.accept()
+        packed, ports = ip_address(address).packed, (dialler.getsockname()[1], listener.getsockname()[1])
+        ends = Ends(packed, ports[0], packed, ports[1])
+        assert {ends, Ends(packed, ports[1], packed, ports[0])} <= connections()
+        dialler.close()
+        accepted.close()
+        assert not {ends, Ends(packed, ports[1], packed, ports[0])} & connections()
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,13 @@ class Net:
         for name in (self.host, self.peer):
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
+            # Duplicate address detection keeps a new IPv6 address from being bound for a second or two.
+            run("nsenter", f"--net=/run/netns/{name}", "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
         run("ip", "-n", self.host, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", self.peer)
         for name, v4, v6 in ((self.host, HOST4, HOST6), (self.peer, PEER4, PEER6)):
             run("ip", "-n", name, "link", "set", "eth0", "up")
             run("ip", "-n", name, "addr", "add", f"{v4}/24", "dev", "eth0")
-            run("ip", "-n", name, "-6", "addr", "add", f"{v6}/64", "dev", "eth0", "nodad")
+            run("ip", "-n", name, "-6", "addr", "add", f"{v6}/64", "dev", "eth0")
         if passthrough6:
             run("ip", "-n", self.host, "-6", "addr", "add", "::6/128", "dev", "lo")
         if redirect:
@@ -127,8 +129,12 @@ class Net:
         with self.inside(name):
             sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.settimeout(TIMEOUT)
-        if address is not None:
-            sock.bind(address)
+        try:
+            if address is not None:
+                sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
         return sock
 
 

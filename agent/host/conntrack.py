@@ -10,12 +10,17 @@ import re
 import socket
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agent.host import proc
 
 LISTING = "nf_conntrack"
 """Below /proc/net."""
+_HALF_CLOSED = ("nf_conntrack_tcp_timeout_fin_wait", "nf_conntrack_tcp_timeout_close_wait")
+"""Below /proc/sys/net/netfilter."""
+_CLOSE_WAIT_SECONDS = 60
+"""What the kernel begins with (net/netfilter/nf_conntrack_proto_tcp.c)."""
 _TUPLE = re.compile(r"src=(\S+) dst=(\S+) sport=(\d+) dport=(\d+)")
 _MARK = re.compile(r" mark=(\d+)")
 _ZONE = re.compile(r" zone(?:-orig|-reply)?=[1-9]")
@@ -39,6 +44,14 @@ class State(IntEnum):
 
 _STATES = {state.name: state for state in State}
 _OVER = (State.TIME_WAIT, State.CLOSE)
+
+
+def half_closed_seconds() -> int:
+    """After how long conntrack forgets a connection of which one side has ended, and the other is silent."""
+    try:
+        return min(int(Path("/proc/sys/net/netfilter", name).read_text()) for name in _HALF_CLOSED)
+    except (OSError, ValueError):  # the module is not loaded, and may be later
+        return _CLOSE_WAIT_SECONDS
 
 
 class Flow(NamedTuple):

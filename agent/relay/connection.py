@@ -19,12 +19,16 @@ from agent.relay.dials import Dial
 from agent.relay.end_flow import EndFlow
 from agent.relay.ends import End, PlainEnd, TlsEnd
 from agent.relay.handshake import Handshake
+from agent.relay.listen import Keepalive
 from agent.relay.original_destination import Destination
 from agent.relay.pump import DONE, END, READ, WRITE, Flow, PipePool, Wish
+from agent.relay.sockets import keep_alive
 from agent.relay.tls import Tls
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _UNWATCHED = -1
+_MAY_BE_HALF_CLOSED = (DONE, WRITE)
+"""A source that is not read, because its sink is full, may have ended as well."""
 _TCP_CLOSE = 7
 """net/tcp_states.h: a socket whose peer has reset it."""
 
@@ -70,6 +74,8 @@ class Plan(NamedTuple):
     """Seconds without a byte, after which it ends; 0 is for ever."""
     half_closed: float = 0.0
     """The same once one side has ended."""
+    keepalive: Keepalive | None = None
+    """Of both sides, once one has ended or does not take what the other sends."""
     header: bytes = b""
     """What the upstream is told first."""
     client: TlsEnd | None = None
@@ -81,8 +87,8 @@ class Connection:
     """Relays between a client that was accepted and the first of several dials that succeeds."""
 
     __slots__ = (
-        "_client", "_client_mask", "_context", "_dialling", "_done", "_down", "_plan", "_seen", "_shaking", "_since",
-        "_up", "_upstream", "_upstream_mask", "ending", "error",
+        "_client", "_client_mask", "_context", "_dialling", "_done", "_down", "_kept_alive", "_plan", "_seen",
+        "_shaking", "_since", "_up", "_upstream", "_upstream_mask", "ending", "error",
     )  # fmt: skip
 
     def __init__(self, context: Context, client: socket.socket, plan: Plan, done: Callable[[Connection], None]) -> None:
@@ -99,6 +105,7 @@ class Connection:
         self._upstream_mask = EPOLLIN
         self._seen = 0
         self._since = 0.0
+        self._kept_alive = plan.keepalive is None
         self.error: OSError | None = None
         """Why the connection ended early, while `done` is told; None when both sides closed it."""
         self.ending = Ending.CLOSED
@@ -140,6 +147,8 @@ class Connection:
         up, down = self._up, self._down
         if up is None or down is None:
             return
+        if not self._kept_alive and (up.wish in _MAY_BE_HALF_CLOSED or down.wish in _MAY_BE_HALF_CLOSED):
+            self._keep_alive()
         moved = up.moved + down.moved
         if moved != self._seen or not self._since:
             self._seen, self._since = moved, now
@@ -149,6 +158,17 @@ class Connection:
         if limit and now - self._since >= limit:
             error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             self.reset(error, Ending.HALF_CLOSED if half else Ending.IDLE)
+
+    def _keep_alive(self) -> None:
+        """Let the kernel send probes, lest conntrack forgets a redirected connection of which one side has ended.
+
+        It does so after a minute without a packet; the next one, which nobody translates then, is answered by a reset.
+        """
+        assert self._plan.keepalive is not None
+        self._kept_alive = True
+        for sock in (self._client, self._upstream):
+            if sock is not None and sock.family != socket.AF_UNIX:
+                keep_alive(sock, self._plan.keepalive)
 
     def _on_failed(self, error: OSError) -> None:
         self.reset(error, Ending.NOT_REACHED)

@@ -23,6 +23,10 @@ from agent.relay.original_destination import Destination
 BACKLOG = 4096
 """The kernel cuts it to net.core.somaxconn."""
 MAX_BACKLOG = 2**31 - 1
+PROBES = 4
+"""Probes during a silence that somebody between would take for the end."""
+_UNANSWERED_SECONDS = 600
+"""The kernel's own patience is like that (tcp(7): 9 probes, 75 s each)."""
 MAX_KEEPALIVE = {"idle": 32767, "interval": 32767, "count": 127}
 """net/ipv4/tcp.c: MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL, MAX_TCP_KEEPCNT."""
 MAX_UNIX_PATH = 107
@@ -46,6 +50,13 @@ class Keepalive:
     interval: int | None = None
     """Seconds between probes."""
     count: int | None = None
+
+
+def keepalive_within(silence: int) -> Keepalive:
+    """Probes often enough for whoever forgets a connection after so many seconds of silence."""
+    interval = min(max(silence // PROBES, 1), MAX_KEEPALIVE["interval"])
+    count = min(max(_UNANSWERED_SECONDS // interval, 1), MAX_KEEPALIVE["count"])
+    return Keepalive(True, interval, interval, count)
 
 
 @dataclass(frozen=True, slots=True)

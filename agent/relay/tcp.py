@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from agent.host import conntrack
 from agent.relay import tally
 from agent.relay.acceptor import Acceptor
 from agent.relay.clients import Client, total
@@ -17,6 +18,7 @@ from agent.relay.deadlines import Deadlines
 from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
 from agent.relay.handshake import Handshake
+from agent.relay.listen import PROBES, Keepalive, keepalive_within
 from agent.relay.loop import shrink
 from agent.relay.memory import Memory
 from agent.relay.original_destination import Destination
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 _ATTEMPT_SECONDS = 3.0
 """For one of several upstreams of a virtual address, so that the next one has its turn."""
-_LONGEST_CHECK = 30.0
 _CHECKS = 8
 """Quiet connections are looked for this often during the shortest time they are allowed."""
 
@@ -52,6 +53,7 @@ class TcpRelay:
         self._shaking: dict[float, Deadlines[Handshake]] = {}
         self._connections: dict[Connection, Guest] = {}
         self._check_seconds = 0.0
+        self._keepalive: Keepalive | None = None
         self._checking = False
         self._reception = Reception(self._loop, self._admit, self._refuse)
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
@@ -76,7 +78,9 @@ class TcpRelay:
                 self._shaking[seconds] = Deadlines[Handshake](self._loop, seconds, Handshake.expire)
         timeouts = [route.settings.timeouts for route in routes.values()]
         times = [seconds for one in timeouts for seconds in (one.idle, one.half_closed) if seconds]
-        self._check_seconds = min(min(times) / _CHECKS, _LONGEST_CHECK) if times else 0.0
+        silence = max(conntrack.half_closed_seconds(), PROBES)
+        self._keepalive = keepalive_within(silence)
+        self._check_seconds = min([silence / PROBES, *(seconds / _CHECKS for seconds in times)])
         self._check_later()
 
     def reset(self, error: OSError) -> None:
@@ -127,11 +131,13 @@ class TcpRelay:
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
         patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
         tls = guest.route.tls.upstream if guest.again is None else None
+        asked = guest.route.settings.listen.keepalive
         plan = Plan(
             dials,
             self._dialling[patience],
             timeouts.idle,
             half_closed,
+            self._keepalive if asked is None or asked.on else None,
             header=_header(guest),
             client=guest.end,
             upstream_tls=UpstreamTls(tls, self._shaking[timeouts.connect]) if tls is not None else None,
@@ -159,8 +165,8 @@ class TcpRelay:
         self._left(guest)
 
     def _check_later(self) -> None:
-        """Look for connections on which nothing moves, as long as there are any and some timeout asks for it."""
-        if self._check_seconds and self._connections and not self._checking:
+        """Look for connections on which nothing moves, as long as there are any."""
+        if self._connections and not self._checking:
             self._checking = True
             self._loop.later(self._check_seconds, self._check_quiet)
 

@@ -396,6 +396,8 @@ def test_a_restart_hands_the_maps_over_and_keeps_connections(apart: Net, workers
         running.process.send_signal(signal.SIGUSR2)
         successor = int(running.wait_for("handed over")["successor"])
         try:
+            # Until they drain, the old workers may still accept what is meant to be the successor's.
+            wait_until(lambda: [line["event"] for line in running.lines()].count("draining") == int(workers))
             old.talk(100)
             wait_until(lambda: scrape(apart, 9902).get(BEGUN) == 0)
             with accelerated(apart) as new:

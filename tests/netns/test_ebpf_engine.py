@@ -168,7 +168,7 @@ def listening(address: str, port: int, *, shared: bool = False) -> socket.socket
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     made.bind((address, port))
     made.listen(64)
-    made.settimeout(1)
+    made.settimeout(10)
     return made
 
 
@@ -176,7 +176,7 @@ def connected(scene: Scene, node: str, address: str, port: int = 8080, *, v6_soc
     family = socket.AF_INET6 if ":" in address or v6_socket else socket.AF_INET
     with scene.lab.inside(node, APP if node == HOST else 0):
         made = socket.socket(family, socket.SOCK_STREAM)
-        made.settimeout(1)
+        made.settimeout(10)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         made.connect((f"::ffff:{address}" if v6_socket else address, port))
         return made
@@ -262,11 +262,11 @@ def test_dns_answers_come_from_the_server_that_was_asked(scene: Scene, server: s
     with scene.lab.inside(HOST, PROXY):
         local = ("::1" if server.startswith("2001") else "127.0.0.1", 15053)
         proxy = socket.socket(socket.AF_INET6 if ":" in local[0] else socket.AF_INET, socket.SOCK_DGRAM)
-        proxy.settimeout(1)
+        proxy.settimeout(10)
         proxy.bind(local)
     with scene.lab.inside(HOST, APP):
         client = socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, socket.SOCK_DGRAM)
-        client.settimeout(1)
+        client.settimeout(10)
     with proxy, client:
         if connect:
             client.connect((server, 53))

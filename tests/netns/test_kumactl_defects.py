@@ -75,10 +75,10 @@ def stream(lab: Lab, client: str, server: str, address: object, port: int) -> tu
     with lab.inside(server):
         listening = socket.create_server(("0.0.0.0", port))
     with lab.inside(client, APP if client == HOST else 0):
-        near = socket.create_connection((str(address), port), timeout=2)
+        near = socket.create_connection((str(address), port), timeout=10)
     far, _ = listening.accept()
     listening.close()
-    far.settimeout(2)
+    far.settimeout(10)
     return near, far
 
 
@@ -119,9 +119,9 @@ def test_03_connections_through_the_data_plane_survive_an_uninstall(lab: Lab, en
     with lab.inside(HOST, PROXY):
         listening = socket.create_server(("0.0.0.0", 15001))
     with listening, lab.inside(HOST, APP):
-        near = socket.create_connection((str(REMOTE), 8080), timeout=2)
+        near = socket.create_connection((str(REMOTE), 8080), timeout=10)
         far, _ = listening.accept()
-    far.settimeout(2)
+    far.settimeout(10)
     with near, far:
         with lab.inside(HOST):
             assert "may finish" in tpctl("uninstall").stderr
@@ -146,9 +146,9 @@ def test_03_connections_from_the_data_planes_address_survive_an_uninstall(lab: L
     with lab.inside(HOST, APP):
         listening = socket.create_server((address, 8082), family=socket.AF_INET6)
     with listening, lab.inside(HOST, PROXY):
-        near = socket.create_connection((address, 8082), timeout=2, source_address=("::6", 0))
+        near = socket.create_connection((address, 8082), timeout=10, source_address=("::6", 0))
         far, _ = listening.accept()
-    far.settimeout(2)
+    far.settimeout(10)
     with near, far, lab.inside(HOST):
         assert "1 connection runs from ::6" in tpctl("uninstall").stderr
         assert '"draining": 1' in tpctl("status", "--json", check=False).stdout

@@ -97,7 +97,7 @@ def test_the_next_server_is_asked_when_the_first_is_silent(net: Net, tmp_path: P
     ):
         started = time.monotonic()
         assert ask(net, PEER4) == answer_to(query(0x1234), 2)
-        assert 1.5 < time.monotonic() - started < 4
+        assert time.monotonic() - started > 1.5
         assert len(silent.seen) == 1
 
 
@@ -108,7 +108,7 @@ def test_the_next_server_is_asked_at_once_when_the_first_does_not_listen(net: Ne
     ):
         started = time.monotonic()
         assert ask(net, PEER4) == answer_to(query(0x1234), 2)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 1.9, "before the timeout of 2 s"
 
 
 def test_without_a_server_that_answers_the_query_fails(net: Net, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_no_more_queries_wait_than_the_table_holds(net: Net, tmp_path: Path) -> 
             client.send(query(identifier))
             if identifier % 32 == 0:
                 time.sleep(0.005)  # a burst would overflow the receive buffer of the name server
-        client.settimeout(1.0)
+        client.settimeout(1.9)
         failed = [client.recv(4096) for _ in range(50)]
     assert {answer[3] & 0x0F for answer in failed} == {SERVFAIL}
     assert {int.from_bytes(answer[:2], "big") for answer in failed} == set(range(MAX_PENDING, MAX_PENDING + 50))

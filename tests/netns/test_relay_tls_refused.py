@@ -1,0 +1,95 @@
+"""Clients of a TLS listener that are refused anyway: before the handshake, so that it costs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns import relay_net
+from tests.netns.certificates import Pki, client_context
+from tests.netns.relay_net import HOST4, PEER4, Net
+from tests.netns.test_relay_listeners import configured, serving
+
+pytestmark = pytest.mark.root
+DENIED = "10.99.0.9"
+TEXT = """
+workers: {workers}
+timeouts: {{handshake: 1h}}
+listeners:
+  - listen: "*:1443 ssl"
+    direction: inbound
+    upstream: 127.0.0.1:8080
+    ssl: {{certificate: {certificate}, certificate_key: {key}}}
+    access: {{deny: [{denied}]}}
+    limits: {{connections_per_source: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with relay_net.network(redirect=False) as made:
+        relay_net.run("ip", "-n", made.peer, "address", "add", f"{DENIED}/24", "dev", "eth0")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with relay_net.public_directory() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pki(directory: Path) -> Pki:
+    return Pki(directory)
+
+
+def is_reset(net: Net, source: str | None = None) -> bool:
+    """Whether a client that says nothing is reset, rather than waited for."""
+    try:
+        with net.connect(net.peer, (HOST4, 1443), source) as client:
+            client.settimeout(0.5)
+            return client.recv(1) == b"never"
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def is_served(net: Net, context: ssl.SSLContext) -> bool:
+    try:
+        with (
+            net.connect(net.peer, (HOST4, 1443)) as plain,
+            context.wrap_socket(plain, server_hostname="server.test") as client,
+        ):
+            client.sendall(b"x")
+            return client.recv(1) == b"x"
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_is_refused_anyway_gets_no_handshake(net: Net, directory: Path, pki: Pki, workers: int) -> None:
+    certificate, key = pki.server
+    text = TEXT.format(workers=workers, certificate=certificate, key=key, denied=DENIED)
+    with (
+        configured(net, directory, text) as running,
+        serving(net, net.host, ("127.0.0.1", 8080), relay_net.echo),
+        contextlib.ExitStack() as stack,
+    ):
+        assert is_reset(net, DENIED)
+        assert running.wait_for("refused: the source is denied")["client"] == DENIED
+        silent = [stack.enter_context(net.connect(net.peer, (HOST4, 1443))) for _ in range(2)]
+        end = time.monotonic() + 3 * relay_net.TIMEOUT
+        while not is_reset(net):  # with several workers, at the same instant a few more may be let in
+            assert time.monotonic() < end, "connections that say nothing are not counted"
+        assert running.wait_for("refused: the source has too many connections")["client"] == PEER4
+        for one in silent:
+            one.close()
+        context = client_context(pki)
+        while not is_served(net, context):
+            assert time.monotonic() < end, "connections that have gone are still counted"

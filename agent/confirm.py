@@ -220,9 +220,12 @@ def _environment() -> dict[str, str]:
 
 
 def _refusal(pending: Pending) -> str:
+    left = f"awaits confirmation for another {max(pending.remaining, 0):.0f} s"
+    if pending.remaining < -OVERDUE_SECONDS:
+        left = "was neither confirmed nor taken back in time, as its guardian is gone"
     return (
-        f"a change ({pending.command}) awaits confirmation for another {max(pending.remaining, 0):.0f} s: keep it with "
-        "`tpctl confirm`, take it back with `tpctl rollback`, or give --confirm-within to this command too"
+        f"a change ({pending.command}) {left}: keep it with `tpctl confirm`, take it back with `tpctl rollback`, or "
+        "give --confirm-within to this command too"
     )
 
 

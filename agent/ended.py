@@ -34,11 +34,14 @@ _ADDRESS_BYTES = {socket.AF_INET: 4, socket.AF_INET6: 16}
 
 def forget() -> int:
     """Let conntrack forget this host's connections that are over. Hands back how many; 0 if the kernel refuses."""
-    # The sockets are looked at after the entries: a connection that has an entry and no socket later is over.
-    suspects = [entry for entry in conntrack.entries() if _is_suspect(entry)]
-    if not suspects:
+    try:
+        # The sockets are looked at after the entries: a connection that has an entry and no socket later is over.
+        suspects = [entry for entry in conntrack.entries() if _is_suspect(entry)]
+        ended = list(_ended(suspects)) if suspects else []
+    except OSError:
         return 0
-    ended = list(_ended(suspects))
+    if not ended:
+        return 0
     deadline = time.monotonic() + _LIMIT_SECONDS
     return sum(_forget(family, ended, deadline) for family in _ADDRESS_BYTES)
 

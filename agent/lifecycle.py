@@ -189,11 +189,11 @@ def carry_out(
         if in_file:
             undo.add(in_file.opposite().carry_out)
             in_file.carry_out()
+        if engine.name != "ebpf":  # whose programs do not ask conntrack
+            ended.forget()  # before the record says that all is done: killed here, the next install does it again
         renewal.finish()
     except (TpctlError, OSError) as error:
         undo.roll_back(error, outcome)
-    if engine.name != "ebpf":  # whose programs do not ask conntrack
-        ended.forget()
     upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *others.removed)
     notices = (*report.notices, *applied.notices, *others.notices, *answers)
@@ -366,8 +366,8 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
         if in_files:  # and the record stays: in other network namespaces, only it tells that the files are about us
             raise ApplyError(in_files)
         if not dry_run:
-            state.clear()
             ended.forget()
+            state.clear()
     failures.raise_if_any(REMOVED)
     return Removal(tuple(removed), tuple(notices))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -36,10 +37,10 @@ def keep() -> Outcome:
             raise InputError(
                 "no change awaits confirmation; if one did, its time was up and it was taken back: see tpctl status"
             )
-        if record and record.phase != state.INSTALLED:
+        if not _is_made(pending, record):
             raise InputError(
-                f"the {pending.command} was interrupted before it was done, so there is nothing to keep: "
-                "`tpctl rollback` takes it back"
+                f"the {pending.command} was interrupted before it was done, or while it was taken back, so there is "
+                "nothing to keep: `tpctl rollback` takes it back"
             )
         confirm.drop(pending)
         if pending.command == "uninstall":
@@ -86,6 +87,9 @@ def restore(before: Before) -> None:
     """Bring back what stood there before. To be called under the lock."""
     current = state.load()
     if before.record is None:
+        if current:
+            with contextlib.suppress(ApplyError):  # a disk may be full; half of what was installed cannot be confirmed
+                state.begin(current)
         lifecycle.remove_everything(current)
         if before.holdings:
             from agent.engines.iptables import snapshot
@@ -96,6 +100,15 @@ def restore(before: Before) -> None:
     engine = registry.select(record.options).engine
     report = lifecycle.report_of(engine, "it was installed before", record.policy, [])
     lifecycle.carry_out(engine, record, current, report)
+
+
+def _is_made(pending: confirm.Pending, record: state.State | None) -> bool:
+    """Whether the host is what the change made of it, all of it, as far as the record tells."""
+    if pending.command == "uninstall":
+        return record is None
+    if record is None or record.phase != state.INSTALLED:
+        return False
+    return pending.command != "install" or record != pending.before.record
 
 
 def _installed(record: state.State | None) -> str:

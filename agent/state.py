@@ -290,14 +290,15 @@ def now() -> str:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
+def locked(*, wait: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
     """Let only one tpctl change this namespace at a time.
 
-    The lock goes with the process that holds it. Raises ApplyError, naming the holder, when it is not free within 30 s.
+    The lock goes with the process that holds it. Raises ApplyError, naming the holder, when it is not free within
+    `wait` seconds.
     """
     place = DIRECTORY / f"{namespace_key()}.lock"
     try:
-        descriptor = _acquire(place)
+        descriptor = _acquire(place, wait)
     except OSError as error:
         raise ApplyError(f"the lock {place} cannot be taken: {error.strerror}. Nothing was changed") from error
     runner.INHERITED.add(descriptor)  # a program that outlives a killed tpctl still changes the rules
@@ -329,9 +330,9 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _acquire(place: Path) -> int:
+def _acquire(place: Path, wait: float) -> int:
     """A descriptor that holds the lock."""
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + wait
     while True:
         try:
             private_folder.prepare(DIRECTORY)
@@ -346,7 +347,7 @@ def _acquire(place: Path) -> int:
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)
-                raise ApplyError(_held(place, holder)) from None
+                raise ApplyError(_held(place, holder, wait)) from None
             time.sleep(LOCK_POLL_SECONDS)
         os.close(descriptor)
 
@@ -365,11 +366,11 @@ def _opened(place: Path) -> int:
         _discard(place)
 
 
-def _held(place: Path, holder: str) -> str:
+def _held(place: Path, holder: str, wait: float) -> str:
     who = f"another tpctl (process {holder}) has"
     if holder.isdecimal() and not Path("/proc", holder).exists():
         who = f"a program that tpctl (process {holder}, which has ended) had started runs on, and has"
-    return f"{who} held {place} for {LOCK_WAIT_SECONDS:g} s; nothing was changed"
+    return f"{who} held {place} for {wait:g} s; nothing was changed"
 
 
 def _is_still(place: Path, descriptor: int) -> bool:

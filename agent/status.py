@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from agent import confirm, draining, routing, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Inspection
-from agent.errors import HostError
+from agent.errors import ApplyError, HostError
 from agent.host.proc import in_first_namespace
 from agent.host.sockets import Listener, listeners
 from agent.policy import DnsCapture, Family, Policy, Protocol, WhenProxyDown
@@ -68,12 +69,8 @@ def report() -> Report:
     holding = [name for name, inspection in found.items() if inspection.installed]
     shown = found[recorded if recorded in holding else (holding or list(found))[0]]
     ports = tuple(_ports(record.policy)) if record and shown.installed else ()
-    running = 0 if "nftables" in holding else draining.tidy()
+    running = _tidied(record, holding)
     transparent = record is not None and record.policy.inbound.is_transparent and shown.installed
-    if not holding or (record and not record.policy.inbound.is_transparent):
-        running += draining.tidy_answers()[0]
-    if not holding:  # a redirected connection may be counted already
-        running = max(running, draining.tidy_address("lo")[0])
     problems = [*_problems(record, shown, ports)]
     if record and transparent and not record.policy.families <= routing.present():
         problems.append(
@@ -91,6 +88,26 @@ def report() -> Report:
             "run `tpctl confirm` or `tpctl rollback`"
         )
     return Report(record, shown, ports, tuple(problems), running, pending, _next_boot())
+
+
+def _tidied(record: state.State | None, holding: list[str]) -> int:
+    """Remove what an earlier uninstall left, if nothing needs it any more; hands back how many connections still do.
+
+    Not while another tpctl works, nor after it has: until its rules are there, what it needs for them looks left over.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(state.locked(wait=0.0))
+        except ApplyError:
+            return 0
+        if state.load() != record:
+            return 0
+        running = 0 if "nftables" in holding else draining.tidy()
+        if not holding or (record and not record.policy.inbound.is_transparent):
+            running += draining.tidy_answers()[0]
+        if not holding:  # a redirected connection may be counted already
+            running = max(running, draining.tidy_address("lo")[0])
+        return running
 
 
 def _next_boot() -> tuple[str, ...] | None:

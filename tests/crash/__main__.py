@@ -6,14 +6,18 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from agent.rehearsal.cgroup import own_place
 from tests.crash import at_once
-from tests.crash.campaign import COMMANDS, FAILURES, HANGS, HEALINGS, KILLS, MOST_POINTS, campaign, summary
-from tests.crash.scene import FLAVOURS, scene
+from tests.crash.campaign import FAILURES, HANGS, KILLS, MOST_POINTS, Trial, campaign, summary
+from tests.crash.commands import COMMANDS, ROLLED_BACK
+from tests.crash.healing import UNINSTALL
+from tests.crash.scene import FLAVOURS, Scene, scene
+from tests.crash.way_back import ways_back
 
-ROW = "{:26} {:10} {:>6} {:>5} {:>5} {:>7} {:>6} {:>5} {:>7}"
+ROW = "{:26} {:14} {:>6} {:>5} {:>5} {:>7} {:>6} {:>5} {:>7}"
 
 
 def main() -> None:
@@ -28,12 +32,11 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--failing", action="store_true", help="let calls fail, instead of killing at them")
     parser.add_argument("--hanging", action="store_true", help="let calls of what tpctl started never come back")
+    parser.add_argument("--rollback", action="store_true", help="let a call fail, then kill while that is rolled back")
     parser.add_argument("--at-once", type=int, metavar="N", help="only start so many commands at the same time")
     given = parser.parse_args()
     if given.at_once:
         sys.exit(0 if at_once.main(given.at_once) else 1)
-    interferences = HANGS if given.hanging else FAILURES if given.failing else KILLS
-    healings = ("uninstall",) if given.failing else HEALINGS
     stuck = 0
     print(ROW.format("engine", "command", "tried", "old", "new", "between", "healed", "stuck", "seconds"))
     for flavour in given.engine or FLAVOURS:
@@ -42,11 +45,10 @@ def main() -> None:
             tempfile.TemporaryDirectory(dir="/var/tmp") as folder,
             scene(flavour, place, Path(folder)) as made,
         ):
-            for command in given.command or COMMANDS:
+            for command in given.command or (ROLLED_BACK if given.rollback else COMMANDS):
                 began = time.monotonic()
                 found = []
-                points = {"step": given.step, "first": given.first, "last": given.last, "turns": given.turns}
-                for trial in campaign(made, command, interferences, healings=healings, **points):
+                for trial in _trials(made, command, given):
                     found.append(trial)
                     if given.verbose or trial.faults:
                         print(trial, flush=True)
@@ -55,6 +57,14 @@ def main() -> None:
                 figures = (one.points, one.old, one.new, one.between, one.healed, one.stuck)
                 print(ROW.format(flavour, command, *figures, round(time.monotonic() - began)), flush=True)
     sys.exit(1 if stuck else 0)
+
+
+def _trials(made: Scene, command: str, given: argparse.Namespace) -> Iterator[Trial]:
+    points = {"step": given.step, "first": given.first, "last": given.last, "turns": given.turns}
+    if given.rollback:
+        return ways_back(made, command, **points)
+    interferences = HANGS if given.hanging else FAILURES if given.failing else KILLS
+    return campaign(made, command, interferences, healings=(UNINSTALL,) if given.failing else (), **points)
 
 
 if __name__ == "__main__":

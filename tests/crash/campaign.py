@@ -10,12 +10,11 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.crash.scene import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER, Done, Scene
+from tests.crash.commands import LONG, SHORT, argv, awaits_wrongly, begin, judged, points_of
+from tests.crash.healing import WAIT, healed, ways_to_heal
+from tests.crash.scene import Done, Scene
+from tests.crash.server import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER, Fault
 
-COMMANDS = ("install", "swap", "uninstall", "apply")
-BEGINNING = {"install": "none", "swap": "old", "uninstall": "old", "apply": "none"}
-END = {"install": "new", "swap": "new", "uninstall": "none", "apply": "old"}
-HEALINGS = ("install", "uninstall")
 _TRACE = ("Traceback", "internal error")
 _GOES_FORWARD = ("no traffic is redirected", "was installed before is carried out again")
 """An uninstall that fails goes on, and the way back of a repair is the policy on record."""
@@ -30,14 +29,28 @@ MOST_POINTS = 400
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """What is done at a point."""
+    """What is done at a point, and what then at a later one."""
 
     how: str
     errno: int = 0
     label: str = ""
+    then: str = ""
+    """What is done next, so many points `later`."""
+    later: int = 0
 
     def __str__(self) -> str:
-        return self.label or self.how
+        then = f", then {self.then} {self.later} later" if self.then else ""
+        return f"{self.label or self.how}{then}"
+
+    def faults(self, at: int) -> tuple[Fault, ...]:
+        """For the server."""
+        first = Fault(self.how, at, self.errno)
+        return (first, Fault(self.then, at + self.later)) if self.then else (first,)
+
+    @property
+    def kills(self) -> bool:
+        """Whether the command, or what it has started, is killed."""
+        return {self.how, self.then} & {KILL_CALLER, KILL_ALL} != set()
 
 
 KILLS = (Interference(KILL_CALLER), Interference(KILL_ALL))
@@ -98,56 +111,23 @@ class Figures:
         self.stuck += bool(trial.faults)
 
 
-def argv(scene: Scene, command: str) -> tuple[str, ...]:
-    """What is typed."""
-    return scene.argv("new") if command in ("install", "swap") else (command,)
-
-
-def begin(scene: Scene, command: str) -> None:
-    """Bring the host, on which nothing is installed, to where the command begins."""
-    if command in ("swap", "uninstall", "apply"):
-        scene.install("old")
-    if command == "apply":
-        scene.lose_rules()
-    scene.forget()
-
-
-def points_of(scene: Scene, command: str) -> tuple[str, ...]:
-    """The points of an undisturbed run."""
-    begin(scene, command)
-    done = scene.host.ok(*argv(scene, command))
-    scene.uninstall()
-    return done.points
-
-
 def attempt(scene: Scene, command: str, interference: Interference, at: int, healing: str) -> Trial | None:
     """One trial, with the host bare before and after; None when the run was over before the point."""
-    begin(scene, command)
+    within = SHORT if healing == WAIT else LONG
+    begin(scene, command, within)
     patience = PATIENCE_SECONDS if interference.how == HANG else None
-    done = scene.host(*argv(scene, command), how=interference.how, at=at, errno=interference.errno, patience=patience)
+    done = scene.host(*argv(scene, command, within), faults=interference.faults(at), patience=patience)
     if done.hit is None:
         scene.uninstall()
+        scene.host.leave(0.0)
         return None
     state, detail = judged(scene, command)
     faults = [*_said_wrong(done, interference), *_state_wrong(done, interference, state)]
+    faults += awaits_wrongly(scene, command, done)
     if state == "wrong":
         faults.append("connections end where neither the old nor the new policy says")
-    faults += _healed(scene, command, healing)
+    faults += healed(scene, command, healing)
     return Trial(scene.flavour, command, interference, at, done.hit, state, detail, tuple(faults), done.exit)
-
-
-def judged(scene: Scene, command: str) -> tuple[str, str]:
-    """The state that connections see, and those that are not as in the old one."""
-    seen = scene.seen()
-    old, new = scene.expected(BEGINNING[command]), scene.expected(END[command])
-    if seen == old:
-        return "old", ""
-    if seen == new:
-        return "new", ""
-    wrong = {name: seat for name, seat in seen.items() if seat not in (old[name], new[name])}
-    if wrong:
-        return "wrong", ", ".join(f"{name}: {seat}" for name, seat in wrong.items())
-    return "between", "as after already: " + ", ".join(n for n in seen if seen[n] == new[n] != old[n])
 
 
 def _said_wrong(done: Done, interference: Interference) -> Iterator[str]:
@@ -155,7 +135,7 @@ def _said_wrong(done: Done, interference: Interference) -> Iterator[str]:
     if done.exit < 0:
         if done.exit == -999:
             yield "it did not end by itself"
-        elif interference.how not in (KILL_CALLER, KILL_ALL):
+        elif not interference.kills:
             yield f"it was ended by signal {-done.exit}"
         return
     if any(trace in done.err for trace in _TRACE):
@@ -168,7 +148,8 @@ def _said_wrong(done: Done, interference: Interference) -> Iterator[str]:
 
 def _state_wrong(done: Done, interference: Interference, state: str) -> Iterator[str]:
     """A command that could end has to leave the host in one state, the one its exit code stands for."""
-    if done.exit < 0 or (done.exit and "rollback failed too" in done.err and interference.how == FAIL_FROM):
+    twice = interference.how == FAIL_FROM or interference.then
+    if done.exit < 0 or (done.exit and "rollback failed too" in done.err and twice):
         return
     if done.exit == 0 and state != "new":
         yield f"exit 0, but connections see the state {state}"
@@ -176,33 +157,6 @@ def _state_wrong(done: Done, interference: Interference, state: str) -> Iterator
         yield f"exit 2 means that nothing was changed, but connections see the state {state}: {done.err.strip()}"
     if done.exit == 1 and state != "old" and not any(words in done.err for words in _GOES_FORWARD):
         yield f"exit 1, but connections see the state {state}: {done.err.strip()}"
-
-
-def _healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
-    """Heal by the next command; then leave the host bare for the next trial."""
-    if healing == "install":
-        name = "new" if command in ("install", "swap") else "old"
-        done = scene.host(*scene.argv(name))
-        if done.exit != 0:
-            yield f"the next install fails: {done}"
-        elif (seen := scene.seen()) != scene.expected(name):
-            yield f"after the next install connections end elsewhere: {_difference(seen, scene.expected(name))}"
-        elif complaints := scene.complaints():
-            yield f"after the next install `tpctl status` finds {complaints}"
-        yield from scene.litter()
-    done = scene.host("uninstall")
-    if done.exit != 0:
-        yield f"the next uninstall fails: {done}"
-        scene.host("uninstall")
-    held = scene.held()
-    if held != scene.base:
-        yield f"the next uninstall leaves: {_difference(held, scene.base)}"
-        scene.mend(held)
-
-
-def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
-    lines = [f"{name}: {text!r}" for name, text in found.items() if wanted.get(name) != text]
-    return "\n      ".join([*lines, *(f"missing: {name}" for name in wanted if name not in found)])[:3000]
 
 
 def campaign(
@@ -214,14 +168,15 @@ def campaign(
     first: int = 1,
     last: int = MOST_POINTS,
     turns: bool = False,
-    healings: Sequence[str] = HEALINGS,
+    healings: Sequence[str] = (),
 ) -> Iterator[Trial]:
     """Trials of a command: at every `step`th point from `first` to `last`, each interference with each healing.
 
-    With a step, or if told so, the ways to interfere and to heal take turns instead. Only what tpctl started can hang.
+    Without `healings` these are all that there are for the command. With a step, or if told so, the ways to interfere
+    and to heal take turns instead. Only what tpctl started can hang.
     """
     points = points_of(scene, command)
-    ways = [(one, healing) for one in interferences for healing in healings]
+    ways = [(one, healing) for one in interferences for healing in healings or ways_to_heal(command, one.how)]
     at = first
     # A disturbed run can have more points than an undisturbed one: those of its rollback are tried by failing calls.
     while at <= min(len(points), last):

@@ -11,7 +11,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,10 +24,8 @@ from agent.rehearsal.cgroup import OwnPlace
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout, seat
 from agent.rehearsal.rehearse import expectation
-from tests.crash.server import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER
+from tests.crash.server import Fault
 from tests.netns.lab import APP, PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot
-
-__all__ = ["FAIL_FROM", "FAIL_ONCE", "HANG", "KILL_ALL", "KILL_CALLER", "Done", "Host", "Scene"]
 
 PROXY_FLAGS = ("--kuma-dp-user", PROXY_USER)
 OLD = ("install", *PROXY_FLAGS, "--exclude-inbound-ports", "22,7001", "--exclude-outbound-ports", "22,7002")
@@ -74,7 +72,7 @@ class Done:
     err: str
     points: tuple[str, ...]
     hit: str | None
-    """The point that was interfered with; None when the run was over before."""
+    """The point of the last fault; None when the run was over before."""
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Self:
@@ -115,11 +113,14 @@ class Host:
                 stream.close()
         self.server.wait(timeout=60)
 
-    def __call__(
-        self, *argv: str, how: str | None = None, at: int = 0, errno: int = 0, patience: float | None = None
-    ) -> Done:
-        """Run the command with this interference; it waits for what it starts for `patience` seconds only."""
-        return Done.of(self._ask({"argv": argv, "how": how, "at": at, "errno": errno, "patience": patience}))
+    def __call__(self, *argv: str, faults: Sequence[Fault] = (), patience: float | None = None) -> Done:
+        """Run the command with these faults; it waits for what it starts for `patience` seconds only."""
+        return Done.of(self._ask({"argv": argv, "faults": faults, "patience": patience}))
+
+    def leave(self, seconds: float) -> list[str]:
+        """Wait until every guardian has ended; hands back those that had to be killed."""
+        found: list[str] = self._ask({"leave": seconds})["left"]
+        return found
 
     def shell(self, script: str, *, check: bool = True) -> Done:
         """Run a script beside the command, in its namespaces."""
@@ -221,6 +222,10 @@ class Scene:
         key = Path(next(path for path in self.host.files("/run/tpctl") if path.endswith("/state.json"))).parent.name
         self.uninstall()
         self.host.write(f"/run/tpctl/{key}/state.json", record)
+
+    def is_pending(self) -> bool:
+        """Whether a change awaits its confirmation."""
+        return any(path.endswith("/pending.json") for path in self.host.files("/run/tpctl"))
 
     def forget(self) -> None:
         """Without the cache of compiled programs, if that is the flavour."""

@@ -18,58 +18,67 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tests.crash import notify, points
+from tests.crash import notify, points, processes
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LONGEST_RUN_SECONDS = 120.0
+_LOOK_SECONDS = 0.02
 _STUBBORN = -999
 KILL_CALLER, KILL_ALL, FAIL_ONCE, FAIL_FROM = "kill the caller", "kill all", "fail once", "fail from there"
 HANG = "hang"
+CONFIRM_WITHIN = "--confirm-within"
+"""A command with this leaves a guardian behind."""
+
+
+class Fault(NamedTuple):
+    """What is done at one point."""
+
+    how: str
+    at: int
+    """Counted from 1 over the whole run."""
+    errno: int = 0
+
+    def strikes(self, count: int, what: str) -> bool:
+        """Whether it concerns the point of this number."""
+        if self.how == FAIL_FROM:
+            return count >= self.at and what.partition(" ")[0] in points.FILES
+        return count == self.at
 
 
 @dataclass(slots=True)
 class Run:
     """One run of the command, and what is done to it."""
 
-    how: str | None
-    at: int
-    errno: int
+    faults: list[Fault]
     group: int
     seen: list[str] = field(default_factory=list)
     """Every point, in order."""
     hit: str | None = None
+    """Where the last of the faults struck."""
 
     def meet(self, listener: int, call: notify.Call) -> None:
         """Decide about one call."""
         what = points.describe(call)
-        if what is None:
+        if what is None or processes.is_detached(call.process):
             notify.proceed(listener, call)
             return
-        who = "" if call.process == self.group else f" ({_name(call.process)})"
+        who = "" if call.process == self.group else f" ({processes.name(call.process)})"
         self.seen.append(f"{what}{who}")
-        here = len(self.seen) == self.at
-        if here:
+        count = len(self.seen)
+        if self.faults and count == self.faults[-1].at:
             self.hit = self.seen[-1]
-        if here and self.how == KILL_CALLER:
-            os.kill(call.process, signal.SIGKILL)
-        elif here and self.how == KILL_ALL:
-            os.killpg(self.group, signal.SIGKILL)
-        elif (here and self.how == FAIL_ONCE) or self._keeps_failing(what):
-            notify.refuse(listener, call, self.errno)
-        elif not (here and self.how == HANG):  # without an answer the call never comes back
+        fault = next((one for one in self.faults if one.strikes(count, what)), None)
+        if fault is None:
             notify.proceed(listener, call)
-
-    def _keeps_failing(self, what: str) -> bool:
-        return self.how == FAIL_FROM and len(self.seen) >= self.at and what.partition(" ")[0] in points.FILES
-
-
-def _name(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/comm").read_text().strip()
-    except OSError:
-        return "?"
+        elif fault.how == KILL_CALLER:
+            os.kill(call.process, signal.SIGKILL)
+        elif fault.how == KILL_ALL:
+            processes.end(processes.detached())
+            os.killpg(self.group, signal.SIGKILL)
+        elif fault.how != HANG:  # without an answer the call never comes back
+            notify.refuse(listener, call, fault.errno)
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +97,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     listener = notify.fetch(child, int(os.read(told, 16)))
     os.close(told)
     os.close(go)
-    this = Run(request.get("how"), request.get("at", 0), request.get("errno", 0), child)
-    ended = _supervise(listener, this, request.get("seconds", _LONGEST_RUN_SECONDS))
-    os.close(listener)
+    this = Run([Fault(*one) for one in request.get("faults", ())], child)
+    ended = _supervise(listener, this, leaves_somebody=CONFIRM_WITHIN in request["argv"])
     status = _reap(child)
     said = []
     for stream in streams:
@@ -129,40 +137,60 @@ def _command(request: dict[str, Any], streams: list[int], telling: int, waiting:
         os._exit(status)
 
 
-def _supervise(listener: int, this: Run, seconds: float) -> bool:
-    """Answer until nobody is left who asks; whether that came by itself."""
+def _supervise(listener: int, this: Run, *, leaves_somebody: bool) -> bool:
+    """Answer until nobody is left who asks; whether that came by itself. Closes the listener.
+
+    With `leaves_somebody` that ends with the command: whom it leaves behind is answered by a process of its own.
+    """
     poll = select.poll()
     poll.register(listener, select.POLLIN)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _LONGEST_RUN_SECONDS
     by_itself = True
-    while True:
-        left = max(0.0, deadline - time.monotonic())
-        events = poll.poll(left * 1000 if by_itself else 2000)
-        if not events and not by_itself:
-            return False
-        if not events:
-            by_itself = False
-            os.killpg(this.group, signal.SIGKILL)
-            continue
-        (_, event), *_ = events
-        if event & select.POLLIN:
+    try:
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            events = poll.poll(1000 * (min(_LOOK_SECONDS, left) if leaves_somebody else left) if by_itself else 2000)
+            if not events and leaves_somebody and left and not processes.lives(this.group):
+                _attend(listener)
+                return by_itself
+            if not events and not by_itself:
+                return False
+            if not events and not left:
+                by_itself = False
+                os.killpg(this.group, signal.SIGKILL)
+            if not events:
+                continue
+            (_, event), *_ = events
+            if event & select.POLLIN:
+                call = notify.receive(listener)
+                if call:
+                    this.meet(listener, call)
+            elif event & select.POLLHUP:
+                return by_itself
+    finally:
+        os.close(listener)
+
+
+def _attend(listener: int) -> None:
+    """Let a process answer whoever is left that everything may happen; without a listener every call would fail."""
+    if os.fork():
+        return
+    try:
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        while poll.poll()[0][1] & select.POLLIN:
             call = notify.receive(listener)
             if call:
-                this.meet(listener, call)
-        elif event & select.POLLHUP:
-            return by_itself
+                notify.proceed(listener, call)
+    finally:
+        os._exit(0)
 
 
 def _reap(child: int) -> int:
-    """Wait for the command, and for the orphans that came to this process with its end."""
-    status = 0
-    while True:
-        try:
-            process, raw = os.waitpid(-1, 0)
-        except ChildProcessError:
-            return status
-        if process == child:
-            status = os.waitstatus_to_exitcode(raw)
+    """Wait for the command; take the orphans along that came to this process with its end."""
+    _, raw = os.waitpid(child, 0)
+    processes.reap()
+    return os.waitstatus_to_exitcode(raw)
 
 
 def listing(roots: list[str]) -> dict[str, str]:
@@ -185,6 +213,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(request["text"])
         return {}
+    if "leave" in request:
+        return {"left": processes.leave(request["leave"])}
     if "shell" in request:
         done = subprocess.run(["sh", "-ec", request["shell"]], capture_output=True, text=True, check=False)
         return {"exit": done.returncode, "out": done.stdout, "err": done.stderr, "points": [], "hit": None}
@@ -214,10 +244,13 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     preload()
     print("ready", file=answers, flush=True)
-    for line in requests:
-        request = json.loads(line)
-        answer = _answer(request)
-        print(json.dumps(answer), file=answers, flush=True)
+    try:
+        for line in requests:
+            request = json.loads(line)
+            answer = _answer(request)
+            print(json.dumps(answer), file=answers, flush=True)
+    finally:
+        processes.leave(0.0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from agent.rehearsal.cgroup import own_place
-from tests.crash.campaign import COMMANDS, FAILURES, HANGS, KILLS, Interference, attempt, points_of
+from tests.crash.campaign import FAILURES, HANGS, KILLS, Interference, attempt
+from tests.crash.commands import ORDINARY, points_of
 from tests.crash.scene import scene
 
 pytestmark = pytest.mark.root
@@ -25,7 +26,7 @@ _OFFSET = int(time.time())
 @pytest.mark.parametrize("flavour", ["nftables", "iptables nft", "iptables legacy", "ebpf"])
 def test_a_sample_of_points(flavour: str, tmp_path: Path) -> None:
     ways: tuple[Interference, ...] = (*KILLS, FAILURES[_OFFSET % len(FAILURES)])
-    command = COMMANDS[(_OFFSET // 7) % len(COMMANDS)]
+    command = ORDINARY[(_OFFSET // 7) % len(ORDINARY)]
     with own_place() as place, scene(flavour, place, tmp_path) as made:
         count = len(points_of(made, command))
         states = set()

@@ -1,0 +1,97 @@
+"""What an operator does after a command was interfered with, and whether the host is then as it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.crash.commands import AWAITED, LONG, WAY_BACK
+from tests.crash.scene import Done, Scene
+from tests.crash.server import HANG, KILL_ALL
+
+INSTALL, UNINSTALL = "install", "uninstall"
+ANEW = "install within, confirm"
+WAIT = "wait until the time is up"
+_GUARDIAN_ENDS_SECONDS = 20.0
+"""It looks every second; the rest is for a busy machine."""
+_TIME_IS_UP_SECONDS = 60.0
+
+
+def ways_to_heal(command: str, how: str) -> tuple[str, ...]:
+    """What may come after a command that was interfered with; a guardian that was killed too takes nothing back, and
+    of a call that hangs nobody knows whether it or the guardian comes first."""
+    if command not in AWAITED:
+        return INSTALL, UNINSTALL
+    return (INSTALL, ANEW, UNINSTALL) if how in (KILL_ALL, HANG) else (INSTALL, ANEW, UNINSTALL, WAIT)
+
+
+def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
+    """Heal a host; then leave it bare for the next trial. Hands back what went wrong."""
+    name = "old" if command in ("uninstall", "apply", "rollback") else "new"
+    if healing == WAIT:
+        yield from _taken_back(scene, command)
+    elif healing != UNINSTALL:
+        yield from _installed(scene, command, name, LONG if healing == ANEW else ())
+    done = scene.host("uninstall")
+    if done.exit != 0:
+        yield f"the next uninstall fails: {done}"
+        scene.host("uninstall")
+    if command in AWAITED:
+        yield from (f"still running: {one}" for one in scene.host.leave(_GUARDIAN_ENDS_SECONDS))
+    held = scene.held()
+    if held != scene.base:
+        yield f"the next uninstall leaves: {_difference(held, scene.base)}"
+        scene.mend(held)
+
+
+def _installed(scene: Scene, command: str, name: str, within: tuple[str, ...]) -> Iterator[str]:
+    done = scene.host(*scene.argv(name), *within)
+    if command in AWAITED and not within and _is_refused(done):
+        yield from _rolled_back(scene, command)
+        done = scene.host(*scene.argv(name))
+    if done.exit == 0 and scene.is_pending():  # it may have changed nothing; then the other one goes on waiting
+        done = scene.host("rollback" if command == "rollback" and not within else "confirm")
+    if done.exit != 0:
+        yield f"the next install fails: {done}"
+    elif (seen := scene.seen()) != scene.expected(name):
+        yield f"after the next install connections end elsewhere: {_difference(seen, scene.expected(name))}"
+    elif complaints := scene.complaints():
+        yield f"after the next install `tpctl status` finds {complaints}"
+    if scene.is_pending():
+        yield "after the next install a change still awaits confirmation"
+    yield from scene.litter()
+
+
+def _is_refused(done: Done) -> bool:
+    """An install without --confirm-within says what to do first while another one awaits its confirmation."""
+    return done.exit == 2 and "tpctl rollback" in done.err
+
+
+def _rolled_back(scene: Scene, command: str) -> Iterator[str]:
+    done = scene.host("rollback")
+    if done.exit != 0:
+        yield f"the next rollback fails: {done}"
+    yield from _is_back(scene, command)
+
+
+def _taken_back(scene: Scene, command: str) -> Iterator[str]:
+    """Left alone. Without a record of a change that awaits confirmation its guardian ends, and nothing happens."""
+    was_pending = scene.is_pending()
+    yield from (f"still running: {one}" for one in scene.host.leave(_TIME_IS_UP_SECONDS))
+    if was_pending:
+        yield from _is_back(scene, command)
+    yield from scene.litter()
+
+
+def _is_back(scene: Scene, command: str) -> Iterator[str]:
+    wanted = scene.expected(WAY_BACK[command])
+    if (seen := scene.seen()) != wanted:
+        yield f"taken back, connections end elsewhere: {_difference(seen, wanted)}"
+    if scene.is_pending():
+        yield "taken back, the change still awaits confirmation"
+    if complaints := scene.complaints():
+        yield f"taken back, `tpctl status` finds {complaints}"
+
+
+def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    lines = [f"{name}: {text!r}" for name, text in found.items() if wanted.get(name) != text]
+    return "\n      ".join([*lines, *(f"missing: {name}" for name in wanted if name not in found)])[:3000]

@@ -1,0 +1,86 @@
+"""The processes below the server of a scene: those of the command, and those that are meant to outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def name(process: int) -> str:
+    """What a process calls itself."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return "?"
+
+
+def is_detached(process: int) -> bool:
+    """Whether it has a session of its own, as the guardian of `--confirm-within` has, and nothing else of tpctl."""
+    try:
+        return os.getsid(process) != os.getsid(0)
+    except ProcessLookupError:
+        return False
+
+
+def lives(group: int) -> bool:
+    """Whether anybody of a process group still runs."""
+    return any(found == group for _, _, found in _running())
+
+
+def children() -> list[int]:
+    """Whom this process has started, and whom it got from those."""
+    return [process for process, parent, _ in _running() if parent == os.getpid()]
+
+
+def detached() -> list[int]:
+    """The guardians among them: whoever stood between is gone as soon as a guardian runs."""
+    return [process for process in children() if is_detached(process)]
+
+
+def end(processes: Iterable[int]) -> None:
+    """Kill them."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def reap() -> None:
+    """Take leave of the children that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def leave(seconds: float) -> list[str]:
+    """Wait until no child is left; hands back the guardians that had to be killed for it."""
+    deadline = time.monotonic() + seconds
+    reap()
+    while (left := children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        reap()
+    said = [_command_line(process) for process in left if is_detached(process)]
+    while left:
+        end(left)
+        time.sleep(0.02)
+        reap()
+        left = children()
+    return said
+
+
+def _running() -> Iterator[tuple[int, int, int]]:
+    """Every process that has not ended, its parent and its group (proc_pid_stat(5))."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent, group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                yield int(folder.name), int(parent), int(group)
+
+
+def _command_line(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+    return "?"

@@ -25,8 +25,10 @@ from agent.policy import Policy
 
 def remove(engine: Engine[Any], footprint: Footprint | None, ports: Iterable[int], *, dry_run: bool = False) -> Removal:
     """Take an engine's rules away and let the connections finish that they redirect to `ports`."""
-    holds = engine.name == "iptables" and not dry_run and engine.inspect(None).installed
-    notices = hold(ports) if holds else ()
+    notices: tuple[str, ...] = ()
+    if engine.name == "iptables" and not dry_run:
+        found = engine.inspect(None)
+        notices = hold(ports) if found.installed or found.foreign else ()
     removal = engine.remove(dry_run=dry_run, footprint=footprint)
     return replace(removal, notices=(*notices, *removal.notices))
 

@@ -113,12 +113,16 @@ def _readable_nftables(options: EngineOptions) -> Engine[Any] | None:
 
 def _pinned_ebpf(options: EngineOptions) -> Engine[Any] | None:
     from agent.engines.ebpf.engine import EbpfEngine
-    from agent.engines.ebpf.place import Place, bpffs
+    from agent.engines.ebpf.place import BPFFS, Place, bpffs
 
     try:
-        where = Place(Path("/"), bpffs())  # no program is attached any more, so the control groups do not matter
-        pinned = where.folder.is_dir()
-    except (HostError, OSError):
+        kept = bpffs()
+    except HostError:
+        kept = BPFFS  # nothing is mounted there, but an install may have been told of another place
+    where = Place(Path("/"), kept)  # to find pins and remove them, the control groups do not matter
+    try:
+        pinned = where.folder.is_dir() or any(where.elsewhere())
+    except OSError:
         return None
     return EbpfEngine(where, options, chooses_sockets=True) if pinned else None
 

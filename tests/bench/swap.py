@@ -69,7 +69,7 @@ def swaps_from_kumactl(options: EngineOptions, times: int) -> Iterator[Row]:
         for number, (variant, full) in enumerate(starts):
             policy = POLICIES[number // len(KUMACTL) % len(POLICIES)]
             label = f"kumactl ({variant}) -> {name(options)}"
-            yield label, swap_kumactl(made, applications, variant, full, Target(policy, options))
+            yield label, swap_kumactl(made, applications, variant, full, Target.of(policy, options))
         rest = Outcome()
         rest.tally.reasons = applications.stop().reasons
         yield label, rest

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from agent import lifecycle
 from agent.engine_options import EngineOptions
 from agent.policy import Family, Policy
+from agent.rehearsal.cgroup import OwnPlace, own_place
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
 from agent.rehearsal.namespaces import Namespace, write_sysctls
 from agent.rehearsal.topology import build
@@ -58,13 +60,19 @@ def prepared_namespaces() -> Iterator[tuple[Namespace, Namespace]]:
             space.close()
 
 
+def kept_to(place: OwnPlace, options: EngineOptions) -> EngineOptions:
+    """The same, but that eBPF programs reach no process outside of a place."""
+    return replace(options, ebpf_cgroup=str(place.cgroup), ebpf_bpffs=str(place.pins))
+
+
 class Scene:
     """Two connected namespaces and the servers in them. Nothing is installed, and conntrack is idle."""
 
-    def __init__(self, host: Namespace, peer: Namespace) -> None:
-        """`host` is where the swaps happen, `peer` every other host."""
+    def __init__(self, host: Namespace, peer: Namespace, place: OwnPlace) -> None:
+        """`host` is where the swaps happen, `peer` every other host; all processes are in the `place`."""
         self.host = host
         self.peer = peer
+        self._place = place
         self._servers = [
             Servers(host, PROXY, {15001: OUTBOUND, 15006: INBOUND}),
             Servers(host, APP, {REAL_PORT: REAL}),
@@ -80,7 +88,7 @@ class Scene:
     def install(self, policy: Policy, options: EngineOptions) -> lifecycle.InstallReport:
         """`tpctl install` on the host."""
         with self.host.inside():
-            return lifecycle.install(policy, options)
+            return lifecycle.install(policy, kept_to(self._place, options))
 
     def install_kumactl(self, variant: str, *, full: bool) -> None:
         """Take everything of tpctl away, and leave what kumactl would have installed. Not without a gap."""
@@ -105,8 +113,8 @@ class Scene:
 @contextmanager
 def scene() -> Iterator[Scene]:
     """A scene for the length of the block."""
-    with prepared_namespaces() as (host, peer):
-        made = Scene(host, peer)
+    with own_place() as place, prepared_namespaces() as (host, peer):
+        made = Scene(host, peer, place)
         try:
             yield made
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 
 from agent.engine_options import EngineOptions
@@ -28,7 +28,13 @@ from tests.swap.traffic import APP, FAMILIES, PROXY, REAL, REAL_PORT, Applicatio
 NFTABLES = EngineOptions(engine="nftables")
 IPTABLES_NFT = EngineOptions(engine="iptables", iptables_mode="nft")
 IPTABLES_LEGACY = EngineOptions(engine="iptables", iptables_mode="legacy")
-ENGINES = (NFTABLES, IPTABLES_NFT, IPTABLES_LEGACY)
+EBPF = EngineOptions(engine="ebpf")
+ENGINES = (NFTABLES, IPTABLES_NFT, IPTABLES_LEGACY, EBPF)
+_EACH_AFTER_EACH = (
+    IPTABLES_NFT, NFTABLES, IPTABLES_LEGACY, NFTABLES, EBPF, IPTABLES_NFT,
+    IPTABLES_LEGACY, IPTABLES_NFT, EBPF, IPTABLES_LEGACY, EBPF, NFTABLES,
+)  # fmt: skip
+"""For a start with nftables."""
 
 KUMACTL = tuple((variant, full) for variant in ("nft", "legacy") for full in (False, True))
 """The variants and kinds of a kumactl installation."""
@@ -83,6 +89,13 @@ class Target:
     policy: Policy
     options: EngineOptions
 
+    @classmethod
+    def of(cls, policy: Policy, options: EngineOptions) -> Target:
+        """As much of a policy as an engine can do: eBPF knows no virtual networks, and nothing of invalid packets."""
+        if options.engine == "ebpf":
+            policy = replace(policy, virtual_networks=(), drop_invalid=False)
+        return cls(policy, options)
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -105,18 +118,18 @@ class Outcome:
 
 def name(options: EngineOptions) -> str:
     """An engine as people call it."""
-    return options.engine if options.engine == "nftables" else f"iptables {options.iptables_mode}"
+    return f"iptables {options.iptables_mode}" if options.engine == "iptables" else options.engine
 
 
 def inside(options: EngineOptions, times: int, policies: Sequence[Policy] = POLICIES) -> list[Target]:
     """Policies in turn, in one engine. For a start with the first policy."""
-    return [Target(policies[turn % len(policies)], options) for turn in range(1, times + 1)]
+    return [Target.of(policies[turn % len(policies)], options) for turn in range(1, times + 1)]
 
 
 def between(times: int, policies: Sequence[Policy] = POLICIES) -> list[Target]:
     """Engines in turn, so that each follows each; policies in turn as well. For a start with nftables."""
-    order = (IPTABLES_NFT, IPTABLES_LEGACY, NFTABLES, IPTABLES_LEGACY, IPTABLES_NFT, NFTABLES)
-    return [Target(policies[turn // 2 % len(policies)], order[turn % len(order)]) for turn in range(times)]
+    order = _EACH_AFTER_EACH
+    return [Target.of(policies[turn // 2 % len(policies)], order[turn % len(order)]) for turn in range(times)]
 
 
 def timed_install(made: Scene, target: Target) -> float:

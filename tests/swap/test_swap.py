@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from agent.engine_options import EngineOptions
+from agent.engines.ebpf import place
 from tests.swap.scene import Scene, outbound, scene
 from tests.swap.swaps import (
+    EBPF,
     ENGINES,
     EXCLUDING,
     KUMACTL,
@@ -73,7 +76,7 @@ def test_swaps_from_kumactl(options: EngineOptions) -> None:
         applications = made.applications()
         total = Outcome()
         for number, (variant, full) in enumerate(KUMACTL):
-            outcome = swap_kumactl(made, applications, variant, full, Target(POLICIES[number], options))
+            outcome = swap_kumactl(made, applications, variant, full, Target.of(POLICIES[number], options))
             total.add(outcome.seconds, outcome.tally, outcome.cut)
         total.tally.reasons = applications.stop().reasons
         flawless(total)
@@ -88,21 +91,22 @@ def test_what_is_excluded_is_never_redirected(options: EngineOptions) -> None:
         applications = Applications([(made.host, APP, outbound(family, REAL)) for family in FAMILIES])
         applications.resume()
         for turn in range(SWAPS):
-            timed_install(made, Target(EXCLUDING[(turn + 1) % len(EXCLUDING)], options))
+            timed_install(made, Target.of(EXCLUDING[(turn + 1) % len(EXCLUDING)], options))
         seen = applications.stop()
         assert seen.failed == 0, seen.reasons
         assert seen.connections >= CONNECTIONS // 2
 
 
-def test_a_gap_is_seen() -> None:
+@engine
+def test_a_gap_is_seen(options: EngineOptions) -> None:
     """Uninstall and install is what a swap must not be; were it not seen, the tests above would prove nothing."""
     with scene() as made:
-        made.install(POLICIES[0], NFTABLES)
+        made.install(POLICIES[0], options)
         applications = made.applications()
         applications.resume()
         for _ in range(3):
             made.uninstall()
-            made.install(POLICIES[0], NFTABLES)
+            made.install(POLICIES[0], options)
         seen = applications.stop()
         assert seen.leaked > 0
         assert seen.failed == 0, seen.reasons  # neither end of an installation breaks a connection
@@ -115,7 +119,7 @@ def test_connections_that_ran_before_an_install_go_on(options: EngineOptions) ->
     for policy in POLICIES:
         with scene() as made:
             kept = keep(made, direct=True)
-            made.install(policy, options)
+            made.install(Target.of(policy, options).policy, options)
             assert broken(kept) == []
             for group in kept:
                 group.close()
@@ -130,5 +134,30 @@ def test_connections_through_the_data_plane_outlive_an_uninstall(options: Engine
         assert broken(through) == []
         past = keep(made, direct=True)
         assert broken([*through, *past]) == []
+        for group in (*through, *past):
+            group.close()
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_connections_through_kumactls_redirect_outlive_an_uninstall(variant: str) -> None:
+    with scene() as made:
+        made.install_kumactl(variant, full=True)
+        through = keep(made, direct=False)
+        made.uninstall()
+        assert broken(through) == []
+        for group in through:
+            group.close()
+
+
+def test_an_uninstall_finds_ebpf_programs_though_the_host_has_no_bpf_file_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are kept in another one, of which the install was told."""
+    monkeypatch.setattr(place, "BPFFS", Path("/sys/fs/nowhere"))
+    with scene() as made:
+        made.install(POLICIES[0], EBPF)
+        through = keep(made, direct=False)
+        made.uninstall()
+        past = keep(made, direct=True)
         for group in (*through, *past):
             group.close()

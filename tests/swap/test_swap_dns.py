@@ -16,8 +16,9 @@ import pytest
 from agent import lifecycle
 from agent.engine_options import EngineOptions
 from agent.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy, PortRange
+from agent.rehearsal.cgroup import own_place
 from agent.rehearsal.namespaces import Namespace
-from tests.swap.scene import prepared_namespaces
+from tests.swap.scene import kept_to, prepared_namespaces
 from tests.swap.swaps import ENGINES, NFTABLES, Target, between, inside, name
 from tests.swap.traffic import APP, PROXY, Child
 
@@ -98,9 +99,9 @@ def uninstalled_at_the_end(host: Namespace) -> Iterator[None]:
 def answers(first: Target, targets: list[Target]) -> Counter[str]:
     """Who answered while `first` was replaced by each target."""
     seen: Counter[str] = Counter()
-    with prepared_namespaces() as (host, peer), uninstalled_at_the_end(host):
+    with own_place() as place, prepared_namespaces() as (host, peer), uninstalled_at_the_end(host):
         with host.inside():
-            lifecycle.install(first.policy, first.options)
+            lifecycle.install(first.policy, kept_to(place, first.options))
         servers = [
             Child(host, PROXY, answer(DATA_PLANE, LOOPBACK, first.policy.dns.port)),
             Child(peer, 0, answer(NAME_SERVER, SERVERS, 53)),
@@ -108,7 +109,7 @@ def answers(first: Target, targets: list[Target]) -> Counter[str]:
         applications = [Child(host, APP, ask(family)) for family in SERVERS]
         with host.inside():
             for target in targets:
-                assert lifecycle.install(target.policy, target.options).changed
+                assert lifecycle.install(target.policy, kept_to(place, target.options)).changed
         for child in (*applications, *servers):
             child.pipe.send("stop")
             seen += child.result() or Counter()

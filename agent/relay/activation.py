@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from agent.relay.listen import show
 from agent.relay.original_destination import from_socket_name
-from agent.relay.settings import Settings
+from agent.relay.settings import ListenerSettings, Settings
 from agent.relay.sockets import Place, Sockets, wanted
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def match(settings: Settings, given: Iterable[Inherited], log: FilteringBoundLog
     With systemd, where a listener listens is said in the socket unit. What belongs to no listener is closed, and so is
     what came twice: by the socket unit, and by the store of descriptors.
     """
-    places = {place: listener.name for listener, place in wanted(settings)}
+    listeners = {place: listener for listener, place in wanted(settings)}
+    places = {place: listener.name for place, listener in listeners.items()}
     found: Sockets = {}
     known: set[int] = set()
     for one in given:
@@ -82,7 +83,20 @@ def match(settings: Settings, given: Iterable[Inherited], log: FilteringBoundLog
             one.socket.close()
         else:
             found.setdefault(place, []).append(one.socket)
+            _look_at(one.socket, listeners[place], log)
     return found
+
+
+def _look_at(sock: socket.socket, listener: ListenerSettings, log: FilteringBoundLogger) -> None:
+    """Whether an open socket serves what its listener should, which cannot be changed any more (ipv6(7))."""
+    if sock.family == socket.AF_INET6 and listener.listen.is_wildcard:
+        ipv6only = bool(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+        if ipv6only != listener.listen.ipv6only:
+            log.warning(
+                "a socket that was handed over is not what its listener asks for; it stays as it was opened",
+                listener=listener.name,
+                ipv6only="on" if ipv6only else "off",
+            )
 
 
 def _address(sock: socket.socket) -> str:

@@ -51,6 +51,11 @@ class Successor:
         os.close(writer)
         loop.watch(self._reader, EPOLLIN, self._on_word)
 
+    def stop(self) -> None:
+        """It is not wanted any more: this process has been told to end."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGTERM)
+
     def _on_word(self, _mask: int) -> None:
         word = os.read(self._reader, 1)
         self._loop.forget(self._reader)

@@ -55,12 +55,12 @@ def reloading() -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
-def watchdog_interval() -> float | None:
-    """How often, in seconds, systemd wants to hear "WATCHDOG=1" of this process; None when it does not.
+def watchdog_interval(main: int | None = None) -> float | None:
+    """How often, in seconds, systemd wants to hear "WATCHDOG=1" of this process, or `main`; None when it does not.
 
     Half of the time after which it would be killed, as sd_watchdog_enabled(3) advises.
     """
     limit, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-    if not limit.isdecimal() or int(limit) == 0 or process not in ("", str(os.getpid())):
+    if not limit.isdecimal() or int(limit) == 0 or process not in ("", str(main or os.getpid())):
         return None
     return int(limit) / 2_000_000

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from agent.errors import InputError
 from agent.relay.check import MAX_LISTENERS
-from agent.relay.listen import show
-from agent.relay.settings import Settings
-from agent.relay.sockets import Sockets, deal, open_sockets
+from agent.relay.listen import Keepalive, show
+from agent.relay.settings import Acceleration, ListenerSettings, Role, Settings
+from agent.relay.sockets import Sockets, deal, keep_alive, open_sockets, wanted
 
 _RESTART = "takes effect with a restart (signal SIGUSR2)"
+_ANEW = "takes effect when the relay is stopped and started anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,17 @@ class Running:
         if problems:
             raise InputError(problems)
         sockets, _new = open_sockets(settings, self.sockets)
+        self._forget_keepalive(settings)
         added = {place: sockets[place] for place in sockets.keys() - self.sockets.keys()}
         return Running(settings, sockets, slots), added
+
+    def _forget_keepalive(self, settings: Settings) -> None:
+        """Without so_keepalive a socket keeps what it has, unless that is from the settings before."""
+        listens = {place: listener.listen for listener, place in wanted(self.settings)}
+        for listener, place in wanted(settings):
+            if place in listens and listens[place].keepalive is not None and listener.listen.keepalive is None:
+                for sock in self.sockets[place]:
+                    keep_alive(sock, Keepalive(False))
 
     def share(self, worker: int) -> Sockets:
         """The sockets of one worker."""
@@ -49,17 +59,29 @@ class Running:
 
 
 def needs_restart(old: Settings, new: Settings) -> Iterator[str]:
-    """What differs and cannot be changed in a running process or on an open socket."""
-    for name in ("workers", "user", "accelerate"):
+    """What differs and cannot be changed in a running process or on an open socket, which a successor gets as well."""
+    to_sockmap = new.accelerate is Acceleration.SOCKMAP
+    for name, way in (("workers", _RESTART), ("user", _ANEW), ("accelerate", _ANEW if to_sockmap else _RESTART)):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
-            yield f"{name}: the change from {before} to {after} {_RESTART}"
-    listens = {show(listener.listen.address): listener.listen for listener in old.served}
+            yield f"{name}: the change from {before} to {after} {way}"
+    served = {show(listener.listen.address): listener for listener in old.served}
     for listener in new.served:
-        before = listens.get(show(listener.listen.address))
-        for option in ("transparent", "ipv6only", "reuseport"):
-            if before is not None and getattr(before, option) != getattr(listener.listen, option):
-                yield f"listener {listener.name}: {option} of {show(before.address)} has changed, which {_RESTART}"
+        known = served.get(show(listener.listen.address))
+        if known is None:
+            continue
+        where = f"listener {listener.name}: "
+        for option, way in (("transparent", _RESTART), ("ipv6only", _ANEW), ("reuseport", _ANEW)):
+            if getattr(known.listen, option) != getattr(listener.listen, option):
+                yield f"{where}{option} of {show(known.listen.address)} has changed, which {way}"
+        if _kind(known) != _kind(listener):
+            what = f"{show(known.listen.address)} serves {_kind(known)}, and {_kind(listener)} instead"
+            yield f"{where}{what}: that {_RESTART}"
+
+
+def _kind(listener: ListenerSettings) -> str:
+    """Who in a worker serves it: a socket stays with them."""
+    return "connections" if listener.role in (Role.INBOUND, Role.OUTBOUND) else str(listener.role)
 
 
 def _slots(known: Mapping[str, int], settings: Settings) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from agent.errors import HostError
 from agent.relay import packet_info
-from agent.relay.listen import Keepalive, Listen, show
+from agent.relay.listen import MAX_KEEPALIVE, Keepalive, Listen, show
 from agent.relay.original_destination import Destination
 from agent.relay.settings import ListenerSettings, Role, Settings
 
@@ -157,6 +157,8 @@ def _adapt(sock: socket.socket, listen: Listen, place: Place) -> None:
         packet_info.enable(sock)
         return
     if sock.family != socket.AF_UNIX:
+        if listen.transparent and not is_transparent(sock):  # somebody else has opened it
+            make_transparent(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit all of these
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _DEFER_SECONDS if listen.deferred else 0)
         if listen.keepalive is not None:
@@ -165,15 +167,22 @@ def _adapt(sock: socket.socket, listen: Listen, place: Place) -> None:
 
 
 def keep_alive(sock: socket.socket, keepalive: Keepalive) -> None:
-    """Set the TCP keep-alive of a socket."""
+    """Set the TCP keep-alive of a socket. What is not given becomes the kernel's, whatever it was before."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, keepalive.on)
-    for option, value in (
-        (socket.TCP_KEEPIDLE, keepalive.idle),
-        (socket.TCP_KEEPINTVL, keepalive.interval),
-        (socket.TCP_KEEPCNT, keepalive.count),
+    for option, given, name, most in (
+        (socket.TCP_KEEPIDLE, keepalive.idle, "tcp_keepalive_time", MAX_KEEPALIVE["idle"]),
+        (socket.TCP_KEEPINTVL, keepalive.interval, "tcp_keepalive_intvl", MAX_KEEPALIVE["interval"]),
+        (socket.TCP_KEEPCNT, keepalive.count, "tcp_keepalive_probes", MAX_KEEPALIVE["count"]),
     ):
-        if value is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if keepalive.on:
+            with contextlib.suppress(FileNotFoundError):  # /proc may show processes alone
+                value = int(Path("/proc/sys/net/ipv4", name).read_text()) if given is None else given
+                sock.setsockopt(socket.IPPROTO_TCP, option, min(value, most))
+
+
+def is_transparent(sock: socket.socket) -> bool:
+    """Whether a socket may have an address of somebody else. IPv4 and IPv6 share the flag."""
+    return bool(sock.getsockopt(socket.SOL_IP, IP_TRANSPARENT))
 
 
 def make_transparent(sock: socket.socket) -> None:

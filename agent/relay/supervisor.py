@@ -122,6 +122,11 @@ class Life:
                 store(_stored_name(listener.name, place), *running.sockets[place])
         self._state = running
 
+    def _give_up_restart(self) -> None:
+        """Whoever ends the relay means the successor too, which nobody knows yet."""
+        if self._successor is not None:
+            self._successor.stop()
+
     def _restart(self, loop: Loop, go: Callable[[], None]) -> None:
         """Start a successor with the sockets; `go` when it serves. If it does not, everything stays as it was."""
         if self._is_ending():
@@ -132,6 +137,8 @@ class Life:
 
         def ended(pid: int | None) -> None:
             self._successor = None
+            if self._is_ending():
+                return
             if pid is None:
                 self._log.error("the restart has failed, this process goes on")
                 return
@@ -154,14 +161,18 @@ class Alone(Life):
         worker = self._worker = Worker(self._state.settings, self._counts, self._log, sockmap=self._sockmap)
         worker.use(self._state)
         self._announce()
-        worker.run(
-            {
-                RELOAD: partial(self._reload, lambda running, _added: worker.use(running)),
-                RESTART: partial(self._restart, worker.loop, partial(worker.drain, "SIGUSR2", handed_over=True)),
-            }
-        )
+        handlers: dict[int, Callable[[], None]] = {number: partial(self._end, number) for number in ENDING_SIGNALS}
+        handlers |= {
+            RELOAD: partial(self._reload, lambda running, _added: worker.use(running)),
+            RESTART: partial(self._restart, worker.loop, partial(worker.drain, "SIGUSR2", handed_over=True)),
+        }
+        worker.run(handlers, watchdog_interval())
         self._log.info("ended")
         return 0
+
+    def _end(self, number: int) -> None:
+        self._give_up_restart()
+        self._worker.end(number)
 
     def _is_ending(self) -> bool:
         return self._worker.is_draining
@@ -213,6 +224,7 @@ class Supervisor(Life):
         code, log = 1, self._log
         try:
             self._loop.release()
+            watchdog = watchdog_interval(os.getppid())
             share = self._state.share(number)
             for place, sockets in self._state.sockets.items():
                 for sock in sockets:
@@ -222,7 +234,7 @@ class Supervisor(Life):
             self._counts.be(number)
             worker = Worker(self._state.settings, self._counts, log, supervisor, self._sockmap)
             worker.use(Running(self._state.settings, share, self._state.slots))
-            worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)})
+            worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)}, watchdog)
             code = 0
         except Exception:
             log.exception("a worker failed", pid=os.getpid())
@@ -230,7 +242,12 @@ class Supervisor(Life):
             os._exit(code)
 
     def _show_life(self, interval: float) -> None:
-        notify("WATCHDOG=1")
+        """Tell the watchdog that the loops turn: this one, and, a while ago, those of all workers."""
+        silence = self._counts.silence()
+        if silence < 2 * interval:
+            notify("WATCHDOG=1")
+        else:
+            self._log.error("a worker hangs, so the watchdog hears nothing", seconds=round(silence, 3))
         self._loop.later(interval, partial(self._show_life, interval))
 
     def _tell_state(self, running: Running, added: Sockets) -> None:
@@ -245,6 +262,7 @@ class Supervisor(Life):
     def _end(self, number: int) -> None:
         """Pass a signal on; a second one ends the workers at once."""
         if number != RESTART:
+            self._give_up_restart()
             notify("STOPPING=1")
         # Kept open here, the sockets would go on accepting for workers that have ended.
         for sockets in self._state.sockets.values():

@@ -23,7 +23,9 @@ ACCELERATED, TAKEN_BACK = range(
     BROUGHT_BACK + 1 + len(Ending) + len(Refusal), BROUGHT_BACK + 3 + len(Ending) + len(Refusal)
 )
 """In the slot `WORKER`: streams that went over to the kernel, and those of them that were taken back."""
-WIDTH = TAKEN_BACK + 1
+BEAT = TAKEN_BACK + 1
+"""In the slot `WORKER`: when the worker last showed that it lives, by time.monotonic_ns(); 0: nobody waits for that."""
+WIDTH = BEAT + 1
 WORKER = MAX_LISTENERS
 """The slot of what belongs to no listener: there ACTIVE is over all listeners, and the rest has names of its own."""
 PAUSES, RELOADS, FAILED_RELOADS, DRAINING, DNS = ACCEPTED, SENT, RECEIVED, BROUGHT_BACK, BROUGHT_BACK + 1
@@ -71,6 +73,19 @@ class Tally:
     def total(self, slot: int, counter: int) -> int:
         """The sum of a counter over all workers."""
         return sum(self._numbers[slot * WIDTH + counter :: _ROW])
+
+    def beat(self) -> None:
+        """This worker lives."""
+        self.put(WORKER, BEAT, time.monotonic_ns())
+
+    def rest(self) -> None:
+        """This worker ends: nobody waits for it any more."""
+        self.put(WORKER, BEAT, 0)
+
+    def silence(self) -> float:
+        """For how many seconds a worker has not shown that it lives: the longest time of all."""
+        beats = self._numbers[WORKER * WIDTH + BEAT :: _ROW]
+        return max(((time.monotonic_ns() - beat) / 1e9 for beat in beats if beat), default=0.0)
 
     def row(self, slot: int) -> Sequence[int]:
         """The sums of all counters of a slot."""

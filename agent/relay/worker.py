@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from select import EPOLLIN
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from agent.relay.hops import Link
 from agent.relay.loop import Loop
 from agent.relay.metrics import DNS_COUNTERS, render
 from agent.relay.metrics_server import MetricsServer
-from agent.relay.notify import notify, watchdog_interval
+from agent.relay.notify import notify
 from agent.relay.pump import BUFFER_SIZE, PipePool
 from agent.relay.route import Route, Surroundings
 from agent.relay.running import Running
@@ -141,16 +142,20 @@ class Worker:
         else:
             self._tcp.acceptor.leave(sock)
 
-    def run(self, handlers: Mapping[int, Callable[[], None]] | None = None) -> None:
-        """Serve; returns when everything has ended. `handlers` are for further signals, by their number."""
-        own = {number: partial(self._on_ending_signal, number) for number in ENDING_SIGNALS}
-        interval = None if self._supervised else watchdog_interval()
-        if interval:
-            self._show_life(interval)
+    def run(self, handlers: Mapping[int, Callable[[], None]], watchdog: float | None = None) -> None:
+        """Serve; returns when everything has ended.
+
+        `handlers` are for further signals, or other ones, by their number. `watchdog` is how often, in seconds, it is
+        to show that it lives.
+        """
+        own = {number: partial(self.end, number) for number in ENDING_SIGNALS}
+        if watchdog:
+            self._show_life(watchdog)
         try:
-            with signals.handled(self.loop, own | dict(handlers or {})):
+            with signals.handled(self.loop, own | dict(handlers)):
                 self.loop.run()
         finally:
+            self._counts.rest()
             self.loop.release()
             self._pool.close()
 
@@ -190,10 +195,13 @@ class Worker:
             self.use(running)
         except TpctlError as error:  # the supervisor has checked it; a file may have changed since
             self._log.error("a worker keeps its old configuration", pid=os.getpid(), reason=str(error))
+            # The sockets come once. What follows may want them.
+            self._running = replace(self._running, sockets=running.sockets | self._running.sockets)
 
     def _show_life(self, interval: float) -> None:
-        """Tell the watchdog that the loop turns, again and again."""
+        """Tell the watchdog, or the supervisor, that the loop turns, again and again."""
         notify("WATCHDOG=1")
+        self._counts.beat()
         self.loop.later(interval, partial(self._show_life, interval))
 
     def _missing_source(self, source: str) -> None:
@@ -204,7 +212,8 @@ class Worker:
             pid=os.getpid(),
         )
 
-    def _on_ending_signal(self, number: int) -> None:
+    def end(self, number: int) -> None:
+        """Do what an ending signal asks for."""
         name = signal.Signals(number).name
         if number == AT_ONCE:
             self._end(name)

@@ -71,10 +71,6 @@ def net() -> Iterator[Net]:
     with relay_net.network() as network:
         # Ten thousand clients and as many dials have ports towards one server, again in every wave.
         network.on_host("sysctl", "-qw", "net.ipv4.ip_local_port_range=10000 65535", "net.ipv4.tcp_tw_reuse=1")
-        # conntrack forgets a half-closed connection that was quiet for a minute, as some are on a busy machine. Its
-        # packets are not translated then, and it is reset or hangs.
-        for state in ("close_wait", "fin_wait", "last_ack"):
-            network.on_host("sysctl", "-qw", f"net.netfilter.nf_conntrack_tcp_timeout_{state}=3600")
         # The relay keeps ports of dials that were reset as long as conntrack remembers them.
         network.on_host("sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_timeout_close=1")
         yield network

@@ -180,6 +180,7 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
         return found
 
     settings = load()
+    _require_user(settings, "--user" if config is None or "user" in given else f"file {config}: user")
     if check_config:
         from agent.relay import tls
         from agent.relay.dns_local import read_zone
@@ -197,6 +198,14 @@ def command(context: click.Context, /, config: Path | None, check_config: bool, 
         become(settings.user, needed_capabilities(settings))
     confine()
     return serve(load, settings, get_logger(), sockmap)
+
+
+def _require_user(settings: Settings, where: str) -> None:
+    from agent.errors import InputError
+    from agent.host.users import uid_of
+
+    if settings.user is not None and uid_of(settings.user) is None:
+        raise InputError(f"{where}: there is no user {settings.user!r} on this host")
 
 
 def _sockmap(settings: Settings) -> Sockmap | None:

@@ -108,6 +108,10 @@ def _listener(section: ConfigSection, defaults: _Defaults) -> ListenerSettings:
         ssl=server_tls(section.section("ssl")) if "ssl" in section else None,
         upstream_tls=client_tls(section.section("upstream_tls")) if "upstream_tls" in section else None,
     )
+    if role is Role.DNS:
+        for key in ("source", "allow_metadata_addresses", "limits", "timeouts", "trusted_ips"):
+            if key in section:
+                section.complain(key, "means nothing for DNS; leave it out")
     section.finish(("ssl", "upstream_tls"))
     return settings
 

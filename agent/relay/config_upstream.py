@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
 
 from agent.config_dataplane import read_networking
@@ -81,6 +82,10 @@ def _word_or_address(value: object) -> Upstream | None:
         raise BadValueError(f"{quoted(value)} is no upstream; {_SHAPE}") from None
     if not isinstance(address, Destination):
         raise BadValueError(f"{quoted(value)}: a unix socket is no upstream; {_SHAPE}")
+    if ip_address(address.host).is_unspecified:
+        raise BadValueError(
+            f"{quoted(value)}: that is every address of the host; name one, as in 127.0.0.1:{address.port}"
+        )
     return FixedAddress(address)
 
 

@@ -13,7 +13,7 @@ from agent.input_files import UnusableFileError, read_text
 from agent.policy import MAX_PORT
 from agent.relay.dns_vips import ANY_PORT, Upstreams, Vips
 from agent.relay.dns_zone import DEFAULT_TTL, Addresses, Zone
-from agent.relay.original_destination import Destination
+from agent.relay.original_destination import Destination, unmapped
 from agent.yaml_text import parse_yaml
 
 MAX_FILE_SIZE = 16 * 1024 * 1024
@@ -224,5 +224,7 @@ def _destinations(value: object) -> Iterator[Destination]:
 
 
 def _destination(text: str, port: int) -> Destination:
-    host = _host(text)
+    host = unmapped(_host(text))
+    if ip_address(host).is_unspecified:
+        raise BadValueError(f"{shown(repr(text))} is every address of the host; name one")
     return Destination(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -12,12 +12,12 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import PurePosixPath
 from typing import Any
 
 from agent.config_sources import did_you_mean
-from agent.config_values import BadValueError, quoted, read_port, whole_number
+from agent.config_values import BadValueError, quoted, read_port, shown, whole_number
 from agent.relay.original_destination import Destination
 
 BACKLOG = 4096
@@ -126,6 +126,8 @@ def read_address(value: object) -> Address:
         raise BadValueError(f"{quoted(value)} is not an address; {ADDRESS_SHAPE}") from None
     if not colon or bracketed != (parsed.version == 6) or "%" in host:
         raise BadValueError(f"{quoted(value)} is not an address; {ADDRESS_SHAPE}")
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        raise BadValueError(f"{quoted(value)} is an IPv4 address; write {parsed.ipv4_mapped}:{shown(port)}")
     try:
         number = read_port(port, lambda _note: None)
     except BadValueError as bad:

@@ -295,7 +295,9 @@ class Connection:
         return watched
 
     def _who_reset(self) -> Ending:
-        """Whose end is broken, as far as the kernel knows it."""
+        """Whose end is broken, as far as OpenSSL and the kernel know it."""
+        if self._plan.client is not None and self._plan.client.is_broken:
+            return Ending.CLIENT_RESET
         try:
             state = self._client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         except OSError:  # a unix socket

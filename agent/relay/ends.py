@@ -89,6 +89,8 @@ class TlsEnd:
         """Read from the socket and not given to OpenSSL yet."""
         self._early: list[bytes] = []
         """Read from OpenSSL before it had to say goodbye."""
+        self.is_broken = False
+        """Whether the peer's stream was cut off, or is no TLS."""
 
     def handshake(self) -> bool:
         """Go on with it; whether it is complete. Raises ssl.SSLError with the reason when it has failed."""
@@ -122,6 +124,9 @@ class TlsEnd:
                     return None
             except ssl.SSLZeroReturnError:
                 return b""
+            except ssl.SSLError:
+                self.is_broken = True
+                raise
 
     def write(self, data: bytes) -> None:
         """See `End`."""

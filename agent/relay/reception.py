@@ -21,6 +21,8 @@ from agent.relay.route import Peer, Refusal, Route
 from agent.relay.settings import Source
 from agent.relay.tls import Tls
 
+_HANDSHAKE = {errno.ETIMEDOUT: Refusal.TIMED_OUT, errno.ECONNABORTED: Refusal.ENDED}
+"""Why a handshake was ended that has not failed by itself."""
 _UNKNOWN = Destination("0.0.0.0", 0)
 """The original destination of what came to a unix socket."""
 
@@ -122,9 +124,9 @@ class Reception:
             self._secure(guest)
 
     def reset(self, error: OSError) -> None:
-        """Refuse everybody who is being heard."""
+        """Refuse everybody who is being heard, for `error`: ECONNABORTED."""
         for greeting in tuple(self._greetings):
-            greeting.end(Refusal.GONE)
+            greeting.end(Refusal.ENDED)
         for handshake in tuple(self._handshakes):
             handshake.finish(error)
 
@@ -169,8 +171,7 @@ class Reception:
                 guest.end = handshake.end
                 self._admit(guest)
             else:
-                why = Refusal.TIMED_OUT if error.errno == errno.ETIMEDOUT else Refusal.TLS
-                self._refuse(guest, why, told(error))
+                self._refuse(guest, _HANDSHAKE.get(error.errno or 0, Refusal.TLS), told(error))
 
         seconds = guest.route.settings.timeouts.handshake
         deadlines = self._handshake_deadlines.setdefault(seconds, Deadlines(self._loop, seconds, Handshake.expire))

@@ -54,6 +54,7 @@ class Refusal(enum.StrEnum):
     TIMED_OUT = "refused: the PROXY protocol header or TLS handshake did not come in time"
     TLS = "refused: the TLS handshake failed"
     GONE = "the client went before it was served"
+    ENDED = "ended by the relay before it was served"
 
 
 @dataclass(frozen=True, slots=True)

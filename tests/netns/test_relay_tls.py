@@ -156,7 +156,8 @@ def test_a_stream_that_is_cut_off_is_not_taken_for_complete(net: Net, tmp_path: 
         client.sendall(b"half a mess")
         time.sleep(0.2)
         socket.socket.shutdown(client, socket.SHUT_WR)  # below TLS
-        assert running.wait_for("connection")["error"] == "UNEXPECTED_EOF_WHILE_READING"
+        line = running.wait_for("connection")
+        assert (line["reason"], line["error"]) == ("reset by the client", "UNEXPECTED_EOF_WHILE_READING")
         time.sleep(0.1)
     assert ended == ["reset"]
 

@@ -1,4 +1,4 @@
-"""Clients of a TLS listener that are refused anyway: before the handshake, so that it costs nothing."""
+"""Clients that are not served, and have not begun to be: before a TLS handshake, so that it costs nothing, or in it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.netns import relay_net
 from tests.netns.certificates import Pki, client_context
 from tests.netns.relay_net import HOST4, PEER4, Net
 from tests.netns.test_relay_listeners import configured, serving
+from tests.netns.test_relay_operation import scrape
 
 pytestmark = pytest.mark.root
 DENIED = "10.99.0.9"
@@ -70,6 +71,30 @@ def is_served(net: Net, context: ssl.SSLContext) -> bool:
             return client.recv(1) == b"x"
     except ConnectionResetError:
         return False
+
+
+def test_who_is_still_being_heard_when_the_relay_ends_is_said_to_be_ended_by_it(
+    net: Net, directory: Path, pki: Pki
+) -> None:
+    certificate, key = pki.server
+    text = TEXT.format(workers=1, certificate=certificate, key=key, denied=DENIED)
+    text += f'  - {{listen: "*:1444 proxy_protocol", direction: inbound, trusted_ips: [{PEER4}]}}\n'
+    with configured(net, directory, "metrics: 127.0.0.1:9902\n" + text) as running:
+        shaking, greeting = (net.connect(net.peer, (HOST4, port)) for port in (1443, 1444))
+        with shaking, greeting:
+            shaking.sendall(b"\x16\x03\x01")
+            greeting.sendall(b"PROXY TCP4")
+            active = [f'connections_active{{listener="inbound-{port}"}}' for port in (1443, 1444)]
+            end = time.monotonic() + 3 * relay_net.TIMEOUT
+            while [scrape(net, 9902)[name] for name in active] != [1, 1]:
+                assert time.monotonic() < end
+            assert running.stop() == 0  # after a drain of 0.2 s
+            for client in (shaking, greeting):
+                with pytest.raises(ConnectionResetError):
+                    client.recv(1)
+        lines = {line["listener"]: line["reason"] for line in running.lines() if line["event"] == "connection"}
+    assert set(lines) == {"inbound-1443", "inbound-1444"}
+    assert set(lines.values()) == {"ended by the relay before it was served"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -63,6 +63,8 @@ class LocalZone:
         self._clock = clock
         self._seen: Signature | None = self._signature()
         self._zone = read_zone(settings)
+        self._coming: Zone | None = None
+        """Of which only the origin is known yet: its names are not for the name servers either."""
         self._answers: dict[bytes, bytes] = {}
         """Answers by the query, both without the id. To build one takes dnspython a fifth of a millisecond."""
         self._reader: threading.Thread | None = None
@@ -75,9 +77,15 @@ class LocalZone:
         if settings != self._settings:
             self._settings = settings
             self._seen = _UNREAD
+            self._coming = None
             if settings.zone_file is None:
                 self._zone = None
                 self._answers = {}
+            else:
+                from agent.relay.dns_zone_file import wire_name  # lazily: dnspython
+
+                self._coming = Zone(wire_name(settings.zone), {})
+                self.refresh()
             self._watch()
 
     @property
@@ -89,6 +97,8 @@ class LocalZone:
         """The answer to a query for a name of the zone; None for all others, which are for the name servers."""
         zone = self._zone
         if zone is None or not zone.covers(question.name):
+            if self._coming is not None and self._coming.covers(question.name):
+                return failure(query, Rcode.SERVFAIL, question)
             return None
         self._counters.local += 1
         key = query[2:]
@@ -132,6 +142,7 @@ class LocalZone:
     def _take(self, read: Zone | InputError) -> None:
         if isinstance(read, Zone):
             self._zone = read
+            self._coming = None
             self._answers = {}
             self._counters.reloads += 1
             self._log.info("the DNS zone has been read again", file=str(self._path), names=len(read.names))

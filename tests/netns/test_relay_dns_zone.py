@@ -119,6 +119,29 @@ def test_an_upstream_that_is_down_is_passed_over(net: Net) -> None:
         server.close()
 
 
+def test_an_upstream_that_is_silent_is_passed_over_when_its_time_is_over(net: Net) -> None:
+    """With ten of them before it, the one that answers would have its turn after half a minute by default."""
+    silent = ("INPUT", "-p", "tcp", "--dport", "7100:7109", "-j", "DROP")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    relay_net.run(*on_peer, "-A", *silent)
+    server = Server(net.listen(net.peer, (PEER_SECOND, 5432)), say_who("second"))
+    try:
+        with relay_net.public_directory() as directory:
+            upstreams = [f'"{PEER4}:{port}"' for port in range(7100, 7110)]
+            (directory / "zone.yaml").write_text(
+                f"names: {{a.mesh: {{addresses: 240.0.0.9, upstreams: [{', '.join(upstreams)}, '{PEER_SECOND}:5432']}}}}"
+            )
+            (directory / "relay.yaml").write_text(
+                f"dns: {{zone_file: {directory}/zone.yaml}}\ntimeouts: {{connect: 100ms}}\n"
+                "listeners: [{listen: '[::]:15001 ipv6only=off', direction: outbound}]\n"
+            )
+            with relay_net.relay(net, directory, "--config", str(directory / "relay.yaml")):
+                assert who_answers(net, ("240.0.0.9", 5432))[0] == "second"  # who waits for ten seconds
+    finally:
+        server.close()
+        relay_net.run(*on_peer, "-D", *silent)
+
+
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + relay_net.TIMEOUT
     while not condition():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dns.flags
 import dns.message
+import dns.rcode
 import pytest
 import structlog
 from structlog.testing import capture_logs
@@ -88,6 +89,22 @@ def test_without_a_file_every_name_is(loop: Loop) -> None:
     assert question is not None
     assert local.answer(wire, question, True) is None
     assert local.vips.upstreams(Destination("240.0.0.1", 80)) is None
+
+
+def test_names_of_a_zone_that_is_still_being_read_are_not_for_the_name_servers(zone: Zone) -> None:
+    zone.write("10.0.0.7 plain.other")
+    zone.local.use(DnsSettings(zone_file=zone.path, zone="other"))
+    query = dns.message.make_query("plain.other", "A")
+    early = zone.answer(query)  # nobody has looked after the thread that reads it
+    assert early is not None
+    assert early.rcode() == dns.rcode.SERVFAIL
+    assert zone.addresses("db.mesh") == ["240.0.0.1"]
+    assert zone.answer(dns.message.make_query("example.com", "A")) is None
+    zone.follow()
+    assert zone.addresses("plain.other") == ["10.0.0.7"]
+    assert zone.answer(dns.message.make_query("db.mesh", "A")) is None
+    zone.local.use(DnsSettings())
+    assert zone.answer(query) is None
 
 
 def test_a_kept_answer_is_the_answer_under_the_new_id(zone: Zone) -> None:

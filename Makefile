@@ -49,6 +49,7 @@ test-crash: venv ## killed and failing at every system call that changes anythin
 	@.ci/packages $(TEST_PACKAGES)
 	@$(BIN)/python -m tests.crash --step $(or $(STEP),1)
 	@$(BIN)/python -m tests.crash --failing --step $(or $(STEP),1)
+	@$(BIN)/python -m tests.crash --rollback --turns --step $(or $(STEP),1)
 	@$(BIN)/python -m tests.crash --hanging
 	@$(BIN)/python -m tests.crash --at-once 50
 

@@ -70,7 +70,7 @@ def install(policy: Policy, options: EngineOptions, *, confirm_within: float | N
             and not _differs(selection.engine, adapted)
             and not in_step.change(record)
         ):
-            return _unchanged(report, "install", confirm_within)
+            return _unchanged(report, "install", previous, confirm_within)
         with confirm.guarded("install", confirm_within, previous) as pending:
             done = carry_out(selection.engine, record, previous, report)
             if options.store_firewalld and options.reload_firewalld:
@@ -90,7 +90,7 @@ def apply(*, confirm_within: float | None = None) -> InstallReport:
         report = report_of(selection.engine, "it is on record", policy, [])
         is_held = record.phase == state.INSTALLED and record.policy == policy
         if is_held and not _differs(selection.engine, policy):
-            return _unchanged(report, "apply", confirm_within)
+            return _unchanged(report, "apply", record, confirm_within)
         with confirm.guarded("apply", confirm_within, record) as pending:
             renewed = dataclasses.replace(record, policy=policy, version=agent.__version__)
             return dataclasses.replace(carry_out(selection.engine, renewed, record, report), pending=pending)
@@ -106,11 +106,18 @@ def with_current_cgroup(policy: Policy) -> Policy:
     return dataclasses.replace(policy, cgroup=cgroups.find(policy.cgroup.path))
 
 
-def _unchanged(report: InstallReport, command: str, confirm_within: float | None) -> InstallReport:
-    """The report of a command that found everything done; what awaits confirmation still does, or again."""
+def _unchanged(report: InstallReport, command: str, record: state.State, within: float | None) -> InstallReport:
+    """The report of a command that found everything done; what awaits confirmation still does, or again.
+
+    Unless what stood there before is there again: neither a change that was interrupted at its beginning, nor its way
+    back that was at the very end, leaves anything to confirm.
+    """
     pending = confirm.load()
-    if pending and confirm_within is not None:
-        with confirm.guarded(command, confirm_within, None) as pending:
+    if pending and pending.before.record == record:
+        confirm.drop(pending)
+        pending = None
+    elif pending and within is not None:
+        with confirm.guarded(command, within, None) as pending:
             pass
     return dataclasses.replace(report, changed=False, pending=pending)
 
@@ -176,7 +183,7 @@ def carry_out(
         undo.add(lambda: _take_back(engine, record, previous))
         if not previous and any("kumactl" in one for one in applied.replaced):
             outcome = KUMACTLS_GONE
-        others = draining.remove_others(engine, record.footprints, _data_plane_ports((previous or record).policy))
+        others = draining.remove_others(engine, record.footprints)
         answers: tuple[str, ...] = ()
         if ending:
             if previous:
@@ -344,11 +351,10 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
     if not dry_run:
         _hold_answers(record)
     failures = Failures()
-    ports = _data_plane_ports(record.policy if record else Policy(proxy_uid=0))
     for engine in engines:
         with failures.kept():
             footprint = record.footprints.get(engine.name) if record else None
-            removal = draining.remove(engine, footprint, ports, dry_run=dry_run)
+            removal = draining.remove(engine, footprint, dry_run=dry_run)
             removed += removal.removed
             notices += removal.notices
     rest = "The rest was removed. " if removed and not dry_run else ""
@@ -370,10 +376,6 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
             state.clear()
     failures.raise_if_any(REMOVED)
     return Removal(tuple(removed), tuple(notices))
-
-
-def _data_plane_ports(policy: Policy) -> tuple[int, ...]:
-    return policy.inbound.port, policy.outbound.port, policy.dns.port
 
 
 def flush(*, dry_run: bool = False) -> Removal:

@@ -8,21 +8,27 @@ from tests.crash.scene import Done, Scene
 from tests.crash.server import CONFIRM_WITHIN
 
 ORDINARY = ("install", "swap", "uninstall", "apply")
-AWAITED = ("install within", "swap within", "confirm", "rollback")
+AWAITED = ("install within", "swap within", "uninstall within", "confirm", "rollback")
 """What `--confirm-within` adds: a change that awaits its confirmation, its confirmation, and its way back."""
 COMMANDS = (*ORDINARY, *AWAITED)
 ROLLED_BACK = ("install", "swap", "apply")
 """What goes back when a step fails."""
 BEGINNING = {
     "install": "none", "swap": "old", "uninstall": "old", "apply": "none",
-    "install within": "none", "swap within": "old", "confirm": "new", "rollback": "new",
+    "install within": "none", "swap within": "old", "uninstall within": "old", "confirm": "new", "rollback": "new",
 }  # fmt: skip
 END = {
     "install": "new", "swap": "new", "uninstall": "none", "apply": "old",
-    "install within": "new", "swap within": "new", "confirm": "new", "rollback": "old",
+    "install within": "new", "swap within": "new", "uninstall within": "none", "confirm": "new", "rollback": "old",
 }  # fmt: skip
-WAY_BACK = {"install within": "none", "swap within": "old", "confirm": "none", "rollback": "old"}
+WAY_BACK = {
+    "install within": "none", "swap within": "old", "uninstall within": "old", "confirm": "none", "rollback": "old",
+}  # fmt: skip
 """What is there again when the time is up."""
+KEPT = {
+    "install within": "new", "swap within": "new", "uninstall within": "none", "confirm": "new", "rollback": "new",
+}  # fmt: skip
+"""What a confirmation keeps."""
 LONG = (CONFIRM_WITHIN, "600s")
 SHORT = (CONFIRM_WITHIN, "6s")
 """Longer than a trial takes until the command is interfered with, also on a busy machine."""
@@ -34,12 +40,12 @@ def argv(scene: Scene, command: str, within: tuple[str, ...] = LONG) -> tuple[st
         return scene.argv("new")
     if command in ("install within", "swap within"):
         return (*scene.argv("new"), *within)
-    return (command,)
+    return ("uninstall", *within) if command == "uninstall within" else (command,)
 
 
 def begin(scene: Scene, command: str, within: tuple[str, ...] = LONG) -> None:
     """Bring the host, on which nothing is installed, to where the command begins."""
-    if command in ("swap", "uninstall", "apply", "swap within", "rollback"):
+    if command in ("swap", "uninstall", "apply", "swap within", "uninstall within", "rollback"):
         scene.install("old")
     if command == "apply":
         scene.lose_rules()

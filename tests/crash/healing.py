@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
-from tests.crash.commands import AWAITED, LONG, WAY_BACK
+from tests.crash.commands import AWAITED, KEPT, LONG, WAY_BACK
 from tests.crash.scene import Done, Scene
 from tests.crash.server import HANG, KILL_ALL
 
 INSTALL, UNINSTALL = "install", "uninstall"
 ANEW = "install within, confirm"
+CONFIRM = "confirm, install"
 WAIT = "wait until the time is up"
 _GUARDIAN_ENDS_SECONDS = 20.0
 """It looks every second; the rest is for a busy machine."""
@@ -17,16 +19,22 @@ _TIME_IS_UP_SECONDS = 60.0
 
 
 def ways_to_heal(command: str, how: str) -> tuple[str, ...]:
-    """What may come after a command that was interfered with; a guardian that was killed too takes nothing back, and
-    of a call that hangs nobody knows whether it or the guardian comes first."""
+    """What may come after a command that was interfered with.
+
+    A guardian that was killed too takes nothing back; of a call that hangs nobody knows whether it or the guardian
+    comes first.
+    """
     if command not in AWAITED:
         return INSTALL, UNINSTALL
-    return (INSTALL, ANEW, UNINSTALL) if how in (KILL_ALL, HANG) else (INSTALL, ANEW, UNINSTALL, WAIT)
+    always = (INSTALL, ANEW, CONFIRM, UNINSTALL)
+    return always if how in (KILL_ALL, HANG) else (*always, WAIT)
 
 
 def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
     """Heal a host; then leave it bare for the next trial. Hands back what went wrong."""
-    name = "old" if command in ("uninstall", "apply", "rollback") else "new"
+    name = "old" if command in ("uninstall", "apply", "uninstall within", "rollback") else "new"
+    if healing == CONFIRM:
+        yield from _confirmed(scene, command)
     if healing == WAIT:
         yield from _taken_back(scene, command)
     elif healing != UNINSTALL:
@@ -44,12 +52,14 @@ def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
 
 
 def _installed(scene: Scene, command: str, name: str, within: tuple[str, ...]) -> Iterator[str]:
+    if within:
+        time.sleep(1.0)  # a record knows its second, and of two that are equal the way back is taken to be gone already
     done = scene.host(*scene.argv(name), *within)
     if command in AWAITED and not within and _is_refused(done):
         yield from _rolled_back(scene, command)
         done = scene.host(*scene.argv(name))
     if done.exit == 0 and scene.is_pending():  # it may have changed nothing; then the other one goes on waiting
-        done = scene.host("rollback" if command == "rollback" and not within else "confirm")
+        done = scene.host("confirm")
     if done.exit != 0:
         yield f"the next install fails: {done}"
     elif (seen := scene.seen()) != scene.expected(name):
@@ -59,6 +69,19 @@ def _installed(scene: Scene, command: str, name: str, within: tuple[str, ...]) -
     if scene.is_pending():
         yield "after the next install a change still awaits confirmation"
     yield from scene.litter()
+
+
+def _confirmed(scene: Scene, command: str) -> Iterator[str]:
+    """A confirmation keeps the change, or is refused; it never calls kept what is not there."""
+    done = scene.host("confirm")
+    if done.exit not in (0, 2):
+        yield f"a confirmation fails: {done}"
+    if done.exit != 0:
+        return
+    if (seen := scene.seen()) != scene.expected(KEPT[command]):
+        yield f"confirmed, connections end elsewhere: {_difference(seen, scene.expected(KEPT[command]))}"
+    if complaints := scene.complaints():
+        yield f"confirmed, `tpctl status` finds {complaints}"
 
 
 def _is_refused(done: Done) -> bool:

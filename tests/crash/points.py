@@ -35,6 +35,9 @@ _INT = 0xFFFFFFFF
 _NFNL_BATCH_BEGIN = 0x10
 _NETFILTER_SUBSYSTEMS = 0x100
 """nlmsg_type of nfnetlink is a subsystem, from 1 on, and a message."""
+_CONNTRACK_DELETE = 0x102
+"""NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_DELETE (linux/netfilter/nfnetlink_conntrack.h)."""
+FORGETTING = "conntrack forgets a connection"
 _RTM_BASE, _GET = 16, 2
 """rtnetlink(7): types come in fours, NEW, DEL, GET and SET."""
 
@@ -98,6 +101,8 @@ def _netlink(head: bytes) -> str | None:
     (kind,) = struct.unpack_from("H", head, 4)
     if kind == _NFNL_BATCH_BEGIN:  # nf_tables is changed in batches only
         return "nf_tables transaction"
+    if kind == _CONNTRACK_DELETE:
+        return FORGETTING
     if _RTM_BASE < kind < _NETFILTER_SUBSYSTEMS and kind % 4 != _GET:
         return f"rtnetlink message {kind}"
     return None

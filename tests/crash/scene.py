@@ -113,9 +113,15 @@ class Host:
                 stream.close()
         self.server.wait(timeout=60)
 
-    def __call__(self, *argv: str, faults: Sequence[Fault] = (), patience: float | None = None) -> Done:
-        """Run the command with these faults; it waits for what it starts for `patience` seconds only."""
-        return Done.of(self._ask({"argv": argv, "faults": faults, "patience": patience}))
+    def __call__(
+        self, *argv: str, faults: Sequence[Fault] = (), patience: float | None = None, forgetting: bool = False
+    ) -> Done:
+        """Run the command with these faults; it waits for what it starts for `patience` seconds only.
+
+        With `forgetting` each connection that conntrack is told to forget is a point, too.
+        """
+        request = {"argv": argv, "faults": faults, "patience": patience, "forgetting": forgetting}
+        return Done.of(self._ask(request))
 
     def leave(self, seconds: float) -> list[str]:
         """Wait until every guardian has ended; hands back those that had to be killed."""

@@ -53,15 +53,20 @@ class Run:
 
     faults: list[Fault]
     group: int
+    forgetting: bool = False
+    """Whether what conntrack is told to forget counts; how much that is depends on what it remembers."""
     seen: list[str] = field(default_factory=list)
     """Every point, in order."""
     hit: str | None = None
     """Where the last of the faults struck."""
 
+    def _passes_over(self, what: str) -> bool:
+        return not self.forgetting and what.endswith(points.FORGETTING)
+
     def meet(self, listener: int, call: notify.Call) -> None:
         """Decide about one call."""
         what = points.describe(call)
-        if what is None or processes.is_detached(call.process):
+        if what is None or self._passes_over(what) or processes.is_detached(call.process):
             notify.proceed(listener, call)
             return
         who = "" if call.process == self.group else f" ({processes.name(call.process)})"
@@ -97,7 +102,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     listener = notify.fetch(child, int(os.read(told, 16)))
     os.close(told)
     os.close(go)
-    this = Run([Fault(*one) for one in request.get("faults", ())], child)
+    this = Run([Fault(*one) for one in request.get("faults", ())], child, request.get("forgetting", False))
     ended = _supervise(listener, this, leaves_somebody=CONFIRM_WITHIN in request["argv"])
     status = _reap(child)
     said = []

@@ -6,38 +6,67 @@ The points are chosen by the clock, and a failure names its own. `python -m test
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from agent.rehearsal.cgroup import own_place
-from tests.crash.campaign import FAILURES, HANGS, KILLS, Interference, attempt
-from tests.crash.commands import ORDINARY, points_of
-from tests.crash.scene import scene
+from tests.crash import way_back
+from tests.crash.campaign import FAILURES, HANGS, KILLS, Interference, Trial, attempt
+from tests.crash.commands import AWAITED, ORDINARY, ROLLED_BACK, points_of
+from tests.crash.healing import CONFIRM, INSTALL, UNINSTALL
+from tests.crash.scene import Scene, scene
 
 pytestmark = pytest.mark.root
 
 TRIALS = 4
+PATIENCE_SECONDS = 20.0
 _OFFSET = int(time.time())
 
 
-@pytest.mark.parametrize("flavour", ["nftables", "iptables nft", "iptables legacy", "ebpf"])
-def test_a_sample_of_points(flavour: str, tmp_path: Path) -> None:
-    ways: tuple[Interference, ...] = (*KILLS, FAILURES[_OFFSET % len(FAILURES)])
-    command = ORDINARY[(_OFFSET // 7) % len(ORDINARY)]
-    with own_place() as place, scene(flavour, place, tmp_path) as made:
-        count = len(points_of(made, command))
-        states = set()
-        for number in range(TRIALS):
-            at = 1 + (_OFFSET + number * count // TRIALS) % count
-            healing = ("install", "uninstall")[number % 2]
-            trial = attempt(made, command, ways[number % len(ways)], at, healing)
-            assert trial, f"there is no point {at} in {command} any more"
-            assert not trial.faults, str(trial)
-            states.add(trial.state)
-        assert states <= {"old", "new", "between"}
+@pytest.fixture(scope="module", params=["nftables", "iptables nft", "iptables legacy", "ebpf"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with own_place() as place, scene(request.param, place, tmp_path_factory.mktemp("scene")) as one:
+        yield one
+
+
+def try_some(made: Scene, command: str, ways: Sequence[Interference], healings: Sequence[str], trials: int) -> None:
+    count = len(points_of(made, command))
+    made.host.leave(PATIENCE_SECONDS)
+    for number in range(trials):
+        at = 1 + (_OFFSET + number * count // trials) % count
+        check(attempt(made, command, ways[number % len(ways)], at, healings[number % len(healings)]))
+
+
+def check(trial: Trial | None) -> None:
+    assert trial, "there is no such point any more"
+    assert not trial.faults, str(trial)
+    assert trial.state in {"old", "new", "between"}
+
+
+def test_a_sample_of_points(made: Scene) -> None:
+    ways = (*KILLS, FAILURES[_OFFSET % len(FAILURES)])
+    try_some(made, ORDINARY[(_OFFSET // 7) % len(ORDINARY)], ways, (INSTALL, UNINSTALL), TRIALS)
+
+
+def test_a_sample_of_what_awaits_confirmation(made: Scene) -> None:
+    try_some(made, AWAITED[(_OFFSET // 7) % len(AWAITED)], KILLS, (CONFIRM, INSTALL, UNINSTALL)[_OFFSET % 2 :], 2)
+
+
+def test_killed_on_the_way_back_of_the_very_last_step(made: Scene) -> None:
+    command = ROLLED_BACK[_OFFSET % len(ROLLED_BACK)]
+    names = points_of(made, command)
+    at = max(at for at, point in enumerate(names, 1) if point.startswith("rename /run/"))
+    way = way_back.of(made, command, at)
+    assert way, f"a failure at {at} of {command} is not rolled back"
+    interference = dataclasses.replace(
+        way.failure, then=KILLS[_OFFSET % len(KILLS)].how, later=1 + _OFFSET % len(way.points)
+    )
+    check(attempt(made, command, interference, at, (INSTALL, UNINSTALL)[_OFFSET // 2 % 2]))
 
 
 def test_an_uninstall_whose_last_steps_fail_says_that_nothing_is_redirected(tmp_path: Path) -> None:

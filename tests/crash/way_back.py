@@ -28,22 +28,25 @@ class WayBack:
     """Those behind the failure."""
 
 
-def found(scene: Scene, command: str, *, first: int = 1, last: int = MOST_POINTS) -> Iterator[WayBack]:
-    """The different ways back of a command; of those with the same points from the same state the first.
+def of(scene: Scene, command: str, at: int) -> WayBack | None:
+    """The way back of a command that fails at a point; None where it has none. The errors take turns."""
+    failure = _ONCE[at % len(_ONCE)]
+    done, _ = _run(scene, command, failure.faults(at))
+    behind = tuple(_ANY_NAME.sub(".state-", point) for point in done.points[at:])
+    if done.exit != 1 or all(_OWN.match(point) for point in behind):
+        return None
+    return WayBack(at, failure, behind)
 
-    The errors take turns.
-    """
+
+def found(scene: Scene, command: str, *, first: int = 1, last: int = MOST_POINTS) -> Iterator[WayBack]:
+    """The different ways back of a command; of those with the same points from the same state the first."""
     known = set()
     for at in range(first, min(len(points_of(scene, command)), last) + 1):
-        failure = _ONCE[at % len(_ONCE)]
-        done, _ = _run(scene, command, failure.faults(at))
-        behind = tuple(_ANY_NAME.sub(".state-", point) for point in done.points[at:])
-        if done.exit != 1 or all(_OWN.match(point) for point in behind):
-            continue
-        _, seen = _run(scene, command, KILLS[0].faults(at), look=True)
-        if (behind, *seen.items()) not in known:
-            known.add((behind, *seen.items()))
-            yield WayBack(at, failure, behind)
+        if way := of(scene, command, at):
+            _, seen = _run(scene, command, KILLS[0].faults(at), look=True)
+            if (way.points, *seen.items()) not in known:
+                known.add((way.points, *seen.items()))
+                yield way
 
 
 def _run(scene: Scene, command: str, faults: Sequence[Fault], *, look: bool = False) -> tuple[Done, dict[str, str]]:

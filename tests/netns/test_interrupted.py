@@ -1,0 +1,92 @@
+"""Changes that were interrupted while they awaited confirmation, and commands that meet another one half-way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from agent import confirm, loopback, state
+from agent.policy import Policy
+from agent.rehearsal.lab import Lab
+from agent.rehearsal.layout import HOST, Layout
+from tests.netns.lab import PROXY, PROXY_USER, snapshot, tpctl
+
+pytestmark = pytest.mark.root
+
+INSTALL = ("install", "--kuma-dp-user", PROXY_USER, "--engine", "nftables")
+OTHER = (*INSTALL, "--exclude-inbound-ports", "80")
+LONG = ("--confirm-within", "600s")
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab(Layout()) as made:
+        made.serve_data_plane(Policy(PROXY))
+        yield made
+        with made.inside(HOST):
+            tpctl("uninstall")
+
+
+def refused(*argv: str) -> str:
+    done = tpctl(*argv, check=False)
+    assert done.returncode == 2, done
+    return done.stderr
+
+
+def test_an_uninstall_that_was_interrupted_cannot_be_confirmed(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL)
+        before, record = snapshot(counters=False), state.path().read_text()
+        tpctl("uninstall", *LONG)
+        state.path().write_text(record)  # it goes last
+        assert "tpctl rollback" in refused("confirm")
+        tpctl("rollback")
+        assert snapshot(counters=False) == before
+
+
+def test_an_install_that_was_interrupted_before_its_record_cannot_be_confirmed(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL)
+        record = state.path().read_text()
+        tpctl(*OTHER, *LONG)
+        pending = confirm.path().read_text()
+        tpctl("rollback")
+        confirm.path().write_text(pending)
+        assert state.path().read_text() == record
+        assert "tpctl rollback" in refused("confirm")
+        assert "awaits confirmation" in refused(*OTHER)
+        assert "unchanged" in tpctl(*INSTALL).stdout
+        assert confirm.load() is None, "what stood there before is there again"
+        assert "no change awaits confirmation" in refused("confirm")
+
+
+def test_an_install_whose_way_back_was_interrupted_cannot_be_confirmed(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *LONG)
+        pending = confirm.path().read_text()
+        tpctl("rollback")
+        confirm.path().parent.mkdir(parents=True)
+        confirm.path().write_text(pending)
+        assert "tpctl rollback" in refused("confirm")
+        assert "installed now: nothing" in tpctl("rollback").stdout
+
+
+def test_a_refusal_says_when_the_guardian_is_gone(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *LONG)
+        document = json.loads(confirm.path().read_text())
+        confirm.path().write_text(json.dumps({**document, "deadline": document["deadline"] - 700}))
+        assert "neither confirmed nor taken back in time" in refused(*OTHER)
+
+
+def test_status_leaves_alone_what_another_tpctl_is_about_to_need(lab: Lab) -> None:
+    """An install adds ::6 before its rules, and a leftover looks the same; so does status know by the lock."""
+    with lab.inside(HOST):
+        with state.locked():
+            loopback.add("lo")
+            tpctl("status", "--json", check=False)
+            assert loopback.present("lo")
+        tpctl("status", "--json", check=False)
+        assert not loopback.present("lo")

@@ -127,9 +127,9 @@ def test_an_upstream_that_is_silent_is_passed_over_when_its_time_is_over(net: Ne
     server = Server(net.listen(net.peer, (PEER_SECOND, 5432)), say_who("second"))
     try:
         with relay_net.public_directory() as directory:
-            upstreams = [f'"{PEER4}:{port}"' for port in range(7100, 7110)]
+            upstreams = [*(f"{PEER4}:{port}" for port in range(7100, 7110)), f"{PEER_SECOND}:5432"]
             (directory / "zone.yaml").write_text(
-                f"names: {{a.mesh: {{addresses: 240.0.0.9, upstreams: [{', '.join(upstreams)}, '{PEER_SECOND}:5432']}}}}"
+                f"names: {{a.mesh: {{addresses: 240.0.0.9, upstreams: {json.dumps(upstreams)}}}}}"
             )
             (directory / "relay.yaml").write_text(
                 f"dns: {{zone_file: {directory}/zone.yaml}}\ntimeouts: {{connect: 100ms}}\n"

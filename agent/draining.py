@@ -8,7 +8,7 @@ with the rule and route of `agent.routing`. And for those it has dialled from ::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,20 +23,18 @@ from agent.errors import ApplyError, HostError
 from agent.policy import Policy
 
 
-def remove(engine: Engine[Any], footprint: Footprint | None, ports: Iterable[int], *, dry_run: bool = False) -> Removal:
-    """Take an engine's rules away and let the connections finish that they redirect to `ports`."""
-    notices: tuple[str, ...] = ()
-    if engine.name == "iptables" and not dry_run:
-        found = engine.inspect(None)
-        notices = hold(ports) if found.installed or found.foreign else ()
+def remove(engine: Engine[Any], footprint: Footprint | None, *, dry_run: bool = False) -> Removal:
+    """Take an engine's rules away and let the connections finish that they redirect."""
+    holds = engine.name == "iptables" and not dry_run
+    notices = hold(engine.inspect(None).redirected_ports) if holds else ()
     removal = engine.remove(dry_run=dry_run, footprint=footprint)
     return replace(removal, notices=(*notices, *removal.notices))
 
 
-def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint], ports: Iterable[int]) -> Removal:
+def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint]) -> Removal:
     """Take away what other engines, or kumactl through them, have installed: the rules of `engine` are in place.
 
-    Connections that were redirected to `ports` go on. New rules with NAT see to that by being there; eBPF programs
+    Connections that were redirected go on. New rules with NAT see to that by being there; eBPF programs
     translate nothing, so then the same has to stay as after an uninstall.
     """
     replaced: list[str] = []
@@ -46,7 +44,7 @@ def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint], port
             continue
         footprint = footprints.get(other.name)
         if engine.name == "ebpf":
-            removal = remove(other, footprint, ports)
+            removal = remove(other, footprint)
         else:
             removal = other.remove(footprint=footprint, draining=False)
         notices += removal.notices
@@ -55,9 +53,9 @@ def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint], port
     return Removal(tuple(replaced), tuple(notices))
 
 
-def hold(ports: Iterable[int]) -> tuple[str, ...]:
+def hold(ports: Collection[int]) -> tuple[str, ...]:
     """Before iptables rules go: let the connections they redirect to `ports` finish. Hands back notices."""
-    engine = _engine()
+    engine = _engine() if ports else None
     running = engine.hold(ports) if engine else 0
     return (still_running(running),) if running else ()
 

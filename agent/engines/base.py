@@ -69,6 +69,8 @@ class Inspection:
     counters: tuple[RuleCounter, ...] = ()
     foreign: tuple[str, ...] = ()
     """Installations of other tools (kumactl) found, in words."""
+    redirected_ports: frozenset[int] = frozenset()
+    """Where iptables' NAT rules of tpctl and kumactl redirect to."""
     figures: tuple[Figure, ...] = ()
     version: str | None = None
     """The tpctl that installed it, as far as what is installed tells."""

@@ -110,8 +110,9 @@ class IptablesEngine:
         owners = {variant: _owners(held[variant].values()) for variant in tools.VARIANTS}
         holding = [variant for variant in tools.VARIANTS if "tpctl" in owners[variant]]
         foreign = tuple(f"kumactl's rules ({variant})" for variant in tools.VARIANTS if "kumactl" in owners[variant])
+        ports = frozenset(port for tables in held.values() for port in _redirected_ports(tables.values()))
         if not holding:
-            return Inspection(self.name, None, installed=False, foreign=foreign)
+            return Inspection(self.name, None, installed=False, foreign=foreign, redirected_ports=ports)
         variant = self.variant if self.variant in holding else holding[0]
         tables = held[variant]
         drift = tuple(line for family in tables for line in _drift(family, tables[family], plan)) if plan else ()
@@ -121,7 +122,10 @@ class IptablesEngine:
             drift += ("rules of tpctl are in both variants, nft and legacy",)
         families = tuple(int(family) for family in tables if _owners([tables[family]]))
         counters = tuple(_counters(tables))
-        return Inspection(self.name, variant, True, families, drift, counters, foreign, version=signed_by(counters))
+        version = signed_by(counters)
+        return Inspection(
+            self.name, variant, True, families, drift, counters, foreign, version=version, redirected_ports=ports
+        )
 
     def footprint(self) -> Footprint:
         """The tables and base chains of nf_tables that exist: iptables-nft makes them and never removes them."""
@@ -300,6 +304,12 @@ def _chains(table: TableRules | None) -> tuple[str, ...]:
 
 def _owners(families: Iterable[Tables]) -> frozenset[str]:
     return frozenset(owner for tables in families for table in tables.values() for owner in table.owners())
+
+
+def _redirected_ports(families: Iterable[Tables]) -> Iterator[int]:
+    for tables in families:
+        for table in tables.values():
+            yield from table.redirected_ports()
 
 
 def _installations(variant: str, families: Iterable[Tables]) -> tuple[str, ...]:

@@ -62,6 +62,16 @@ class SavedTable:
         }
         return frozenset(owner for owner in found if owner)
 
+    def redirected_ports(self) -> frozenset[int]:
+        """Where rules of tpctl or kumactl redirect to."""
+        return frozenset(
+            int(value)
+            for rule in self.rules
+            if owner_of_chain(rule.chain) or owner_of_rule(rule.text)
+            for (word, quoted), (value, _) in itertools.pairwise(split(rule.text))
+            if word == "--to-ports" and not quoted and value.isdecimal()
+        )
+
     @property
     def is_blank(self) -> bool:
         """Whether it holds nothing but built-in chains with their default policy."""

@@ -81,3 +81,15 @@ def test_any_listing_is_read(text: str) -> None:
 )
 def test_owner_of_a_rule(text: str, owner: str | None) -> None:
     assert owner_of_rule(text) == owner
+
+
+def test_where_rules_of_tpctl_and_kumactl_redirect_to() -> None:
+    tables = read(
+        "*nat\n:PREROUTING ACCEPT [0:0]\n:TPCTL_INBOUND - [0:0]\n:KUMA_MESH_OUTBOUND_REDIRECT - [0:0]\n:SITE - [0:0]\n"
+        "-A TPCTL_INBOUND -p tcp -j REDIRECT --to-ports 15006\n"
+        '-A KUMA_MESH_OUTBOUND_REDIRECT -p tcp -m comment --comment "--to-ports 7" -j REDIRECT --to-ports 17001\n'
+        '-A PREROUTING -p udp -m comment --comment "kuma/mesh/transparent/proxy/dns" -j REDIRECT --to-ports 17053\n'
+        "-A SITE -p tcp -j REDIRECT --to-ports 8443\n"
+        "COMMIT\n"
+    )
+    assert tables["nat"].redirected_ports() == {15006, 17001, 17053}

@@ -45,9 +45,19 @@ def run(*argv: str, stdin: str | None = None) -> str:
 
 
 def rules(family: int) -> str:
-    """The redirection of one family, for iptables-restore."""
+    """The redirection of one family, for iptables-restore.
+
+    With the zones of docs/ruleset.md: the relay asks from ports of which conntrack remembers for half a minute that
+    their queries pass, and an application may have one of them next.
+    """
     local, passthrough = ("127.0.0.1/32", "127.0.0.6/32") if family == 4 else ("::1/128", "::6/128")
-    return f"""*nat
+    return f"""*raw
+-A OUTPUT -p udp --dport 53 -m owner --uid-owner {RELAY_UID} -j CT --zone 1
+-A OUTPUT -p udp --sport 15053 -m owner --uid-owner {RELAY_UID} -j CT --zone 2
+-A OUTPUT -p udp --dport 53 -m owner ! --uid-owner {RELAY_UID} -j CT --zone 2
+-A PREROUTING -p udp --sport 53 -j CT --zone 1
+COMMIT
+*nat
 -A PREROUTING -p tcp -j REDIRECT --to-ports 15006
 -A OUTPUT -p udp --dport 53 -m owner --uid-owner {RELAY_UID} -j RETURN
 -A OUTPUT -p udp --dport 53 -j REDIRECT --to-ports 15053

@@ -17,9 +17,9 @@ from tests.netns.test_relay_listeners import configured
 
 pytestmark = pytest.mark.root
 
-REMEMBERED = 4
+REMEMBERED = 6
 """Seconds."""
-SILENCE = 2 * REMEMBERED
+SILENCE = REMEMBERED + 4
 QUESTION, ANSWER = b"question", b"answer"
 
 

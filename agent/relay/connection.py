@@ -298,11 +298,12 @@ class Connection:
         """Whose end is broken, as far as OpenSSL and the kernel know it."""
         if self._plan.client is not None and self._plan.client.is_broken:
             return Ending.CLIENT_RESET
-        try:
-            state = self._client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except OSError:  # a unix socket
+        if self._upstream is None:
             return Ending.CLIENT_RESET
-        return Ending.CLIENT_RESET if self._upstream is None or state == _TCP_CLOSE else Ending.UPSTREAM_RESET
+        is_unix = self._client.family == socket.AF_UNIX  # of whose end nobody tells
+        asked = self._upstream if is_unix else self._client
+        is_closed = asked.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+        return Ending.CLIENT_RESET if is_closed != is_unix else Ending.UPSTREAM_RESET
 
     def _arm(self) -> None:
         """Wait for what the flows wish; close when they wish nothing."""

@@ -6,6 +6,8 @@ import contextlib
 import json
 import re
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,6 +182,40 @@ listeners: [{{listen: "unix:{path}", direction: outbound, upstream: "{PEER4}:743
         assert len(relay_net.read_all(client)) == 3_000_032
         line = running.wait_for("connection")
     assert (line["client"], line["sent"], line["received"]) == ("unix:", 2_000_000, 3_000_032)
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+def test_who_has_reset_a_connection_of_a_unix_socket(net: Net, tmp_path: Path, who: str) -> None:
+    over = threading.Event()
+
+    def serve(server: socket.socket, _peer: object) -> None:
+        server.sendall(server.recv(1))
+        if who == "upstream":
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                server.sendall(relay_net.pattern(100_000))
+
+    path = tmp_path / "relay.sock"
+    text = f"""listeners: [{{listen: "unix:{path}", direction: outbound, upstream: "{PEER4}:7432"}}]"""
+    with (
+        relay_net.relay(net, tmp_path, "--config", str(written(tmp_path, text)), "--access-log", user=None) as running,
+        serving(net, net.peer, (PEER4, 7432), serve),
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        client.settimeout(relay_net.TIMEOUT)
+        client.connect(str(path))
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        if who == "upstream":
+            with contextlib.suppress(ConnectionResetError):
+                relay_net.read_all(client)
+        client.close()
+        try:
+            assert running.wait_for("connection")["reason"] == f"reset by the {who}"
+        finally:
+            over.set()
 
 
 def timed(net: Net, client: socket.socket) -> float:

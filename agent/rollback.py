@@ -103,9 +103,11 @@ def restore(before: Before) -> None:
 
 
 def _is_made(pending: confirm.Pending, record: state.State | None) -> bool:
-    """Whether the host is what the change made of it, all of it, as far as the record tells."""
+    """Whether the host is what the change made of it, all of it; of kumactl's rules there is no record to tell."""
     if pending.command == "uninstall":
-        return record is None
+        from agent.engines.iptables import snapshot
+
+        return record is None and not (pending.before.holdings and snapshot.take())
     if record is None or record.phase != state.INSTALLED:
         return False
     return pending.command != "install" or record != pending.before.record

@@ -11,7 +11,8 @@ from agent import confirm, loopback, state
 from agent.policy import Policy
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, Layout
-from tests.netns.lab import PROXY, PROXY_USER, snapshot, tpctl
+from tests.netns.lab import PROXY, PROXY_USER, run, snapshot, tpctl
+from tests.netns.test_kumactl_defects import KUMA_RULES
 
 pytestmark = pytest.mark.root
 
@@ -44,6 +45,16 @@ def test_an_uninstall_that_was_interrupted_cannot_be_confirmed(lab: Lab) -> None
         assert "tpctl rollback" in refused("confirm")
         tpctl("rollback")
         assert snapshot(counters=False) == before
+
+
+def test_an_uninstall_of_kumactls_rules_that_was_interrupted_cannot_be_confirmed(lab: Lab) -> None:
+    with lab.inside(HOST):
+        run(["iptables-nft-restore", "--noflush"], stdin=KUMA_RULES)
+        tpctl("uninstall", *LONG)
+        run(["iptables-nft", "-t", "nat", "-N", "KUMA_MESH_INBOUND"])
+        assert "tpctl rollback" in refused("confirm")
+        run(["iptables-nft", "-t", "nat", "-X", "KUMA_MESH_INBOUND"])
+        assert "confirmed" in tpctl("confirm").stdout
 
 
 def test_an_install_that_was_interrupted_before_its_record_cannot_be_confirmed(lab: Lab) -> None:

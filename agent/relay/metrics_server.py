@@ -44,6 +44,12 @@ class MetricsServer:
         self._clients: set[_Client] = set()
         self._deadlines = Deadlines[_Client](loop, TIMEOUT_SECONDS, self._close)
         self._acceptor = Acceptor(loop, complaints, self._on_accepted, lambda _name: len(self._clients) >= MAX_CLIENTS)
+        self._idle: Callable[[], None] | None = None
+
+    @property
+    def busy(self) -> int:
+        """How many clients are waited for: those that came before `drain`."""
+        return len(self._clients) if self._idle is not None else 0
 
     def listen(self, sock: socket.socket) -> None:
         """Serve a listening socket."""
@@ -52,6 +58,11 @@ class MetricsServer:
     def leave(self, sock: socket.socket) -> None:
         """Serve a socket no more. It is closed here."""
         self._acceptor.leave(sock)
+
+    def drain(self, idle: Callable[[], None]) -> None:
+        """Accept nobody any more; `idle` is called when the last one has been answered."""
+        self._acceptor.stop()
+        self._idle = idle
 
     def stop(self) -> None:
         """Serve nobody any more."""
@@ -94,6 +105,8 @@ class MetricsServer:
         self._deadlines.discard(client)
         self._clients.discard(client)
         self._loop.close(client.socket)
+        if self._idle is not None and not self._clients:
+            self._idle()
 
 
 def answer(request: bytes, render: Callable[[bool], str]) -> bytes:

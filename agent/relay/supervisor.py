@@ -210,6 +210,8 @@ class Supervisor(Life):
 
     def _start(self, number: int) -> None:
         mine, theirs = channel.pair()
+        self._counts.be(number)
+        self._counts.beat()  # from now on it is waited for
         pid = os.fork()
         if pid == 0:
             mine.close()
@@ -231,7 +233,6 @@ class Supervisor(Life):
                     if sock not in share[place]:
                         sock.close()
             os.environ.pop("NOTIFY_SOCKET", None)
-            self._counts.be(number)
             worker = Worker(self._state.settings, self._counts, log, supervisor, self._sockmap)
             worker.use(Running(self._state.settings, share, self._state.slots))
             worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)}, watchdog)

@@ -233,7 +233,7 @@ class Worker:
         self._draining = True
         self._counts.put(tally.WORKER, tally.DRAINING, 1)
         if handed_over:
-            self._metrics.stop()
+            self._metrics.drain(self._stop_when_idle)
             self._tcp.acceptor.stop()
         else:
             self._tcp.acceptor.drain()
@@ -250,7 +250,7 @@ class Worker:
         self._stop_when_idle()
 
     def _stop_when_idle(self) -> None:
-        if not self._tcp.busy and not self._dns.busy:
+        if not self._tcp.busy and not self._dns.busy and not self._metrics.busy:
             self.loop.stop()
 
     def _end(self, why: str) -> None:

@@ -1,0 +1,49 @@
+"""The server of the relay's metrics when its process goes: whoever has come is answered."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from agent.relay.complaints import Complaints
+from agent.relay.loop import Loop
+from agent.relay.metrics_server import MetricsServer
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.release()
+
+
+def turn(loop: Loop, seconds: float = 0.05) -> None:
+    """Let the loop do what there is to do."""
+    loop.later(seconds, loop.stop)
+    loop.run()
+
+
+def test_who_has_come_before_a_drain_is_answered(loop: Loop) -> None:
+    server = MetricsServer(loop, Complaints(structlog.get_logger()), lambda _with_clients: "figures 1\n")
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    address = listener.getsockname()
+    server.listen(listener)
+    gone: list[str] = []
+    with socket.create_connection(address, timeout=10) as asking:
+        asking.sendall(b"GET /metrics HTTP/1.1\r\n")
+        turn(loop)
+        assert server.busy == 0, "while nobody waits for it to end"
+        server.drain(lambda: gone.append("idle"))
+        turn(loop)
+        assert (server.busy, gone) == (1, [])
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=10)
+        asking.sendall(b"\r\n")
+        while server.busy:
+            turn(loop)
+        assert asking.recv(1000).endswith(b"\r\n\r\nfigures 1\n")
+    assert gone == ["idle"]

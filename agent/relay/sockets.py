@@ -13,7 +13,7 @@ from agent.errors import HostError
 from agent.relay import packet_info
 from agent.relay.listen import MAX_KEEPALIVE, Keepalive, Listen, show
 from agent.relay.original_destination import Destination
-from agent.relay.settings import ListenerSettings, Role, Settings
+from agent.relay.settings import ListenerSettings, Role, Settings, Source
 
 IP_TRANSPARENT = 19
 IPV6_TRANSPARENT = 75
@@ -52,6 +52,9 @@ def open_sockets(
     """
     found: Sockets = {}
     new: list[socket.socket] = []
+    for listener in settings.listeners:
+        if listener.source is Source.CLIENT:
+            _require_foreign_addresses(listener)
     try:
         for listener, place in wanted(settings):
             if held and held.get(place):
@@ -111,6 +114,18 @@ def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.s
         sock.close()
         raise HostError(_reason(listener, place, error)) from error
     return sock
+
+
+def _require_foreign_addresses(listener: ListenerSettings) -> None:
+    """Raise HostError unless this process may dial from an address of somebody else, as it will have to."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            make_transparent(probe)
+        except PermissionError:
+            raise HostError(
+                f"source: client of the {listener.name} listener needs the capability CAP_NET_RAW or CAP_NET_ADMIN; "
+                "started as root with --user, the relay keeps it, but does not gain it later"
+            ) from None
 
 
 def _reason(listener: ListenerSettings, place: Place, error: OSError) -> str:

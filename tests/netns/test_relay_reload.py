@@ -182,6 +182,20 @@ def test_a_restart_makes_a_socket_transparent_or_says_why_not(net: Net, tmp_path
                 assert relay_net.read_all(client) == b"one"
 
 
+def test_who_may_not_dial_from_addresses_of_clients_says_so(net: Net, tmp_path: Path) -> None:
+    text = listeners(listener("*:1101"))
+    asking = listeners(listener("*:1101", f"{TO_THE_PEER}, source: client"))
+    problem = "source: client of the outbound-1101 listener needs the capability CAP_NET_RAW"
+    with configured(net, tmp_path, text) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
+        rewrite(running, tmp_path, asking, REFUSED)
+        assert problem in problems_of_last_reload(running)
+        assert said(net, 1101) == b"one"
+    as_nobody = ("setpriv", "--reuid=65534", "--clear-groups")
+    running = Relay(net, tmp_path, "--config", str(written(tmp_path, asking)), user=None, prefix=as_nobody)
+    assert running.process.wait(LONG) == 2
+    assert problem in running.log_text()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, tmp_path: Path, workers: int) -> None:
     text = listeners(listener("127.0.0.1:1101"), more=f"workers: {workers}")

@@ -168,14 +168,21 @@ def timer_argv(pending: Pending) -> list[str]:
 
 
 def _arm(command: str, seconds: float, way_back: Before) -> Pending:
-    """Start the guardian, then write the record: a guardian without a record does nothing, the reverse would hang."""
+    """Start the guardian, then write the record: a guardian without a record does nothing, the reverse would hang.
+
+    Raises ApplyError when either cannot be done; the earlier record, if there was one, still counts.
+    """
     token = secrets.token_hex(4)
     pending = Pending(command, seconds, _now() + seconds, token, PROCESS, way_back)
     if _systemd_runs_here() and _started_timer(pending):
         pending = Pending(command, seconds, pending.deadline, token, TIMER, way_back)
-    else:
-        detached.start([*guardian_argv(token), "--wait", str(seconds)], _environment())
-    _write(pending)
+    try:
+        if pending.guardian == PROCESS:
+            detached.start([*guardian_argv(token), "--wait", str(seconds)], _environment())
+        _write(pending)
+    except ApplyError as error:
+        _dismiss(pending)
+        raise ApplyError(f"{error}. Nothing was changed") from error
     return pending
 
 

@@ -60,8 +60,12 @@ def take_back(token: str | None = None) -> Outcome | None:
         if pending is None or token not in (None, pending.token):
             return None
         restore(pending.before)
-        confirm.drop(pending)
-        return Outcome(pending.command, _installed(pending.before.record))
+        outcome = Outcome(pending.command, _installed(pending.before.record))
+        try:
+            confirm.drop(pending)
+        except ApplyError as error:
+            raise ApplyError(f"the {outcome.command} was taken back; installed now: {outcome.now}. {error}") from error
+        return outcome
 
 
 def stand_guard(token: str, seconds: float) -> Outcome | None:

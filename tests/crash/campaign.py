@@ -16,8 +16,12 @@ from tests.crash.scene import Done, Scene
 from tests.crash.server import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER, Fault
 
 _TRACE = ("Traceback", "internal error")
-_GOES_FORWARD = ("no traffic is redirected", "was installed before is carried out again")
-"""An uninstall that fails goes on, and the way back of a repair is the policy on record."""
+_GOES_FORWARD = (
+    "no traffic is redirected",
+    "was installed before is carried out again",
+    "was taken back; installed now",
+)
+"""An uninstall and a way back that fail go on, and the way back of a repair is the policy on record."""
 _SPEAKS_OF_STATE = (
     "as it was", "as they were", "as before", "rolled back", "othing was changed", "othing was removed",
     "othing was written", "tpctl status", "othing was touched", "taken back",

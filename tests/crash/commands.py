@@ -81,7 +81,7 @@ def judged(scene: Scene, command: str) -> tuple[str, str]:
 
 def awaits_wrongly(scene: Scene, command: str, done: Done) -> Iterator[str]:
     """A command that could end has to leave a change that awaits confirmation exactly when it says so."""
-    if command not in AWAITED or done.exit < 0:
+    if command not in AWAITED or done.exit < 0 or "pending.json, cannot be removed" in done.err:
         return
     awaits = scene.is_pending()
     if awaits != (done.exit == 0) if command.endswith("within") else awaits == (done.exit == 0):

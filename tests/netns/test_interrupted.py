@@ -84,6 +84,20 @@ def test_an_install_whose_way_back_was_interrupted_cannot_be_confirmed(lab: Lab)
         assert "installed now: nothing" in tpctl("rollback").stdout
 
 
+def test_a_way_back_whose_record_stays_says_that_it_was_gone(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL, *LONG)
+        run(["mount", "--bind", str(confirm.path()), str(confirm.path())])
+        try:
+            done = tpctl("rollback", check=False)
+        finally:
+            run(["umount", str(confirm.path())])
+        assert done.returncode == 1
+        assert "the install was taken back; installed now: nothing. The record" in done.stderr
+        tpctl("rollback")
+        assert confirm.load() is None
+
+
 def test_a_refusal_says_when_the_guardian_is_gone(lab: Lab) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *LONG)

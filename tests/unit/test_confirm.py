@@ -77,6 +77,17 @@ def test_a_change_that_failed_needs_no_guardian(place: Path, monkeypatch: pytest
     assert programs.run[-1][:2] == ["systemctl", "stop"]
 
 
+def test_a_way_back_that_cannot_be_written_stops_the_change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(monkeypatch)
+    confirm.path().mkdir(parents=True)
+    with (
+        pytest.raises(ApplyError, match=r"pending\.json cannot be written: Is a directory\. Nothing was changed$"),
+        confirm.guarded("install", 60.0, None),
+    ):
+        pytest.fail("the change was made without a way back")
+    assert programs.run[-1][:2] == ["systemctl", "stop"], "nothing is left that waits"
+
+
 def test_a_record_that_cannot_be_removed_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(monkeypatch)
     confirm.path().mkdir(parents=True)

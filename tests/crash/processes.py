@@ -27,8 +27,8 @@ def is_detached(process: int) -> bool:
 
 
 def lives(group: int) -> bool:
-    """Whether anybody of a process group still runs."""
-    return any(found == group for _, _, found in _running())
+    """Whether anybody of a process group still runs; its leader is asked first."""
+    return _found(Path(f"/proc/{group}")) is not None or any(found == group for _, _, found in _running())
 
 
 def children() -> list[int]:
@@ -72,12 +72,17 @@ def leave(seconds: float) -> list[str]:
 
 
 def _running() -> Iterator[tuple[int, int, int]]:
-    """Every process that has not ended, its parent and its group (proc_pid_stat(5))."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent, group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if state not in "ZX":
-                yield int(folder.name), int(parent), int(group)
+    """Every process that has not ended, its parent and its group."""
+    return (one for one in map(_found, Path("/proc").glob("[0-9]*")) if one)
+
+
+def _found(folder: Path) -> tuple[int, int, int] | None:
+    """A process by its folder (proc_pid_stat(5)); None when it has ended."""
+    try:
+        state, parent, group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else (int(folder.name), int(parent), int(group))
 
 
 def _command_line(process: int) -> str:

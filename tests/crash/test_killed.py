@@ -39,7 +39,9 @@ def try_some(made: Scene, command: str, ways: Sequence[Interference], healings: 
     made.host.leave(PATIENCE_SECONDS)
     for number in range(trials):
         at = 1 + (_OFFSET + number * count // trials) % count
-        check(attempt(made, command, ways[number % len(ways)], at, healings[number % len(healings)]))
+        trial = attempt(made, command, ways[number % len(ways)], at, healings[number % len(healings)])
+        if trial or command in ORDINARY:  # a guardian that had the lock for a moment made the first run longer
+            check(trial)
 
 
 def check(trial: Trial | None) -> None:

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.root
 PORTS = (41001, 41002)
 
 
-@pytest.fixture(params=["nftables", "iptables legacy"], scope="module")
-def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with own_place() as place, scene(request.param, place, tmp_path_factory.mktemp("scene")) as made:
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with own_place() as place, scene("nftables", place, tmp_path_factory.mktemp("scene")) as made:
         yield made
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import socket
 
+from agent.errors import HostError
 from agent.relay.running import Running
 from agent.relay.sockets import Sockets, wanted
 
@@ -32,10 +34,17 @@ def send(channel: socket.socket, running: Running, added: Sockets) -> None:
 
 
 def receive(channel: socket.socket, known: Sockets) -> Running | None:
-    """The state that was sent, of which the worker has some sockets already; None when the supervisor has gone."""
-    message, descriptors, _flags, _address = socket.recv_fds(channel, 1, _MAX_SOCKETS)
+    """The state that was sent, of which the worker has some sockets already; None when the supervisor has gone.
+
+    Raises OSError when there is no room for all of the descriptors, HostError when there was none before.
+    """
+    message, descriptors, flags, _address = socket.recv_fds(channel, 1, _MAX_SOCKETS)
     if not message:
         return None
+    if flags & socket.MSG_CTRUNC:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     with os.fdopen(descriptors[0], "rb") as file:
         file.seek(0)
         settings, slots, order = pickle.load(file)  # noqa: S301 - from the process that has forked this one
@@ -43,4 +52,6 @@ def receive(channel: socket.socket, known: Sockets) -> Running | None:
     sockets = {place: known[place] for _listener, place in wanted(settings) if place in known}
     for place, number in order:
         sockets[place] = [socket.socket(fileno=next(left)) for _ in range(number)]
+    if missing := [place.address for _listener, place in wanted(settings) if place not in sockets]:
+        raise HostError(f"sockets came when there was no room for them: {', '.join(missing)}")
     return Running(settings, sockets, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -151,10 +152,14 @@ class LocalZone:
             self._log.warning("the DNS zone file is unusable; the last one stays", problems=list(read.problems))
 
     def _reread(self, settings: DnsSettings) -> None:
+        self._read = None
         try:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
             zone = read_zone(settings)
         except InputError as error:
             self._read = (settings, error)
+        except OSError:  # there is no room for another descriptor: later, then
+            self._seen = _UNREAD
         else:
             self._read = (settings, zone) if zone is not None else None
 

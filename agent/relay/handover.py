@@ -21,6 +21,7 @@ from agent.relay.sockmap import VARIABLE, Sockmap
 PREDECESSOR = "TPCTL_RELAY_PREDECESSOR"
 """The descriptor on which a successor says that it serves."""
 _READY = b"1"
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def announce_readiness() -> None:
@@ -45,9 +46,12 @@ class Successor:
         self._loop = loop
         self._ended = ended
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Until the handlers of this process are gone, which would take a signal and do nothing.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         self._pid = os.fork()
         if self._pid == 0:
             _become_successor(sockets, writer, sockmap or ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(writer)
         loop.watch(self._reader, EPOLLIN, self._on_word)
 
@@ -71,6 +75,8 @@ class Successor:
 def _become_successor(sockets: Sequence[Inherited], writer: int, maps: Sequence[int]) -> None:
     """What the forked process does; never comes back."""
     try:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.set_wakeup_fd(-1)
         # First out of the way of the numbers that they will have, then to these numbers.

@@ -8,7 +8,7 @@ import os
 import pwd
 import resource
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from agent.errors import HostError, InputError
 from agent.host.users import uid_of
@@ -27,6 +27,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _CAPABILITY_HEADER = struct.Struct("=Ii")
 _CAPABILITY_DATA = struct.Struct("=6I")
 _PRIVILEGED_PORTS = range(1, 1024)
+_RESERVED = 32
 _OTHERS = 0o007
 """The rights of those who are neither the user nor in the group."""
 
@@ -107,7 +108,28 @@ def _keep(libc: ctypes.CDLL, capabilities: Collection[int]) -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Allow as many descriptors as the administrator does: a relayed connection needs two, and bulk ones more."""
+    """Allow as many descriptors as the administrator does: a relayed connection needs two, and bulk ones more.
+
+    All but a few, which are for `reserved_descriptors`.
+    """
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _limit_descriptors(hard - min(_RESERVED, hard // 8), hard)
+
+
+@contextlib.contextmanager
+def reserved_descriptors() -> Iterator[None]:
+    """Have a few more for a moment: what the administrator asks for must not fail because clients have taken all.
+
+    Only for the thread that accepts clients: they would be given to them. What is opened stays open.
+    """
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _limit_descriptors(hard, hard)
+    try:
+        yield
+    finally:
+        raise_descriptor_limit()
+
+
+def _limit_descriptors(soft: int, hard: int) -> None:
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

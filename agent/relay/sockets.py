@@ -96,8 +96,9 @@ def deal(sockets: Sequence[socket.socket], worker: int, workers: int) -> list[so
 
 def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.socket:
     listen, address = listener.listen, listener.listen.address
-    sock, name = _socket(listen, place.kind)
+    sock: socket.socket | None = None
     try:
+        sock, name = _socket(listen, place.kind)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if listen.transparent:
@@ -111,7 +112,8 @@ def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.s
         sock.bind(name)
         _adapt(sock, listen, place)
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         raise HostError(_reason(listener, place, error)) from error
     return sock
 

@@ -21,7 +21,7 @@ from agent.relay.handover import Successor, announce_readiness
 from agent.relay.listen import show
 from agent.relay.loop import Loop
 from agent.relay.notify import notify, reloading, store, unstore, watchdog_interval
-from agent.relay.privileges import raise_descriptor_limit
+from agent.relay.privileges import raise_descriptor_limit, reserved_descriptors
 from agent.relay.running import Running
 from agent.relay.settings import Settings
 from agent.relay.sockets import Place, Sockets, deal, wanted
@@ -99,11 +99,12 @@ class Life:
             return
         reloading()
         try:
-            running, added = self._state.renewed(self._load())
-            read_zone(running.settings.dns)
-            tls.load(running.settings)
-            use(running, added)
-        except TpctlError as error:
+            with reserved_descriptors():
+                running, added = self._state.renewed(self._load())
+                read_zone(running.settings.dns)
+                tls.load(running.settings)
+                use(running, added)
+        except (TpctlError, OSError) as error:
             self._counts.add(tally.WORKER, tally.FAILED_RELOADS)
             self._log.error("the configuration is not in order, the old one stays", problems=str(error).splitlines())
         else:
@@ -148,7 +149,8 @@ class Life:
 
         sockets = activation.names_of(self._state.settings, self._state.sockets)
         try:
-            self._successor = Successor(loop, sockets, ended, self._sockmap)
+            with reserved_descriptors():
+                self._successor = Successor(loop, sockets, ended, self._sockmap)
         except OSError as error:
             self._log.error("the restart has failed, this process goes on", reason=error.strerror)
 

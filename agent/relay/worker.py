@@ -28,6 +28,7 @@ from agent.relay.loop import Loop
 from agent.relay.metrics import DNS_COUNTERS, render
 from agent.relay.metrics_server import MetricsServer
 from agent.relay.notify import notify
+from agent.relay.privileges import reserved_descriptors
 from agent.relay.pump import BUFFER_SIZE, PipePool
 from agent.relay.route import Route, Surroundings
 from agent.relay.running import Running
@@ -186,17 +187,19 @@ class Worker:
     def _on_supervisor(self, channel: socket.socket, _mask: int) -> None:
         """Another state, or the supervisor's end."""
         assert self._running is not None
-        running = receive(channel, self._running.sockets)
-        if running is None:
-            self.loop.forget(channel.fileno())
-            self._end("the supervisor has gone")
-            return
+        running = None
         try:
-            self.use(running)
-        except TpctlError as error:  # the supervisor has checked it; a file may have changed since
+            with reserved_descriptors():
+                running = receive(channel, self._running.sockets)
+                if running is None:
+                    self.loop.forget(channel.fileno())
+                    self._end("the supervisor has gone")
+                    return
+                self.use(running)
+        except (TpctlError, OSError) as error:  # the supervisor has checked it; a file may have changed since
             self._log.error("a worker keeps its old configuration", pid=os.getpid(), reason=str(error))
-            # The sockets come once. What follows may want them.
-            self._running = replace(self._running, sockets=running.sockets | self._running.sockets)
+            if running is not None:  # the sockets come once, and what follows may want them
+                self._running = replace(self._running, sockets=running.sockets | self._running.sockets)
 
     def _show_life(self, interval: float) -> None:
         """Tell the watchdog, or the supervisor, that the loop turns, again and again."""

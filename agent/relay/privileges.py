@@ -113,7 +113,8 @@ def raise_descriptor_limit() -> None:
     All but a few, which are for `reserved_descriptors`.
     """
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    _limit_descriptors(hard - min(_RESERVED, hard // 8), hard)
+    kept_back = 0 if hard == resource.RLIM_INFINITY else min(_RESERVED, hard // 8)
+    _limit_descriptors(hard - kept_back, hard)
 
 
 @contextlib.contextmanager

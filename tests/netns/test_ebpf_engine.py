@@ -17,8 +17,7 @@ import pytest
 
 from agent import loopback
 from agent.decide import Connection
-from agent.engines.ebpf import companion, syscall
-from agent.engines.ebpf import engine as engine_module
+from agent.engines.ebpf import companion, installed, syscall
 from agent.engines.ebpf import place as ebpf_place
 from agent.engines.ebpf.engine import EbpfEngine, load
 from agent.engines.ebpf.plan import EbpfPlan
@@ -466,7 +465,7 @@ def test_a_first_install_that_fails_leaves_nothing(scene: Scene, monkeypatch: py
 
 
 def test_programs_that_the_kernel_does_not_run_are_taken_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_announce_namespace", lambda: None)
+    monkeypatch.setattr(installed, "_announce_namespace", lambda: None)
     with pytest.raises(ApplyError, match="does not run them"):
         scene.apply(PLAIN)
     with scene.lab.inside(HOST):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.engine_options import EngineOptions
 from agent.engines.ebpf import place
+from agent.engines.ebpf.installed import Switch
+from agent.engines.ebpf.programs import Program
 from tests.swap.scene import Scene, outbound, scene
 from tests.swap.swaps import (
     EBPF,
@@ -144,6 +147,24 @@ def test_connections_through_kumactls_redirect_outlive_an_uninstall(variant: str
         made.install_kumactl(variant, full=True)
         through = keep(made, direct=False)
         made.uninstall()
+        assert broken(through) == []
+        for group in through:
+            group.close()
+
+
+def test_the_hosts_own_connections_are_known_before_arriving_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the last program is there, the old rules redirect what the host opens: to itself, from its own address."""
+    with scene() as made:
+        made.install(POLICIES[0], NFTABLES)
+        put, through = Switch._put, []
+
+        def put_and_dial(switch: Switch, program: Program, *rest: Any) -> None:
+            put(switch, program, *rest)
+            through.extend(keep(made, direct=False))
+
+        monkeypatch.setattr(Switch, "_put", put_and_dial)
+        made.install(POLICIES[0], EBPF)
+        assert through
         assert broken(through) == []
         for group in through:
             group.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,6 @@ from agent.policy import Policy
 _MINIMUM = (5, 8)
 _SETTLE_SECONDS = 0.02
 _VERIFIER_LINES = 15
-_SO_ORIGINAL_DST = 80
 _REDIRECTING = ("sk_lookup", "connect4", "connect6", "sendmsg4", "sendmsg6")
 _INSTEAD = "use --engine nftables or --engine iptables"
 
@@ -95,7 +93,6 @@ class EbpfEngine:
             Switch(self.where, plan.cgroup, place.netns().inode).run(loaded, before)
             # Again, for those that began to listen before the new sockops program could see it.
             listeners.register(maps["listeners"], port)
-            _announce_namespace()
 
     def _prove(self, folder: Path, anchor: int) -> None:
         """Raise ApplyError, with everything detached again, when the kernel does not run what it let us attach.
@@ -219,12 +216,6 @@ def _load(program: Program, code: bytes) -> int:
             f"the kernel refused the eBPF program {program.name}: {refused.error.strerror}. Nothing was changed; "
             f"{_INSTEAD}. The verifier's last lines, for a report of this:\n{said}"
         ) from refused
-
-
-def _announce_namespace() -> None:
-    """Let a program see a socket of this namespace: sk_lookup needs the kernel's name for it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as any_socket, suppress(OSError):
-        any_socket.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
 
 
 def _read(found: Installed, name: str) -> Iterator[tuple[bytes, bytes]]:

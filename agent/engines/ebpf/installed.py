@@ -6,6 +6,7 @@ Nothing else is pinned: a link holds its program and a program its maps, so one 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from agent.engines.ebpf.programs import MAPS, PROGRAMS, Program, Scope
 from agent.errors import ApplyError
 from agent.policy import Cgroup
 
+_SO_ORIGINAL_DST = 80
 _NEXT = "_next"
 """The BPF file system allows no dots in names."""
 
@@ -67,6 +69,16 @@ def opened(folder: Path) -> Iterator[Installed]:
         yield found
 
 
+def _announce_namespace() -> None:
+    """Let getsockopt see a socket of this namespace: sk_lookup needs the kernel's name for it.
+
+    Without it nobody knows which addresses are the host's own, and what it opens itself, and rules redirect that are
+    about to go, is taken for what arrives.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as any_socket, suppress(OSError):
+        any_socket.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+
+
 def targets(place: Place, cgroup: Cgroup | None, inode: int) -> Mapping[Scope, int]:
     """What each scope's links should report as attached to: a cgroup's id is its directory's inode number.
 
@@ -96,6 +108,8 @@ class Switch:
             for program in (one for one in PROGRAMS if one.name in loaded):
                 try:
                     self._put(program, loaded[program.name], before.links.get(program.name), undo)
+                    if program.name == "getsockopt":
+                        _announce_namespace()
                 except OSError as error:
                     raise ApplyError(
                         f"the kernel refused to attach the eBPF program {program.name} to {program.scope.value}: "

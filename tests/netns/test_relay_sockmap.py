@@ -125,9 +125,10 @@ def descriptors(pid: int) -> dict[str, int]:
     handle = os.pidfd_open(pid)
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            if "bpf-map" in str(entry.readlink()):
-                copy = pidfd_getfd(handle, int(entry.name))
-                found[syscall.map_info(copy).name] = copy
+            with contextlib.suppress(FileNotFoundError):  # a connection has just ended
+                if "bpf-map" in str(entry.readlink()):
+                    copy = pidfd_getfd(handle, int(entry.name))
+                    found[syscall.map_info(copy).name] = copy
     finally:
         os.close(handle)
     assert found.keys() == names

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.crash.commands import LONG, SHORT, argv, awaits_wrongly, begin, judged, points_of
+from tests.crash.commands import LONG, SHORT, argv, awaits_wrongly, begin, judged, left_behind, points_of
 from tests.crash.healing import WAIT, healed, ways_to_heal
 from tests.crash.scene import Done, Scene
 from tests.crash.server import FAIL_FROM, FAIL_ONCE, HANG, KILL_ALL, KILL_CALLER, Fault
@@ -127,7 +127,7 @@ def attempt(scene: Scene, command: str, interference: Interference, at: int, hea
         return None
     state, detail = judged(scene, command)
     faults = [*_said_wrong(done, interference), *_state_wrong(done, interference, state)]
-    faults += awaits_wrongly(scene, command, done)
+    faults += [*awaits_wrongly(scene, command, done), *left_behind(scene, command, done)]
     if state == "wrong":
         faults.append("connections end where neither the old nor the new policy says")
     faults += healed(scene, command, healing)

@@ -86,3 +86,20 @@ def awaits_wrongly(scene: Scene, command: str, done: Done) -> Iterator[str]:
     awaits = scene.is_pending()
     if awaits != (done.exit == 0) if command.endswith("within") else awaits == (done.exit == 0):
         yield f"exit {done.exit}, but {'a' if awaits else 'no'} change awaits confirmation: {done.err.strip()}"
+
+
+def left_behind(scene: Scene, command: str, done: Done) -> Iterator[str]:
+    """Where nothing was installed, an install that failed leaves nothing, unless it says so; records are not meant."""
+    if command == "install" and done.exit in (1, 2) and "failed too" not in done.err:
+        held, base = (
+            {name: text for name, text in one.items() if not name.startswith("/run")}
+            for one in (scene.held(), scene.base)
+        )
+        if held != base:
+            yield f"exit {done.exit}, but it has left {difference(held, base)}: {done.err.strip()}"
+
+
+def difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """What two states differ in, for a message."""
+    lines = [f"{name}: {text!r}" for name, text in found.items() if wanted.get(name) != text]
+    return "\n      ".join([*lines, *(f"missing: {name}" for name in wanted if name not in found)])[:3000]

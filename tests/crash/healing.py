@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from tests.crash.commands import AWAITED, KEPT, LONG, WAY_BACK
+from tests.crash.commands import AWAITED, KEPT, LONG, WAY_BACK, difference
 from tests.crash.scene import Done, Scene
 from tests.crash.server import HANG, KILL_ALL
 
@@ -47,7 +47,7 @@ def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
         yield from (f"still running: {one}" for one in scene.host.leave(_GUARDIAN_ENDS_SECONDS))
     held = scene.held()
     if held != scene.base:
-        yield f"the next uninstall leaves: {_difference(held, scene.base)}"
+        yield f"the next uninstall leaves: {difference(held, scene.base)}"
         scene.mend(held)
 
 
@@ -63,7 +63,7 @@ def _installed(scene: Scene, command: str, name: str, within: tuple[str, ...]) -
     if done.exit != 0:
         yield f"the next install fails: {done}"
     elif (seen := scene.seen()) != scene.expected(name):
-        yield f"after the next install connections end elsewhere: {_difference(seen, scene.expected(name))}"
+        yield f"after the next install connections end elsewhere: {difference(seen, scene.expected(name))}"
     elif complaints := scene.complaints():
         yield f"after the next install `tpctl status` finds {complaints}"
     if scene.is_pending():
@@ -79,7 +79,7 @@ def _confirmed(scene: Scene, command: str) -> Iterator[str]:
     if done.exit != 0:
         return
     if (seen := scene.seen()) != scene.expected(KEPT[command]):
-        yield f"confirmed, connections end elsewhere: {_difference(seen, scene.expected(KEPT[command]))}"
+        yield f"confirmed, connections end elsewhere: {difference(seen, scene.expected(KEPT[command]))}"
     if complaints := scene.complaints():
         yield f"confirmed, `tpctl status` finds {complaints}"
 
@@ -108,13 +108,8 @@ def _taken_back(scene: Scene, command: str) -> Iterator[str]:
 def _is_back(scene: Scene, command: str) -> Iterator[str]:
     wanted = scene.expected(WAY_BACK[command])
     if (seen := scene.seen()) != wanted:
-        yield f"taken back, connections end elsewhere: {_difference(seen, wanted)}"
+        yield f"taken back, connections end elsewhere: {difference(seen, wanted)}"
     if scene.is_pending():
         yield "taken back, the change still awaits confirmation"
     if complaints := scene.complaints():
         yield f"taken back, `tpctl status` finds {complaints}"
-
-
-def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
-    lines = [f"{name}: {text!r}" for name, text in found.items() if wanted.get(name) != text]
-    return "\n      ".join([*lines, *(f"missing: {name}" for name in wanted if name not in found)])[:3000]

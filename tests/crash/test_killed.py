@@ -84,12 +84,19 @@ def test_an_uninstall_whose_last_steps_fail_says_that_nothing_is_redirected(tmp_
                 assert (trial.state, trial.exit) == ("new", 1)
 
 
-@pytest.mark.parametrize(("command", "state"), [("install", "old"), ("uninstall", "new")])
-def test_a_kernel_that_does_not_answer_whether_it_could(command: str, state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "which", "state"),
+    [
+        pytest.param("install", 0, "old", id="whether-it-could"),
+        pytest.param("install", 2, "old", id="when-the-rules-come"),
+        pytest.param("uninstall", 0, "new", id="whether-it-could-at-uninstall"),
+    ],
+)
+def test_a_kernel_that_does_not_answer(command: str, which: int, state: str, tmp_path: Path) -> None:
     with own_place() as place, scene("nftables", place, tmp_path) as made:
         points = points_of(made, command)
-        probe = next(at for at, point in enumerate(points, 1) if point.endswith(")"))
-        trial = attempt(made, command, HANGS[0], probe, "uninstall")
+        transactions = [at for at, point in enumerate(points, 1) if point.endswith(")")]
+        trial = attempt(made, command, HANGS[0], transactions[which], "uninstall")
         assert trial
         assert not trial.faults, str(trial)
         assert trial.state == state

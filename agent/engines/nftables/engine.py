@@ -101,6 +101,12 @@ class NftablesEngine:
             raise ApplyError(
                 f"nf_tables refused the rules: {refused}. Nothing was changed: the rules are as they were before"
             ) from refused
+        except ApplyError:
+            # What did not end in time was killed; the kernel has carried out all of a transaction by then, or nothing.
+            if any(self._drift(plan)):
+                if first:
+                    self._unprepare(plan, current)
+                raise
         held = current is not None and not drain.is_leftover(current)
         return Applied(("tpctl's rules (nftables)",) if held else ())
 
@@ -112,7 +118,7 @@ class NftablesEngine:
             if current is not None
             else [f"delete table {self.where}\n"]
         )
-        with contextlib.suppress(NftError):  # the refusal of the rules is what the user has to know
+        with contextlib.suppress(NftError, ApplyError):  # what stopped the rules is what the user has to know
             self.nft.execute("".join(lines))
 
     def inspect(self, plan: NftablesPlan | None) -> Inspection:

@@ -92,11 +92,7 @@ def descriptors(relay: Relay) -> int:
 
 
 def is_well(net: Net, relay: Relay) -> None:
-    """The relay answers, its own and others' names, over both transports.
-
-    It is asked on its own port. Where the rules do not split the conntrack zones, as here, a client that gets a port
-    the relay has used before is not redirected (docs/ruleset.md), and here the relay has used very many.
-    """
+    """The relay answers, its own and others' names, over both transports."""
     assert relay.process.poll() is None
     with net.datagram(net.host, socket.AF_INET) as client:
         client.connect(RELAY)
@@ -191,7 +187,6 @@ def test_a_client_that_does_not_read_fills_no_memory(net: Net, relay: Relay) -> 
 
 @pytest.mark.parametrize("hostile", [b"", b"\0" * 12, b"\xff" * 65000, b"\0" * 11])
 def test_a_server_that_sends_anything(tmp_path: Path, hostile: bytes) -> None:
-    """In a network of its own, for the reason that `is_well` gives."""
     draw = random.Random(SEED)
 
     def serve(message: bytes) -> list[bytes]:

@@ -196,6 +196,8 @@ def carry_out(
         if in_file:
             undo.add(in_file.opposite().carry_out)
             in_file.carry_out()
+        else:
+            in_step.tidy(record)
         if engine.name != "ebpf":  # whose programs do not ask conntrack
             ended.forget()  # before the record says that all is done: killed here, the next install does it again
         renewal.finish()

@@ -46,6 +46,14 @@ def remove(record: State | None, removed: list[str], *, dry_run: bool) -> str | 
     return None
 
 
+def tidy(record: State) -> None:
+    """Where nothing has to change for a record: what a killed tpctl was writing would otherwise stay."""
+    if record.options.store_firewalld:
+        from agent.persist import firewalld
+
+        firewalld.tidy()
+
+
 def remove_files(*, dry_run: bool = False) -> tuple[str, ...]:
     """Take this host's unit files and compiled programs away, unless this is another network namespace; says what."""
     if not in_first_namespace():

@@ -103,7 +103,7 @@ def test_a_kernel_that_does_not_answer(command: str, which: int, state: str, tmp
 
 
 @pytest.mark.skipif(not shutil.which("firewall-offline-cmd"), reason="no firewalld here")
-def test_an_uninstall_clears_what_was_being_written_for_firewalld(tmp_path: Path) -> None:
+def test_what_was_being_written_for_firewalld_is_cleared(tmp_path: Path) -> None:
     with own_place() as place, scene("iptables nft, firewalld", place, tmp_path) as made:
         points = points_of(made, "install")
         at = next(
@@ -112,3 +112,10 @@ def test_an_uninstall_clears_what_was_being_written_for_firewalld(tmp_path: Path
         trial = attempt(made, "install", KILLS[0], at, "uninstall")
         assert trial
         assert not trial.faults, str(trial)
+        made.install("new")
+        made.host.write("/etc/firewalld/.tpctl-direct.xml-left", "")
+        made.host.shell(
+            "iptables-nft -t nat -D PREROUTING $(iptables-nft -t nat -S PREROUTING | wc -l | xargs expr -1 +)"
+        )
+        made.install("new")
+        assert made.litter() == [], "an install that has nothing to write clears it as well"

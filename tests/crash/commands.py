@@ -89,10 +89,10 @@ def awaits_wrongly(scene: Scene, command: str, done: Done) -> Iterator[str]:
 
 
 def left_behind(scene: Scene, command: str, done: Done) -> Iterator[str]:
-    """Where nothing was installed, an install that failed leaves nothing, unless it says so; records are not meant."""
+    """Where nothing was installed, an install that failed leaves nothing, unless it says so; but records and empty folders."""
     if command == "install" and done.exit in (1, 2) and "failed too" not in done.err:
         held, base = (
-            {name: text for name, text in one.items() if not name.startswith("/run")}
+            {name: text for name, text in one.items() if not name.startswith("/run") and not name.endswith("/")}
             for one in (scene.held(), scene.base)
         )
         if held != base:

@@ -89,7 +89,7 @@ def awaits_wrongly(scene: Scene, command: str, done: Done) -> Iterator[str]:
 
 
 def left_behind(scene: Scene, command: str, done: Done) -> Iterator[str]:
-    """Where nothing was installed, an install that failed leaves nothing, unless it says so; but records and empty folders."""
+    """Where nothing was, an install that failed has left nothing (but records, and empty folders), or says so."""
     if command == "install" and done.exit in (1, 2) and "failed too" not in done.err:
         held, base = (
             {name: text for name, text in one.items() if not name.startswith("/run") and not name.endswith("/")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -275,40 +274,6 @@ def _adapted(policy: Policy) -> tuple[Policy, list[str]]:
         if docker_dns():
             return dataclasses.replace(policy, dns=dataclasses.replace(policy.dns, split_zones=False)), [DOCKER_ZONES]
     return policy, []
-
-
-def dry_run(policy: Policy, options: EngineOptions) -> str:
-    """Exactly what the kernel would be given. Touches nothing and needs no privilege.
-
-    What would be replaced is included when it can be seen, that is, as root on a host where the engine works.
-    """
-    if os.geteuid() == 0:
-        try:
-            return registry.select(options).engine.preview(policy)
-        except HostError:
-            if options.engine in ("nftables", "ebpf"):
-                raise
-    if options.engine == "ebpf":
-        from agent.engines.ebpf.plan import plan_for
-
-        return plan_for(policy, comments=options.comments).render()
-    if options.engine == "iptables" or options.iptables_because or not _has_nftables():
-        from agent.engines.iptables.engine import IptablesPlan
-
-        return IptablesPlan.of_policy(policy, options).render()
-    from agent.engines.nftables.engine import NftablesPlan
-
-    return NftablesPlan.of_policy(policy, options).render()
-
-
-def _has_nftables() -> bool:
-    from agent.engines.nftables.nft import find
-
-    try:
-        find()
-    except HostError:
-        return False
-    return True
 
 
 def uninstall(*, dry_run: bool = False, confirm_within: float | None = None, keep_units: bool = False) -> Removal:

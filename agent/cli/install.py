@@ -81,10 +81,10 @@ def _print_config(config: Config, *, as_json: bool) -> None:
 
 
 def _dry_run(resolved: Resolved, *, as_json: bool) -> None:
-    from agent import lifecycle
+    from agent import dry_run
     from agent.cli import output
 
-    text = lifecycle.dry_run(resolved.policy, resolved.options)
+    text = dry_run.ruleset(resolved.policy, resolved.options)
     if as_json:
         output.as_json({"dry_run": True, "text": text, "notices": resolved.notices})
     else:

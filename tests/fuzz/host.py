@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent import config, confirm, lifecycle, state
+from agent import config, confirm, dry_run, state
 from agent.before import Before
 from agent.config_values import BadValueError
 from agent.engine_options import EngineOptions
@@ -96,7 +96,7 @@ def feed_record(data: bytes) -> None:
     if isinstance(found, state.State):
         assert state.of_document(json.loads(json.dumps(state.document_of(found)))).policy == found.policy
         IptablesPlan.of_policy(found.policy, found.options).render()
-        lifecycle.dry_run(found.policy, EngineOptions(engine="iptables"))
+        dry_run.ruleset(found.policy, EngineOptions(engine="iptables"))
     _read(data, confirm._of_document)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import lifecycle
+from agent import dry_run, lifecycle
 from agent.cli import main
 from agent.config import load
 from agent.engine_options import EngineOptions
@@ -195,7 +195,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tpctl: Run, monkeypatch: py
 
 
 def test_dry_run_by_variable(tpctl: Run, kernel: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "dry_run", lambda policy, options: "the plan")
+    monkeypatch.setattr(dry_run, "ruleset", lambda policy, options: "the plan")
     monkeypatch.setenv("KUMA_TRANSPARENT_PROXY_DRY_RUN", "true")
     assert tpctl("install", *USER)[:2] == (0, "the plan\n")
     assert kernel.asked == []

@@ -79,8 +79,7 @@ class EbpfEngine:
         except OSError as error:
             raise ApplyError(f"the eBPF programs cannot be put in place: {error}") from error
         finally:
-            with suppress(OSError):
-                folder.rmdir()  # only goes when nothing was installed
+            _remove_if_empty(folder)  # when nothing was installed
 
     def _switch(self, built: Build, plan: EbpfPlan, before: Installed, maps: Mapping[str, int]) -> None:
         with ExitStack() as stack:
@@ -171,9 +170,7 @@ class EbpfEngine:
                 time.sleep(_SETTLE_SECONDS)
             unpin(folder, tuple(program.name for program in PROGRAMS))
             removed += beside + _of_dead(clear_dead(self.where))
-            for directory in (folder, folder.parent):
-                with suppress(OSError):
-                    directory.rmdir()
+            _remove_if_empty(folder)
             removed += tuple(f"eBPF: programs under {_unpinned(other)}" for other in self.where.elsewhere())
         except OSError as error:
             state = "those that could be were" if _redirects(folder) else "but no traffic is redirected any more"
@@ -185,6 +182,13 @@ def _notices(beside: Companion | None) -> Iterator[str]:
     if beside:
         purposes = ", ".join(beside.purposes)
         yield f"nftables does this beside the eBPF programs, in the table {companion.TABLE}: {purposes}"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """And the one that other network namespaces' folders of pins are in, too."""
+    for directory in (folder, folder.parent):
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def _unpinned(folder: Path) -> Path:

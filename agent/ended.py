@@ -47,10 +47,8 @@ def forget() -> int:
 
 
 def _is_suspect(entry: Entry) -> bool:
-    """Whether it could be over, and in the way. In TIME_WAIT it begins anew with the next SYN."""
-    if entry.has_zone or entry.state is State.TIME_WAIT:
-        return False
-    return entry.state is State.CLOSE or not entry.is_translated
+    """Whether it could be over, and in the way."""
+    return not entry.has_zone and (entry.state is State.CLOSE or not entry.is_translated)
 
 
 def _ended(suspects: list[Entry]) -> Iterator[Entry]:

@@ -94,10 +94,13 @@ class Entry(NamedTuple):
 
 
 def entries() -> Iterator[Entry]:
-    """Those there are; none when the kernel cannot be asked."""
+    """Those there are, but in TIME_WAIT; none when the kernel cannot be asked.
+
+    A busy host has tens of thousands in TIME_WAIT. They are over, and begin anew with the next SYN.
+    """
     if (proc.NET / LISTING).exists():
         lines = proc.read_net(LISTING).splitlines()
-        yield from (entry for line in lines if (entry := parse(line)))
+        yield from (entry for line in lines if f" {State.TIME_WAIT.name} " not in line and (entry := parse(line)))
         return
     from pyroute2.netlink.exceptions import NetlinkError
 
@@ -133,7 +136,7 @@ def _asked(family: int) -> Iterator[Entry]:
 
     with NFCTSocket(nfgen_family=family) as conntrack:
         for message in conntrack.dump():
-            if entry := read(family, message):
+            if (entry := read(family, message)) and entry.state is not State.TIME_WAIT:
                 yield entry
 
 

@@ -99,8 +99,9 @@ def entries() -> Iterator[Entry]:
     A busy host has tens of thousands in TIME_WAIT. They are over, and begin anew with the next SYN.
     """
     if (proc.NET / LISTING).exists():
+        over = f" {State.TIME_WAIT.name} "
         lines = proc.read_net(LISTING).splitlines()
-        yield from (entry for line in lines if f" {State.TIME_WAIT.name} " not in line and (entry := parse(line)))
+        yield from (entry for line in lines if over not in line and (entry := parse(line)))
         return
     from pyroute2.netlink.exceptions import NetlinkError
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.netns import relay_net
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def variant(request: pytest.FixtureRequest) -> str:
     """Each variant of iptables in turn."""
     return str(request.param)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """What the relay can read as its user, again and again, unlike `tmp_path`."""
+    with relay_net.public_directory() as made:
+        yield made

@@ -56,12 +56,6 @@ def net() -> Iterator[Net]:
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with relay_net.public_directory() as path:
-        yield path
-
-
-@pytest.fixture
 def secrets(net: Net) -> Iterator[list[relay_net.Server]]:
     """What must not be reached; each knows who has reached it."""
     with contextlib.ExitStack() as stack:

@@ -56,12 +56,6 @@ def net() -> Iterator[Net]:
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with relay_net.public_directory() as path:
-        yield path
-
-
-@pytest.fixture
 def text(directory: Path) -> str:
     certificate, key = Pki(directory).server
     zone = directory / "hosts"

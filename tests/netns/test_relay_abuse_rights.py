@@ -43,12 +43,6 @@ def net() -> Iterator[Net]:
         yield made
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with relay_net.public_directory() as path:
-        yield path
-
-
 def configuration(directory: Path, *listens: str) -> str:
     listeners = ", ".join(LISTENER.format(listen=one, peer=PEER4, number=at) for at, one in enumerate(listens))
     path = directory / "relay.yaml"

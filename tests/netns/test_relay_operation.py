@@ -31,13 +31,6 @@ def net() -> Iterator[Net]:
         yield made
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """What the relay reads again when it runs as its user."""
-    with relay_net.public_directory() as directory:
-        yield directory
-
-
 def listener(port: int, to: int, name: str, more: str = "") -> str:
     return LISTENER.format(port=port, to=to, name=name, more=more, peer=PEER4)
 
@@ -68,22 +61,22 @@ def rewrite(running: Relay, directory: Path, text: str, event: str = "the config
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_changes_listeners_and_keeps_connections(net: Net, tmp_path: Path, workers: int) -> None:
+def test_a_reload_changes_listeners_and_keeps_connections(net: Net, directory: Path, workers: int) -> None:
     begin = PORTS.format(workers=workers)
     first = begin + listener(1101, 7001, "kept") + listener(1102, 7001, "removed")
     second = begin + listener(1101, 7002, "kept") + listener(1103, 7002, "added")
     with (
-        configured(net, tmp_path, first) as running,
+        configured(net, directory, first) as running,
         serving(net, net.peer, (PEER4, 7001), say(b"one")),
         serving(net, net.peer, (PEER4, 7002), say(b"two")),
         serving(net, net.peer, (PEER4, 7003), relay_net.echo),
     ):
         assert (said(net, 1101), said(net, 1102)) == (b"one", b"one")
-        rewrite(running, tmp_path, begin + listener(1101, 7003, "kept") + listener(1102, 7001, "removed"))
+        rewrite(running, directory, begin + listener(1101, 7003, "kept") + listener(1102, 7001, "removed"))
         with net.connect(net.host, (HOST4, 1101)) as lasting:
             lasting.sendall(b"a")
             assert lasting.recv(1) == b"a"
-            rewrite(running, tmp_path, second)
+            rewrite(running, directory, second)
             assert [said(net, port) for port in (1101, 1103) for _ in range(4)] == [b"two"] * 8
             with pytest.raises(ConnectionRefusedError):
                 net.connect(net.host, (HOST4, 1102))
@@ -92,10 +85,10 @@ def test_a_reload_changes_listeners_and_keeps_connections(net: Net, tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_configuration_that_is_not_in_order_changes_nothing(net: Net, tmp_path: Path, workers: int) -> None:
+def test_a_configuration_that_is_not_in_order_changes_nothing(net: Net, directory: Path, workers: int) -> None:
     begin = PORTS.format(workers=workers)
     good = begin + listener(1101, 7001, "kept")
-    with configured(net, tmp_path, good) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
+    with configured(net, directory, good) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
         taken = net.listen(net.host, ("0.0.0.0", 1109))
         for bad, problem in (
             (good.replace("outbound", "sideways"), "sideways"),
@@ -105,28 +98,28 @@ def test_a_configuration_that_is_not_in_order_changes_nothing(net: Net, tmp_path
             (good.replace("*:1101", "*:1101 reuseport"), "reuseport of 0.0.0.0:1101 has changed"),
             (good + "dns: {zone_file: /nonexistent.yaml}\n", "/nonexistent.yaml"),
         ):
-            rewrite(running, tmp_path, bad, "the configuration is not in order, the old one stays")
+            rewrite(running, directory, bad, "the configuration is not in order, the old one stays")
             problems = [line for line in running.lines() if line["event"].startswith("the configuration is not")][-1]
             assert problem in " ".join(problems["problems"])
             assert said(net, 1101) == b"one"
         taken.close()
-        rewrite(running, tmp_path, good)
+        rewrite(running, directory, good)
         shown = scrape(net, 9902)
     assert shown['configuration_reloads_total{result="refused"}'] == 6
     assert shown['configuration_reloads_total{result="used"}'] == 1
 
 
-def test_access_rules_of_a_reload_are_for_new_connections(net: Net, tmp_path: Path) -> None:
+def test_access_rules_of_a_reload_are_for_new_connections(net: Net, directory: Path) -> None:
     begin = PORTS.format(workers=2)
     with (
-        configured(net, tmp_path, begin + listener(1101, 7003, "x")) as running,
+        configured(net, directory, begin + listener(1101, 7003, "x")) as running,
         serving(net, net.peer, (PEER4, 7003), relay_net.echo),
         net.connect(net.host, (HOST4, 1101)) as before,
     ):
         before.sendall(b"a")
         assert before.recv(1) == b"a"
         denying = listener(1101, 7003, "x", ", access: {deny: [10.99.0.0/24]}").replace("outbound", "inbound")
-        rewrite(running, tmp_path, begin + denying)
+        rewrite(running, directory, begin + denying)
         assert said(net, 1101) == b""
         before.sendall(b"b")
         assert before.recv(1) == b"b"
@@ -147,9 +140,9 @@ def scrape(net: Net, port: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_figures_are_those_of_all_workers(net: Net, tmp_path: Path, workers: int) -> None:
+def test_the_figures_are_those_of_all_workers(net: Net, directory: Path, workers: int) -> None:
     text = PORTS.format(workers=workers) + listener(1101, 7003, "x") + listener(1102, 9, "closed")
-    with configured(net, tmp_path, text), serving(net, net.peer, (PEER4, 7003), relay_net.echo):
+    with configured(net, directory, text), serving(net, net.peer, (PEER4, 7003), relay_net.echo):
         clients = [net.connect(net.host, (HOST4, 1101)) for _ in range(12)]
         for client in clients:
             client.sendall(b"1234567890")
@@ -171,9 +164,9 @@ def test_the_figures_are_those_of_all_workers(net: Net, tmp_path: Path, workers:
     assert shown["workers"] == workers
 
 
-def test_the_metrics_listener_survives_bad_clients(net: Net, tmp_path: Path) -> None:
+def test_the_metrics_listener_survives_bad_clients(net: Net, directory: Path) -> None:
     text = PORTS.format(workers=1) + listener(1101, 7003, "x")
-    with configured(net, tmp_path, text):
+    with configured(net, directory, text):
         silent = [net.connect(net.host, ("127.0.0.1", 9902)) for _ in range(8)]
         for request, status in (
             (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405"),
@@ -191,12 +184,12 @@ def test_the_metrics_listener_survives_bad_clients(net: Net, tmp_path: Path) -> 
             client.close()
 
 
-def test_systemds_socket_activation(net: Net, tmp_path: Path) -> None:
+def test_systemds_socket_activation(net: Net, directory: Path) -> None:
     """By systemd's own tool: the first client starts the relay, which opens only what it was not given."""
     text = PORTS.format(workers=2) + listener(1101, 7003, "x") + listener(1102, 7003, "y")
-    (tmp_path / "relay.yaml").write_text(text)
+    (directory / "relay.yaml").write_text(text)
     prefix = ("systemd-socket-activate", "-l", "0.0.0.0:1101", "--fdname=x")
-    running = Relay(net, tmp_path, "--config", str(tmp_path / "relay.yaml"), prefix=prefix)
+    running = Relay(net, directory, "--config", str(directory / "relay.yaml"), prefix=prefix)
     try:
         with serving(net, net.peer, (PEER4, 7003), relay_net.echo):
             end = time.monotonic() + relay_net.TIMEOUT
@@ -213,10 +206,10 @@ def test_systemds_socket_activation(net: Net, tmp_path: Path) -> None:
         assert running.stop() == 0
 
 
-def test_a_socket_that_belongs_to_nobody_is_pointed_out(net: Net, tmp_path: Path) -> None:
-    (tmp_path / "relay.yaml").write_text(PORTS.format(workers=1) + listener(1101, 7003, "x"))
+def test_a_socket_that_belongs_to_nobody_is_pointed_out(net: Net, directory: Path) -> None:
+    (directory / "relay.yaml").write_text(PORTS.format(workers=1) + listener(1101, 7003, "x"))
     prefix = ("systemd-socket-activate", "-l", "0.0.0.0:1105", "--fdname=other")
-    running = Relay(net, tmp_path, "--config", str(tmp_path / "relay.yaml"), prefix=prefix)
+    running = Relay(net, directory, "--config", str(directory / "relay.yaml"), prefix=prefix)
     try:
         time.sleep(0.5)
         net.connect(net.host, (HOST4, 1105)).close()
@@ -225,15 +218,15 @@ def test_a_socket_that_belongs_to_nobody_is_pointed_out(net: Net, tmp_path: Path
         assert running.stop() == 0
 
 
-def test_systemd_is_told_about_a_reload(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-test-{tmp_path}")
+def test_systemd_is_told_about_a_reload(net: Net, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-test-{directory}")
     # An abstract socket belongs to a network namespace, here the relay's.
     with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(f"\0tpctl-test-{tmp_path}")
+        manager.bind(f"\0tpctl-test-{directory}")
         manager.settimeout(relay_net.TIMEOUT)
         text = PORTS.format(workers=2) + listener(1101, 7003, "x")
-        with configured(net, tmp_path, text) as running:
+        with configured(net, directory, text) as running:
             assert manager.recv(200) == b"READY=1"
-            rewrite(running, tmp_path, text)
+            rewrite(running, directory, text)
             assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=\d+", manager.recv(200))
             assert manager.recv(200) == b"READY=1"

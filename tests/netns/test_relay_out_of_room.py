@@ -47,12 +47,6 @@ def net() -> Iterator[Net]:
         yield made
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with relay_net.public_directory() as made:
-        yield made
-
-
 @contextlib.contextmanager
 def crowded(net: Net, running: Relay, count: int) -> Iterator[None]:
     """So many clients that accepting is paused."""

@@ -30,13 +30,6 @@ def net() -> Iterator[Net]:
         yield made
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """What the relay reads again when it runs as its user."""
-    with relay_net.public_directory() as directory:
-        yield directory
-
-
 def listener(options: str, more: str = TO_THE_PEER) -> str:
     return f'  - {{listen: "{options}", {more}}}\n'
 
@@ -104,24 +97,24 @@ def keepalive_timer(net: Net) -> str:
     return shown.partition("timer:(")[2]
 
 
-def test_keepalive_follows_a_reload(net: Net, tmp_path: Path) -> None:
+def test_keepalive_follows_a_reload(net: Net, directory: Path) -> None:
     def text(option: str) -> str:
         return listeners(listener(f"*:1101 {option}"))
 
     with (
-        configured(net, tmp_path, text("so_keepalive=5m:20s:3")) as running,
+        configured(net, directory, text("so_keepalive=5m:20s:3")) as running,
         serving(net, net.peer, (PEER4, 7001), relay_net.echo),
     ):
         assert keepalive_timer(net).startswith(("keepalive,4min", "keepalive,5min"))
-        rewrite(running, tmp_path, text("so_keepalive=on"))
+        rewrite(running, directory, text("so_keepalive=on"))
         assert keepalive_timer(net).startswith(("keepalive,119min", "keepalive,120min"))
-        rewrite(running, tmp_path, text("so_keepalive=9m::"))
-        rewrite(running, tmp_path, text(""))
+        rewrite(running, directory, text("so_keepalive=9m::"))
+        rewrite(running, directory, text(""))
         assert keepalive_timer(net) == ""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_socket_serves_something_else_only_after_a_restart(net: Net, tmp_path: Path, workers: int) -> None:
+def test_a_socket_serves_something_else_only_after_a_restart(net: Net, directory: Path, workers: int) -> None:
     """Connections, DNS and the metrics are served by different parts of a worker."""
     begin = f"workers: {workers}"
     first = listeners(
@@ -130,8 +123,8 @@ def test_a_socket_serves_something_else_only_after_a_restart(net: Net, tmp_path:
         more=f"{begin}\nmetrics: 127.0.0.1:1103",
     )
     second = listeners(listener("127.0.0.1:1102"), listener("127.0.0.1:1103"), more=f"{begin}\nmetrics: 127.0.0.1:1101")
-    with configured(net, tmp_path, first) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
-        rewrite(running, tmp_path, second, REFUSED)
+    with configured(net, directory, first) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
+        rewrite(running, directory, second, REFUSED)
         problems = problems_of_last_reload(running)
         assert "127.0.0.1:1102 serves dns, and connections instead: that takes effect with a restart" in problems
         assert "127.0.0.1:1101 serves connections, and metrics instead" in problems
@@ -147,12 +140,12 @@ def said_here(net: Net, port: int) -> bytes:
         return relay_net.read_all(client)
 
 
-def test_a_socket_stays_as_it_was_opened_and_that_is_said(net: Net, tmp_path: Path) -> None:
+def test_a_socket_stays_as_it_was_opened_and_that_is_said(net: Net, directory: Path) -> None:
     with (
-        configured(net, tmp_path, listeners(listener("[::]:1101 ipv6only=off"))) as running,
+        configured(net, directory, listeners(listener("[::]:1101 ipv6only=off"))) as running,
         serving(net, net.peer, (PEER4, 7001), say(b"one")),
     ):
-        rewrite(running, tmp_path, listeners(listener("[::]:1101 ipv6only=on")), REFUSED)
+        rewrite(running, directory, listeners(listener("[::]:1101 ipv6only=on")), REFUSED)
         assert "ipv6only of [::]:1101 has changed, which takes effect when the relay is stopped and started anew" in (
             problems_of_last_reload(running)
         )
@@ -162,45 +155,45 @@ def test_a_socket_stays_as_it_was_opened_and_that_is_said(net: Net, tmp_path: Pa
             assert said(net, 1101) == b"one"
 
 
-def test_a_restart_makes_a_socket_transparent_or_says_why_not(net: Net, tmp_path: Path) -> None:
+def test_a_restart_makes_a_socket_transparent_or_says_why_not(net: Net, directory: Path) -> None:
     text = listeners(listener("[::]:1101"))
-    with configured(net, tmp_path, text) as running:
-        written(tmp_path, text.replace("1101", "1101 transparent"))
+    with configured(net, directory, text) as running:
+        written(directory, text.replace("1101", "1101 transparent"))
         running.process.send_signal(signal.SIGUSR2)
         running.wait_for("the restart has failed, this process goes on")
         assert "transparent needs the capability CAP_NET_RAW" in running.log_text()
     # As root, which keeps its capabilities.
-    path = written(tmp_path, text)
+    path = written(directory, text)
     with (
-        relay_net.relay(net, tmp_path, "--config", str(path), user=None) as running,
+        relay_net.relay(net, directory, "--config", str(path), user=None) as running,
         serving(net, net.peer, (PEER4, 7001), say(b"one")),
     ):
-        written(tmp_path, text.replace("1101", "1101 transparent"))
+        written(directory, text.replace("1101", "1101 transparent"))
         with succeeded(running):
             relay_net.run("ip", "-n", net.host, "-6", "route", "add", "local", "fd77::/64", "dev", "lo")
             with net.connect(net.host, ("fd77::1", 1101)) as client:
                 assert relay_net.read_all(client) == b"one"
 
 
-def test_who_may_not_dial_from_addresses_of_clients_says_so(net: Net, tmp_path: Path) -> None:
+def test_who_may_not_dial_from_addresses_of_clients_says_so(net: Net, directory: Path) -> None:
     text = listeners(listener("*:1101"))
     asking = listeners(listener("*:1101", f"{TO_THE_PEER}, source: client"))
     problem = "source: client of the outbound-1101 listener needs the capability CAP_NET_RAW"
-    with configured(net, tmp_path, text) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
-        rewrite(running, tmp_path, asking, REFUSED)
+    with configured(net, directory, text) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
+        rewrite(running, directory, asking, REFUSED)
         assert problem in problems_of_last_reload(running)
         assert said(net, 1101) == b"one"
     as_nobody = ("setpriv", "--reuid=65534", "--clear-groups")
-    running = Relay(net, tmp_path, "--config", str(written(tmp_path, asking)), user=None, prefix=as_nobody)
+    running = Relay(net, directory, "--config", str(written(directory, asking)), user=None, prefix=as_nobody)
     assert running.process.wait(LONG) == 2
     assert problem in running.log_text()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, tmp_path: Path, workers: int) -> None:
+def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, directory: Path, workers: int) -> None:
     text = listeners(listener("127.0.0.1:1101"), more=f"workers: {workers}")
     for _ in range(5):
-        with configured(net, tmp_path, text) as running:
+        with configured(net, directory, text) as running:
             before = children(running.process.pid)
             running.process.send_signal(signal.SIGUSR2)
             wait_until(lambda: children(running.process.pid) - before)  # noqa: B023 - asked at once
@@ -220,7 +213,7 @@ def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, t
 
 
 def test_the_watchdog_hears_nothing_while_a_worker_hangs(
-    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: Net, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"tpctl-watchdog-{os.getpid()}"
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
@@ -228,8 +221,8 @@ def test_the_watchdog_hears_nothing_while_a_worker_hangs(
     with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0{name}")
         manager.settimeout(LONG)
-        path = written(tmp_path, listeners(listener("127.0.0.1:1101"), more="workers: 2"))
-        with relay_net.relay(net, tmp_path, "--config", str(path)) as running:
+        path = written(directory, listeners(listener("127.0.0.1:1101"), more="workers: 2"))
+        with relay_net.relay(net, directory, "--config", str(path)) as running:
             assert [manager.recv(100) for _ in range(4)] == [b"READY=1", *[b"WATCHDOG=1"] * 3]
             with stopped(min(children(running.process.pid))):
                 running.wait_for("a worker hangs, so the watchdog hears nothing")
@@ -244,28 +237,28 @@ def test_the_watchdog_hears_nothing_while_a_worker_hangs(
             assert manager.recv(100) == b"WATCHDOG=1"
 
 
-def test_a_worker_that_could_not_follow_a_reload_follows_the_next_one(net: Net, tmp_path: Path) -> None:
+def test_a_worker_that_could_not_follow_a_reload_follows_the_next_one(net: Net, directory: Path) -> None:
     """Its certificate went away between the moments when the supervisor and the worker read it."""
-    certificate, key = Pki(tmp_path).server
+    certificate, key = Pki(directory).server
     tls = f'direction: inbound, upstream: "127.0.0.1:7001", ssl: {{certificate: {certificate}, certificate_key: {key}}}'
     first = listeners(listener("*:1443 ssl", tls), listener("*:1102"), more="workers: 2")
     second = first + listener("*:1101")
-    with configured(net, tmp_path, first) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
+    with configured(net, directory, first) as running, serving(net, net.peer, (PEER4, 7001), say(b"one")):
         quick, slow = sorted(children(running.process.pid))
         with stopped(quick):
             assert said(net, 1102) == b"one"  # so the slow one serves
         with stopped(slow):
-            rewrite(running, tmp_path, second)
+            rewrite(running, directory, second)
             good = certificate.read_bytes()
             certificate.write_bytes(b"being written")
         assert running.wait_for("a worker keeps its old configuration")["pid"] == slow
         certificate.write_bytes(good)
-        rewrite(running, tmp_path, second + "drain_timeout: 1s\n")
+        rewrite(running, directory, second + "drain_timeout: 1s\n")
         with stopped(quick):
             assert said(net, 1101) == b"one"
 
 
-def test_timeouts_of_a_reload_are_noticed_at_once_and_older_connections_keep_theirs(net: Net, tmp_path: Path) -> None:
+def test_timeouts_of_a_reload_are_noticed_at_once_and_older_connections_keep_theirs(net: Net, directory: Path) -> None:
     """Not when it would have been looked for those of before."""
 
     def text(idle: str) -> str:
@@ -278,13 +271,13 @@ def test_timeouts_of_a_reload_are_noticed_at_once_and_older_connections_keep_the
         return client
 
     with (
-        configured(net, tmp_path, text("1h")) as running,
+        configured(net, directory, text("1h")) as running,
         serving(net, net.peer, (PEER4, 7001), relay_net.echo),
         hello() as patient,
     ):
-        rewrite(running, tmp_path, text("800ms"))
+        rewrite(running, directory, text("800ms"))
         with hello() as hasty, hello() as kept:
-            rewrite(running, tmp_path, text("1h"))
+            rewrite(running, directory, text("1h"))
             hasty.settimeout(LONG)
             begin = time.monotonic()
             with pytest.raises(ConnectionResetError):
@@ -296,18 +289,18 @@ def test_timeouts_of_a_reload_are_noticed_at_once_and_older_connections_keep_the
         assert patient.recv(1) == b"y"
 
 
-def test_sources_of_both_families_are_served_by_what_is_left(net: Net, tmp_path: Path) -> None:
+def test_sources_of_both_families_are_served_by_what_is_left(net: Net, directory: Path) -> None:
     """A listener is taken away, renamed and limited while its connections go on."""
     begin = "limits: {connections: 3}"
     first = listeners(listener("[::]:1101 ipv6only=off"), more=begin)
     renamed = LISTENER.format(port=1102, to=7001, name="other", more="", peer=PEER4)
     with (
-        configured(net, tmp_path, first) as running,
+        configured(net, directory, first) as running,
         serving(net, net.peer, (PEER4, 7001), relay_net.echo),
         net.connect(net.peer, (HOST4, 1101)) as v4,
         net.connect(net.peer, (HOST6, 1101)) as v6,
     ):
-        rewrite(running, tmp_path, listeners(renamed, more=begin))
+        rewrite(running, directory, listeners(renamed, more=begin))
         for client in (v4, v6):
             client.sendall(b"x")
             assert client.recv(1) == b"x"

@@ -38,13 +38,6 @@ def net() -> Iterator[Net]:
         yield made
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """What the successors read when they run as the relay's user."""
-    with relay_net.public_directory() as directory:
-        yield directory
-
-
 def patient_echo(client: socket.socket, peer: object) -> None:
     """For a connection that outlives twenty processes."""
     client.settimeout(300)
@@ -109,10 +102,10 @@ def ended_at_last(running: Relay, restarts: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("workers", "reuseport"), [(1, ""), (2, " reuseport")])
-def test_restarts_under_load_lose_nothing(net: Net, tmp_path: Path, workers: int, reuseport: str) -> None:
-    path = tmp_path / "relay.yaml"
+def test_restarts_under_load_lose_nothing(net: Net, directory: Path, workers: int, reuseport: str) -> None:
+    path = directory / "relay.yaml"
     path.write_text(TEXT.format(workers=workers, reuseport=reuseport, peer=PEER4))
-    running = Relay(net, tmp_path, "--config", str(path))
+    running = Relay(net, directory, "--config", str(path))
     with serving(net, net.peer, (PEER4, 7001), patient_echo), ended_at_last(running, RESTARTS):
         serving_pid(running, 1)
         with net.connect(net.host, (HOST4, 1101)) as lasting, Load(net, 1101) as load:
@@ -130,11 +123,11 @@ def test_restarts_under_load_lose_nothing(net: Net, tmp_path: Path, workers: int
     assert not [line for line in running.lines() if line["event"].startswith("a socket that was handed over")]
 
 
-def test_a_successor_that_does_not_start_changes_nothing(net: Net, tmp_path: Path) -> None:
-    path = tmp_path / "relay.yaml"
+def test_a_successor_that_does_not_start_changes_nothing(net: Net, directory: Path) -> None:
+    path = directory / "relay.yaml"
     text = TEXT.format(workers=2, reuseport="", peer=PEER4)
     path.write_text(text)
-    running = Relay(net, tmp_path, "--config", str(path))
+    running = Relay(net, directory, "--config", str(path))
     with serving(net, net.peer, (PEER4, 7001), patient_echo), ended_at_last(running, 1):
         pid = serving_pid(running, 1)
         path.write_text(text.replace("outbound", "sideways"))
@@ -150,15 +143,15 @@ def test_a_successor_that_does_not_start_changes_nothing(net: Net, tmp_path: Pat
         assert load.results.keys() == {"right"}
 
 
-def test_systemd_learns_who_the_successor_is(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_learns_who_the_successor_is(net: Net, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-restart-{os.getpid()}")
     monkeypatch.setenv("WATCHDOG_USEC", "60000000")
-    path = tmp_path / "relay.yaml"
+    path = directory / "relay.yaml"
     path.write_text(TEXT.format(workers=1, reuseport="", peer=PEER4))
     with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0tpctl-restart-{os.getpid()}")
         manager.settimeout(relay_net.TIMEOUT)
-        running = Relay(net, tmp_path, "--config", str(path))
+        running = Relay(net, directory, "--config", str(path))
         with ended_at_last(running, 1):
             os.kill(serving_pid(running, 1), signal.SIGUSR2)
             successor = serving_pid(running, 2)
@@ -170,10 +163,10 @@ def test_systemd_learns_who_the_successor_is(net: Net, tmp_path: Path, monkeypat
 
 
 def test_systemd_keeps_the_sockets_and_gives_them_back(
-    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    net: Net, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash and a restart with the store of descriptors in between: clients wait, none is refused."""
-    path = tmp_path / "relay.yaml"
+    path = directory / "relay.yaml"
     path.write_text(TEXT.format(workers=2, reuseport=" reuseport", peer=PEER4))
     monkeypatch.setenv("NOTIFY_SOCKET", f"@tpctl-store-{os.getpid()}")
     monkeypatch.setenv("FDSTORE", "512")
@@ -181,7 +174,7 @@ def test_systemd_keeps_the_sockets_and_gives_them_back(
     with net.inside(net.host), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0tpctl-store-{os.getpid()}")
         manager.settimeout(relay_net.TIMEOUT)
-        running = Relay(net, tmp_path, "--config", str(path))
+        running = Relay(net, directory, "--config", str(path))
         while (received := socket.recv_fds(manager, 1000, 10))[0] != b"READY=1":
             name = received[0].decode().partition("FDNAME=")[2]
             kept += [(name, socket.socket(fileno=descriptor)) for descriptor in received[1]]
@@ -201,7 +194,7 @@ def test_systemd_keeps_the_sockets_and_gives_them_back(
         time.sleep(0.02)  # they serve until they see it
     with serving(net, net.peer, (PEER4, 7001), patient_echo), net.connect(net.host, (HOST4, 1101)) as waiting:
         waiting.sendall(b"early")
-        again = restarted(net, tmp_path, path, kept)
+        again = restarted(net, directory, path, kept)
         try:
             assert waiting.recv(5) == b"early"
             assert not [line for line in again.lines() if "belongs to no listener" in line["event"] and

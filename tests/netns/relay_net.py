@@ -278,7 +278,8 @@ class Relay:
 
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged."""
-        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+        whole, _, _ = self._log.read_text().rpartition("\n")  # the rest is being written: a write shows page by page
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def log_text(self) -> str:
         """All that it has written."""

@@ -51,6 +51,11 @@ class Pending:
         return self.deadline - _now()
 
     @property
+    def is_overdue(self) -> bool:
+        """Whether its guardian is gone: it would have acted by now."""
+        return self.remaining < -OVERDUE_SECONDS
+
+    @property
     def unit(self) -> str:
         """The systemd unit of its timer."""
         return f"tpctl-rollback-{self.token}"
@@ -227,12 +232,9 @@ def _environment() -> dict[str, str]:
 
 
 def _refusal(pending: Pending) -> str:
-    left = f"awaits confirmation for another {max(pending.remaining, 0):.0f} s"
-    if pending.remaining < -OVERDUE_SECONDS:
-        left = "was neither confirmed nor taken back in time, as its guardian is gone"
     return (
-        f"a change ({pending.command}) {left}: keep it with `tpctl confirm`, take it back with `tpctl rollback`, or "
-        "give --confirm-within to this command too"
+        f"a change ({pending.command}) awaits confirmation for another {max(pending.remaining, 0):.0f} s: keep it with "
+        "`tpctl confirm`, take it back with `tpctl rollback`, or give --confirm-within to this command too"
     )
 
 

@@ -68,6 +68,23 @@ def take_back(token: str | None = None) -> Outcome | None:
         return outcome
 
 
+def take_back_overdue() -> Outcome | None:
+    """Do what the guardian of a change did not do in time, if there is one whose guardian is gone.
+
+    Raises ApplyError when it cannot be done; the change then still awaits its confirmation.
+    """
+    pending = confirm.load()
+    if pending is None or not pending.is_overdue:
+        return None
+    try:
+        return take_back(pending.token)
+    except TpctlError as error:
+        raise ApplyError(
+            f"an earlier {pending.command} was not confirmed in time, and to take it back first failed: {error}. "
+            "Nothing else was done"
+        ) from error
+
+
 def stand_guard(token: str, seconds: float) -> Outcome | None:
     """Wait, then take the change back unless it was confirmed, as often as it takes. For the guardian."""
     if not confirm.wait(token, seconds):

@@ -82,10 +82,10 @@ def report() -> Report:
     problems += [f"the {name} engine's rules are installed as well" for name in holding if name != shown.engine]
     problems += [f"{foreign} are installed" for one in found.values() for foreign in one.foreign]
     pending = confirm.load()
-    if pending and pending.remaining < -confirm.OVERDUE_SECONDS:
+    if pending and pending.is_overdue:
         problems.append(
             f"a change ({pending.command}) was neither confirmed nor taken back in time: its guardian is gone; "
-            "run `tpctl confirm` or `tpctl rollback`"
+            "run `tpctl confirm` or `tpctl rollback`; the next install or apply takes it back, too"
         )
     return Report(record, shown, ports, tuple(problems), running, pending, _next_boot())
 

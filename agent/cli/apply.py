@@ -23,6 +23,7 @@ def command(as_json: bool, confirm_within: float | None) -> None:
     from agent import lifecycle
     from agent.cli import confirming, output
 
+    confirming.end_overdue(confirm_within)
     report = lifecycle.apply(confirm_within=confirm_within)
     if as_json:
         pending = confirming.data(report.pending)

@@ -37,6 +37,23 @@ def confirm_option(function: F) -> F:
     )(function)
 
 
+def end_overdue(within: float | None) -> None:
+    """Take an earlier change back that its guardian should have taken back, and say so on stderr.
+
+    Not before one that has to be confirmed itself: that takes over the way back of the earlier one.
+    """
+    from agent import rollback
+    from agent.cli import output
+
+    if within is None and (outcome := rollback.take_back_overdue()):
+        output.notices(
+            [
+                f"an earlier {outcome.command} was not confirmed in time, and its guardian is gone: it was taken back "
+                f"first; installed then: {outcome.now}"
+            ]
+        )
+
+
 def request(pending: Pending | None) -> list[tuple[str, str]]:
     """The row that asks for a confirmation."""
     if pending is None:

@@ -94,7 +94,7 @@ def _dry_run(resolved: Resolved, *, as_json: bool) -> None:
 
 def _install(config: Config, resolved: Resolved, confirm_within: float | None, *, as_json: bool) -> None:
     from agent import lifecycle
-    from agent.cli import output
+    from agent.cli import confirming, output
     from agent.host.privilege import require_root
     from agent.status import firewall_problems, port_problems
 
@@ -106,6 +106,7 @@ def _install(config: Config, resolved: Resolved, confirm_within: float | None, *
             f"{option.key} is {getattr(config, option.name)!s}, by {config.origins[option.name]}"
             for option in _given(config)
         )
+    confirming.end_overdue(confirm_within)
     report = lifecycle.install(resolved.policy, resolved.options, confirm_within=confirm_within)
     problems = (*port_problems(report.policy), *firewall_problems(report.policy, report.engine))
     warnings = [f"warning: {problem}" for problem in problems]

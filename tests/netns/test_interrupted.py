@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent import confirm, loopback, state
-from agent.policy import Policy
+from agent.policy import Policy, PortRange
 from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST, Layout
 from tests.netns.lab import PROXY, PROXY_USER, run, snapshot, tpctl
@@ -98,12 +98,55 @@ def test_a_way_back_whose_record_stays_says_that_it_was_gone(lab: Lab) -> None:
         assert confirm.load() is None
 
 
-def test_a_refusal_says_when_the_guardian_is_gone(lab: Lab) -> None:
+def made_overdue(seconds: float) -> None:
+    """The pending change, as if its time had been up so long, with nobody there to take it back."""
+    document = json.loads(confirm.path().read_text())
+    confirm.path().write_text(json.dumps({**document, "deadline": document["deadline"] - 600 - seconds}))
+
+
+def test_what_nobody_took_back_in_time_is_taken_back_by_the_next_install(lab: Lab) -> None:
+    with lab.inside(HOST):
+        before = snapshot(counters=False)
+        tpctl(*INSTALL, *LONG)
+        made_overdue(1)
+        assert "awaits confirmation" in refused(*OTHER), "a guardian may be on its way"
+        made_overdue(600)
+        assert "installed then: nothing" in tpctl(*OTHER).stderr
+        record = state.load()
+        assert record
+        assert PortRange(80) in record.policy.inbound.exclude_ports
+        assert confirm.load() is None
+        tpctl("uninstall")
+        assert snapshot(counters=False) == before
+
+
+def test_what_nobody_took_back_in_time_is_taken_back_by_the_next_apply(lab: Lab) -> None:
+    with lab.inside(HOST):
+        tpctl(*INSTALL)
+        record, before = state.path().read_text(), snapshot(counters=False)
+        tpctl(*OTHER, *LONG)
+        made_overdue(600)
+        done = tpctl("apply")
+        assert "an earlier install was not confirmed in time" in done.stderr
+        assert "nothing was changed" in done.stdout
+        assert (state.path().read_text(), snapshot(counters=False)) == (record, before)
+        tpctl("uninstall")
+
+
+def test_what_nobody_took_back_in_time_and_cannot_be(lab: Lab) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *LONG)
-        document = json.loads(confirm.path().read_text())
-        confirm.path().write_text(json.dumps({**document, "deadline": document["deadline"] - 700}))
-        assert "neither confirmed nor taken back in time" in refused(*OTHER)
+        made_overdue(600)
+        run(["mount", "--bind", str(confirm.path()), str(confirm.path())])
+        try:
+            done = tpctl(*OTHER, check=False)
+        finally:
+            run(["umount", str(confirm.path())])
+        assert done.returncode == 1
+        assert "an earlier install was not confirmed in time, and to take it back first failed" in done.stderr
+        assert "Nothing else was done" in done.stderr
+        assert "installed then: nothing" in tpctl(*OTHER).stderr
+        tpctl("uninstall")
 
 
 def test_status_leaves_alone_what_another_tpctl_is_about_to_need(lab: Lab) -> None:

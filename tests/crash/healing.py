@@ -13,6 +13,7 @@ INSTALL, UNINSTALL = "install", "uninstall"
 ANEW = "install within, confirm"
 CONFIRM = "confirm, install"
 WAIT = "wait until the time is up"
+LATE = "install when the time has been up for long"
 _GUARDIAN_ENDS_SECONDS = 20.0
 """It looks every second; the rest is for a busy machine."""
 _TIME_IS_UP_SECONDS = 60.0
@@ -21,13 +22,13 @@ _TIME_IS_UP_SECONDS = 60.0
 def ways_to_heal(command: str, how: str) -> tuple[str, ...]:
     """What may come after a command that was interfered with.
 
-    A guardian that was killed too takes nothing back; of a call that hangs nobody knows whether it or the guardian
-    comes first.
+    A guardian that was killed too takes nothing back in time, so the next install has to; of a call that hangs nobody
+    knows whether it or the guardian comes first.
     """
     if command not in AWAITED:
         return INSTALL, UNINSTALL
     always = (INSTALL, ANEW, CONFIRM, UNINSTALL)
-    return always if how in (KILL_ALL, HANG) else (*always, WAIT)
+    return always if how == HANG else (*always, LATE if how == KILL_ALL else WAIT)
 
 
 def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
@@ -38,7 +39,7 @@ def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
     if healing == WAIT:
         yield from _taken_back(scene, command)
     elif healing != UNINSTALL:
-        yield from _installed(scene, command, name, LONG if healing == ANEW else ())
+        yield from _installed(scene, command, name, healing)
     done = scene.host("uninstall")
     if done.exit != 0:
         yield f"the next uninstall fails: {done}"
@@ -51,11 +52,14 @@ def healed(scene: Scene, command: str, healing: str) -> Iterator[str]:
         scene.mend(held)
 
 
-def _installed(scene: Scene, command: str, name: str, within: tuple[str, ...]) -> Iterator[str]:
+def _installed(scene: Scene, command: str, name: str, healing: str) -> Iterator[str]:
+    within = LONG if healing == ANEW else ()
+    if healing == LATE:
+        scene.let_time_pass()
     if within:
         time.sleep(1.0)  # a record knows its second, and of two that are equal the way back is taken to be gone already
     done = scene.host(*scene.argv(name), *within)
-    if command in AWAITED and not within and _is_refused(done):
+    if command in AWAITED and healing not in (ANEW, LATE) and _is_refused(done):
         yield from _rolled_back(scene, command)
         done = scene.host(*scene.argv(name))
     if done.exit == 0 and scene.is_pending():  # it may have changed nothing; then the other one goes on waiting

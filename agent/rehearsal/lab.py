@@ -25,6 +25,10 @@ from agent.rehearsal.topology import build
 
 NEGATIVE_SECONDS = 0.2
 """How long silence is waited for; within one machine an answer takes less than a millisecond."""
+PATIENCE_SECONDS = 10.0
+"""How long an answer is waited for that should come: on a busy machine nobody may get to it for long."""
+_LAST_LOOKS = 100
+"""How often it is looked, at most, for what had come before the time was up."""
 _FIRST_SOURCE_PORT = 20000
 _LAST_SOURCE_PORT = 60000
 _SOURCE_PORT_TRIES = 5
@@ -118,7 +122,7 @@ class Lab:
         node, port = seat(self.layout, connection)
         self.listen(node, protocol, port)
 
-    def dial(self, connection: Connection, *, timeout: float = NEGATIVE_SECONDS, relayed: bool = False) -> Answer:
+    def dial(self, connection: Connection, *, timeout: float = PATIENCE_SECONDS, relayed: bool = False) -> Answer:
         """Open the connection for real and say who answered. `timeout` is in seconds.
 
         With `relayed` a real data plane may stand in between, and the answer of whoever it calls counts.
@@ -195,7 +199,6 @@ class _Dial:
 
     def run(self, timeout: float) -> Answer:
         """The answer, or a timeout."""
-        deadline = time.monotonic() + timeout
         events = selectors.EVENT_WRITE
         if self.protocol is Protocol.UDP:
             try:
@@ -205,14 +208,25 @@ class _Dial:
             events = selectors.EVENT_READ
         self.selector.register(self.dialler, events, None)
         try:
-            while self.result is None and (left := deadline - time.monotonic()) > 0:
-                for key, _ in self.selector.select(left):
-                    self._ready(key.data)
+            self._turn(time.monotonic() + timeout)
         finally:
             self.selector.unregister(self.dialler)
             for connection in self.accepted:
                 connection.close()
         return self.result or Answer("timeout")
+
+    def _turn(self, deadline: float) -> None:
+        """Handle what comes until then, and what had come by then: this process itself may have had to wait."""
+        last_looks = 0
+        while self.result is None and last_looks < _LAST_LOOKS:
+            left = deadline - time.monotonic()
+            ready = self.selector.select(max(left, 0))
+            for key, _ in ready:
+                self._ready(key.data)
+            if left <= 0:
+                if not ready:
+                    return
+                last_looks += 1
 
     def _ready(self, listener: Listener | None) -> None:
         if listener is None:

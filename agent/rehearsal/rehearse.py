@@ -12,7 +12,7 @@ from agent.engine_options import EngineOptions
 from agent.engines.base import Engine
 from agent.policy import Family, Policy, Protocol, Redirection
 from agent.rehearsal.cgroup import OwnGroups, own_groups, own_place
-from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
+from agent.rehearsal.lab import NEGATIVE_SECONDS, PATIENCE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, Layout, seat, stage
 from agent.rehearsal.namespaces import has_ipv6
 from agent.rehearsal.probes import Probe, probes
@@ -94,15 +94,20 @@ def _rehearsed(policy: Policy, load: Callable[[], Engine[Any]], groups: OwnGroup
     return Rehearsal(staging.policy, engine.name, engine.variant, results, (*staging.notes, *notices))
 
 
-def attempt(
-    lab: Lab, policy: Policy, wanted: Iterable[Probe], *, timeout: float = NEGATIVE_SECONDS
-) -> Iterator[Result]:
-    """Try each probe in turn, waiting at most `timeout` seconds for each."""
+def attempt(lab: Lab, policy: Policy, wanted: Iterable[Probe], *, timeout: float | None = None) -> Iterator[Result]:
+    """Try each probe in turn, waiting at most `timeout` seconds for each.
+
+    Left out, answers that should come are waited for patiently until one did not, and silence is soon believed.
+    """
+    patience = PATIENCE_SECONDS if timeout is None else timeout
+    silence = NEGATIVE_SECONDS if timeout is None else timeout
     for probe in wanted:
         verdict = decide(policy, probe.connection)
         expected = expectation(lab.layout, verdict, probe.connection)
         lab.serve(probe.connection)
-        answer = lab.dial(probe.connection, timeout=timeout)
+        answer = lab.dial(probe.connection, timeout=patience if expected else silence)
+        if expected and answer.outcome == "timeout":
+            patience = silence
         yield Result(probe, verdict, expected, answer, _is_destination_kept(verdict, probe.connection, answer))
 
 

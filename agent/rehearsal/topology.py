@@ -35,7 +35,7 @@ _LINK_LOCAL = "fe80::/64"
 _IF_INET6 = Path("/proc/thread-self/net/if_inet6")
 _IFA_F_TENTATIVE = 0x40
 """include/uapi/linux/if_addr.h"""
-_SETTLE_SECONDS = 2.0
+_SETTLE_SECONDS = 10.0
 
 _SYSCTLS = {
     # Addresses are usable at once, without a second of duplicate address detection.
@@ -67,6 +67,7 @@ class _Node:
             write_sysctls(_SYSCTLS)
             self.netlink: Any = IPRoute()
         self.netlink.link("set", index=1, state="up")
+        self.cabled: list[str] = []
 
     def index(self, name: str) -> int:
         return int(self.netlink.link_lookup(ifname=name)[0])
@@ -90,6 +91,16 @@ class _Node:
 
     def via(self, network: Network, gateway_address: object) -> None:
         self.netlink.route("add", dst=str(network), gateway=str(gateway_address), table=_LOCAL_TABLE)
+
+    def has_settled(self) -> bool:
+        """Whether packets pass its links, and every IPv6 address of it may be used.
+
+        A link with its other end up drops packets until linkwatch, which sets its operational state, has got to it.
+        """
+        states = [self.netlink.get_links(self.index(name))[0].get_attr("IFLA_OPERSTATE") for name in self.cabled]
+        with self.namespace.inside():
+            addresses = _IF_INET6.read_text() if _IF_INET6.exists() else ""
+        return all(state == "UP" for state in states) and not _tentative(addresses)
 
 
 def build(layout: Layout, host: Namespace | None = None) -> dict[str, Namespace]:
@@ -118,12 +129,11 @@ def build(layout: Layout, host: Namespace | None = None) -> dict[str, Namespace]
 
 
 def _settle(nodes: Iterable[_Node]) -> None:
-    """Wait until every IPv6 address may be used: the kernel gets to that in its own time when it is busy."""
+    """Wait until links and addresses are in use: the kernel gets to that in its own time when it is busy."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     for node in nodes:
-        with node.namespace.inside():
-            while _tentative(_IF_INET6.read_text() if _IF_INET6.exists() else "") and time.monotonic() < deadline:
-                time.sleep(0.002)
+        while not node.has_settled() and time.monotonic() < deadline:
+            time.sleep(0.002)
 
 
 def _tentative(listing: str) -> bool:
@@ -159,6 +169,8 @@ def _cable(near: _Node, near_name: str, far: _Node, far_name: str) -> None:
     near.netlink.link("add", ifname=near_name, kind="veth", peer={"ifname": far_name, "net_ns_fd": far.namespace.fd})
     near.up(near_name)
     far.up(far_name)
+    near.cabled.append(near_name)
+    far.cabled.append(far_name)
 
 
 def _connect_container(layout: Layout, nodes: dict[str, _Node], bridge: Bridge) -> None:

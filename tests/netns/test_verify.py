@@ -20,7 +20,7 @@ from agent.engine_options import EngineOptions
 from agent.errors import HostError
 from agent.policy import Dns, DnsCapture, Family, NameServer, Policy, PortRange, Protocol, VirtualNetwork
 from agent.rehearsal import rehearse as rehearsing
-from agent.rehearsal.lab import Lab
+from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout, stage
 from agent.rehearsal.namespaces import Namespace
 from tests.netns.lab import (
@@ -244,7 +244,7 @@ def test_silence_is_a_timeout() -> None:
         connection = lab.layout.arriving(ip_address("192.0.2.1"), HOST_ADDRESS[Family.IPV4], "tcp", 8080)
         lab.serve(connection)
         started = time.monotonic()
-        assert lab.dial(connection).outcome == "timeout"
+        assert lab.dial(connection, timeout=NEGATIVE_SECONDS).outcome == "timeout"
         assert time.monotonic() - started < 20
 
 

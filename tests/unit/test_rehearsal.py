@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import select
+import selectors
+import socket
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -28,8 +32,11 @@ from agent.policy import (
 from agent.policy import Protocol as Transport
 from agent.rehearsal.cgroup import OwnGroups
 from agent.rehearsal.choices import application_uid
+from agent.rehearsal.lab import NEGATIVE_SECONDS, PATIENCE_SECONDS, Lab, _Dial
 from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER, Layout, stage
 from agent.rehearsal.probes import probes
+from agent.rehearsal.rehearse import attempt
+from agent.rehearsal.sockets import Answer, Seat
 
 PROXY = 5678
 
@@ -169,3 +176,34 @@ def test_only_cgroups_of_the_rehearsal_are_entered(tmp_path: Path, monkeypatch: 
     for path in ("", "system.slice", "home2"):
         with pytest.raises(HostError, match="none of this rehearsal"), groups.inside(path):
             pytest.fail("entered")
+
+
+def test_an_answer_that_had_come_when_the_time_was_up_counts() -> None:
+    """On a busy machine the one who waits for it may be the one who is late."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as dialler,
+        listener.accept()[0] as far,
+        selectors.DefaultSelector() as selector,
+    ):
+        far.sendall(b"host:8080")
+        select.select([dialler], [], [])
+        dial = _Dial(selector, dialler, Transport.TCP, relayed=False)
+        dial.seen = Answer("answered", Seat(HOST, 8080))
+        selector.register(dialler, selectors.EVENT_READ, None)
+        dial._turn(deadline=0.0)
+        assert dial.result == dial.seen
+
+
+def test_a_kernel_that_is_silent_where_it_should_answer_is_waited_for_patiently_once() -> None:
+    layout, waited = Layout(), []
+    lab = mock.create_autospec(Lab, instance=True, layout=layout)
+
+    def dial(_connection: object, *, timeout: float) -> Answer:
+        waited.append(timeout)
+        return Answer("timeout")
+
+    lab.dial.side_effect = dial
+    wanted = probes(Policy(PROXY), layout)[:4]
+    assert not any(result.ok for result in attempt(lab, Policy(PROXY), wanted))
+    assert waited == [PATIENCE_SECONDS, NEGATIVE_SECONDS, NEGATIVE_SECONDS, NEGATIVE_SECONDS]

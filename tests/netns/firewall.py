@@ -14,17 +14,17 @@ from pathlib import Path
 from agent.rehearsal.namespaces import Namespace
 from tests.netns.lab import ROOT_DIRECTORY
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 DAEMONS = """
 mount --make-rprivate /
 mount -t tmpfs none /run
 mkdir /run/dbus
 mount --bind "$1" /etc/firewalld
 dbus-daemon --system --nofork --nopidfile > "$1/bus.log" 2>&1 & echo $! > "$1/pids"
-for i in $(seq 100); do test -S /run/dbus/system_bus_socket && break; sleep 0.05; done
+for i in $(seq 1200); do test -S /run/dbus/system_bus_socket && break; sleep 0.05; done
 firewalld --nofork --nopid --log-target console > "$1/log" 2>&1 & echo $! >> "$1/pids"
 echo ready
-exec sleep 1000
+exec sleep infinity
 """
 
 
@@ -96,7 +96,8 @@ def firewall(configuration: Path, backend: str, space: Namespace) -> Iterator[Fi
         made.wait()
         yield made
     finally:
-        for pid in (configuration / "pids").read_text().split():
+        pids = configuration / "pids"
+        for pid in pids.read_text().split() if pids.exists() else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         holder.kill()

@@ -228,6 +228,9 @@ def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> 
     from agent.relay.flags import Flags
 
     if config is None:
+        for role in ("inbound", "outbound"):
+            if {f"{role}_port", f"{role}_listen"} <= given:
+                raise InputError(f"--{role}-port: is not possible beside --{role}-listen, which names the port")
         return Flags.of(options).settings()
     out_of_place = sorted(name for name in given if name not in _ANY_CASE)
     if out_of_place:

@@ -84,3 +84,13 @@ def test_a_user_that_does_not_exist_is_named_with_where_it_stands(tmp_path: Path
         assert isinstance(result.exception, InputError)
         (said,) = result.exception.problems
         assert said.startswith(f"{place}there is no user 'n"), said
+
+
+@pytest.mark.parametrize("role", ["inbound", "outbound"])
+def test_a_port_beside_an_address_that_names_one(role: str) -> None:
+    arguments = [f"--{role}-listen", "*:1506", "--check-config"]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    result = CliRunner().invoke(command, [*arguments, f"--{role}-port", "1507"])
+    assert isinstance(result.exception, InputError)
+    (said,) = result.exception.problems
+    assert said == f"--{role}-port: is not possible beside --{role}-listen, which names the port"

@@ -12,8 +12,8 @@ import pytest
 from agent import state
 from tests.netns.lab import TOUCHED
 
-# How long an example takes says more about what else the machine does than about the code.
-hypothesis.settings.register_profile("tpctl", deadline=None)
+# How long an example takes, or its generation, says more about what else the machine does than about the code.
+hypothesis.settings.register_profile("tpctl", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tpctl")
 
 # Root takes configurations only from files that nobody else may change, and tests write many.

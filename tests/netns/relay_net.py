@@ -34,16 +34,25 @@ HOST = {socket.AF_INET: HOST4, socket.AF_INET6: HOST6}
 LIBC = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
 Service = Callable[[socket.socket, Any], None]
-TIMEOUT = 10.0
+TIMEOUT = 30.0
+"""For each answer, on a busy machine."""
 PATIENCE = 60.0
 """For what a relay does by itself: to begin, with the kernel's program compiled first, takes long on a busy machine."""
 
 
 def run(*argv: str, stdin: str | None = None) -> str:
     """Run a command that must succeed; its output."""
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{argv}: {done.stderr}{done.stdout}"
     return done.stdout
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something that must come true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 def rules(family: int) -> str:
@@ -87,13 +96,19 @@ class Net:
         for name in (self.host, self.peer):
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
-            # Duplicate address detection keeps a new IPv6 address from being bound for a second or two.
-            run("nsenter", f"--net=/run/netns/{name}", "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0")
+            # Duplicate address detection keeps a new IPv6 address from being bound for a second or two. And of errors,
+            # the kernel sends one a second to a host: who waits for the second one would wait in vain.
+            run("nsenter", f"--net=/run/netns/{name}", "sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0",
+                "net.ipv4.icmp_ratemask=0", "net.ipv6.icmp.ratelimit=0")  # fmt: skip
         run("ip", "-n", self.host, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", self.peer)
         for name, v4, v6 in ((self.host, HOST4, HOST6), (self.peer, PEER4, PEER6)):
             run("ip", "-n", name, "link", "set", "eth0", "up")
             run("ip", "-n", name, "addr", "add", f"{v4}/24", "dev", "eth0")
             run("ip", "-n", name, "-6", "addr", "add", f"{v6}/64", "dev", "eth0")
+        # The kernel learns later that there is somebody at the other end: until then packets are lost, and routes shown
+        # as those of a dead link.
+        for name in (self.host, self.peer):
+            until(lambda: " state UP " in run("ip", "-n", name, "link", "show", "eth0"))  # noqa: B023 - asked at once
         if passthrough6:
             run("ip", "-n", self.host, "-6", "addr", "add", "::6/128", "dev", "lo")
         if redirect:
@@ -111,7 +126,7 @@ class Net:
     def remove(self) -> None:
         """Remove them."""
         for name in (self.host, self.peer):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=120, check=False)
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
@@ -165,6 +180,14 @@ def process_status(pid: int) -> dict[str, str]:
     """What the kernel says of a process; proc_pid_status(5)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that has, and that nobody has waited for, is still listed."""
+    try:
+        return process_status(pid)["State"][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Server:
@@ -289,22 +312,41 @@ class Relay:
         """The first log line that begins with `event` and has these fields."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
+            has_ended = self.process.poll() is not None  # asked first: it may say something and end
             for line in self.lines():
                 if str(line["event"]).startswith(event) and fields.items() <= line.items():
                     return line
-            if self.process.poll() is not None:
+            if has_ended:
                 break
             time.sleep(0.02)
         raise AssertionError(f"no log line {event!r} in: {self._log.read_text()}")
+
+    def workers(self) -> list[int]:
+        """Its children."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def is_at_rest(self) -> bool:
+        """Whether its workers have taken what their supervisor has sent them, and wait, but for those that hang."""
+        states = [process_status(pid)["State"][0] for pid in self.workers()]
+        hanging = states.count("T")
+        channels = [line.split() for line in self._net.on_host("ss", "-Hxa").splitlines() if line.startswith("u_seq")]
+        unread = [words for words in channels if words[2] != "0"]
+        return len(unread) <= hanging and states.count("S") + hanging == len(states)
+
+    def exit_code(self) -> int:
+        """Of one that ends by itself."""
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+            self.process.wait()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Tell it to end; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        try:
-            return self.process.wait(PATIENCE)
-        finally:
-            self.process.kill()
+        return self.exit_code()
 
 
 @contextlib.contextmanager

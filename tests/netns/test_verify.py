@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import state
 from agent.decide import Action
 from agent.engine_options import EngineOptions
 from agent.errors import HostError
@@ -36,7 +38,8 @@ from tests.netns.lab import (
 )
 
 pytestmark = pytest.mark.root
-SECONDS = 30.0
+SECONDS = 120.0
+"""What takes so long waits for something; on an idle machine it is a second or two."""
 THIS_NAMESPACE = Path("/proc/thread-self/ns/net")
 
 
@@ -167,30 +170,37 @@ def test_the_kernel_removes_everything_after_a_kill() -> None:
     """The namespaces are held by file descriptors of the process alone."""
     script = (
         "import os, signal\n"
+        "from agent import state\n"
         "from agent.rehearsal.lab import Lab\n"
         "from agent.rehearsal.layout import HOST, Layout\n"
         "lab = Lab(Layout())\n"
         "with lab.inside(HOST):\n"
-        "    print(os.stat('/proc/thread-self/ns/net').st_ino, flush=True)\n"
+        "    print(state.namespace_key(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    named = sorted(Path("/run/netns").glob("*")) if Path("/run/netns").exists() else []
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT_DIRECTORY)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    inode = done.stdout.strip()
-    assert inode
-    assert f"net:[{inode}]" not in _namespaces_of_processes()
-    assert (sorted(Path("/run/netns").glob("*")) if Path("/run/netns").exists() else []) == named
+    key = done.stdout.strip()
+    assert key.startswith("netns-")
+    assert key not in _held_namespaces()
 
 
-def _namespaces_of_processes() -> set[str]:
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/ns/net"):
-        try:
-            found.add(str(path.readlink()))
-        except OSError:
-            continue
-    return found
+def _held_namespaces() -> set[str]:
+    """Those that have a process or a name, as `state.namespace_key` calls them: inode numbers are given again."""
+    found = {}
+    for path in (*Path("/proc").glob("[0-9]*/ns/net"), *Path("/run/netns").glob("*")):
+        with contextlib.suppress(OSError, HostError), path.open("rb") as namespace:
+            inode = os.fstat(namespace.fileno()).st_ino
+            if inode not in found:
+                found[inode] = _key_of(namespace.fileno())
+    return set(found.values())
+
+
+def _key_of(namespace: int) -> str:
+    space = Namespace.__new__(Namespace)
+    space.fd = namespace
+    with space.inside():
+        return state.namespace_key()
 
 
 def test_the_process_comes_back_after_an_error() -> None:
@@ -245,7 +255,7 @@ def test_silence_is_a_timeout() -> None:
         lab.serve(connection)
         started = time.monotonic()
         assert lab.dial(connection, timeout=NEGATIVE_SECONDS).outcome == "timeout"
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < SECONDS
 
 
 @pytest.mark.parametrize(

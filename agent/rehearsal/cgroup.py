@@ -33,7 +33,7 @@ BELOW = "worker"
 """A group below that of the service."""
 _numbers = itertools.count()
 _MNT_DETACH = 2
-_REMOVE_SECONDS = 1.0
+_REMOVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)

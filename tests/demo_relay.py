@@ -15,8 +15,9 @@ from agent.rehearsal.lab import Lab
 from agent.rehearsal.layout import HOST
 from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
 
-RELAY_SECONDS = 10.0
-DIAL_SECONDS = 2.0
+RELAY_SECONDS = 60.0
+"""It compiles a program for the kernel first, which takes long on a busy machine."""
+DIAL_SECONDS = 10.0
 
 
 class Relay:
@@ -59,7 +60,7 @@ class Relay:
         """End it, as systemd would."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(5)
+            self.process.wait(RELAY_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

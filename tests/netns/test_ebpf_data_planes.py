@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ AWAY_SECONDS = 0.05
 @contextlib.contextmanager
 def network(policy: Policy = POLICY) -> Iterator[Net]:
     """Two hosts, ours behind the engine; this process and what it starts are in the engine's cgroup."""
-    made = Net()
+    made, before = Net(), set(threading.enumerate())
     with own_place() as place:
         try:
             made.create(redirect=False)
@@ -44,6 +45,8 @@ def network(policy: Policy = POLICY) -> Iterator[Net]:
                 engine.remove()
         finally:
             made.remove()
+            for thread in set(threading.enumerate()) - before:
+                thread.join()  # see `own_mounts`: no thread that was started in them may outlive them
 
 
 @pytest.fixture(scope="module", params=["envoy", "relay"])
@@ -104,17 +107,16 @@ def test_bulk_streams_and_half_close(net: Net, family: socket.AddressFamily, dir
     assert answer == hashlib.sha256(sent).digest() + sent
 
 
-def _envoys(net: Net) -> list[int]:
-    """The processes that listen in our host's namespace."""
-    found = net.on_host("ss", "-Hltnp", "( sport = :15006 or sport = :15001 )")
-    return sorted({int(part.split(",")[0]) for part in found.split("pid=")[1:]})
+def _listeners(net: Net) -> str:
+    """The data plane's listening sockets in our host's namespace, with the processes that have them."""
+    return net.on_host("ss", "-Hltnp", "( sport = :15006 or sport = :15001 )")
 
 
 def _kill_envoys(net: Net) -> None:
-    """Kill them, and wait until they are dead: on a busy machine the kernel takes its time."""
-    for process in _envoys(net):
+    """Kill them, and wait until their sockets are closed, which the kernel does some time after it took them away."""
+    for process in {int(part.split(",")[0]) for part in _listeners(net).split("pid=")[1:]}:
         os.kill(process, signal.SIGKILL)
-    while _envoys(net):
+    while _listeners(net):
         time.sleep(0.01)
 
 

@@ -37,7 +37,7 @@ QUERIES = CONNECTIONS // 10
 CLIENTS = 2
 CHECKED = 8
 """Of so many connections one is held open until the data plane has said where it was going."""
-SETTLE_SECONDS = 10.0
+SETTLE_SECONDS = 60.0
 PORTS = range(2000, 60000)
 MEMORY = "core/optmem_max"
 """What a socket may hold besides its buffers, in bytes; each namespace has its own since Linux 6.8."""

@@ -33,7 +33,7 @@ class Room:
     ) -> subprocess.CompletedProcess[str]:
         """As root; with just this environment if one is given."""
         words = ["/usr/bin/nsenter", f"--target={self.holder}", "--mount", "--net", f"--wd={folder}", *argv]
-        return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=120)
+        return subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=300)
 
     def tpctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The real command."""

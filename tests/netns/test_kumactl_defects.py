@@ -436,7 +436,7 @@ def test_22_a_held_lock_is_reported_within_the_time_allowed(lab: Lab) -> None:
         assert snapshot(counters=False) == before
     assert failed.returncode == 1
     assert "/run/xtables.lock" in failed.stderr
-    assert took < 5
+    assert took < 30, "with its defaults it would be 33 s"
 
 
 def test_23_uninstall_leaves_resolv_conf_alone(lab: Lab) -> None:

@@ -24,6 +24,7 @@ from tests.netns.lab import PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot, tp
 
 pytestmark = pytest.mark.root
 
+PATIENCE_SECONDS = 60.0
 INSTALL = ("install", "--kuma-dp-user", PROXY_USER)
 ENGINES = {
     "nftables": ("--engine", "nftables"),
@@ -202,11 +203,11 @@ def test_a_lost_terminal_does_not_stop_an_install_half_way(lab: Lab, tmp_path: P
         process = subprocess.Popen(
             [*argv, "--iptables-executables", tools], cwd=ROOT_DIRECTORY, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not began.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(lost)
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE_SECONDS)
         found = status()
         assert (found["phase"], found["drift"]) == ("installed", [])
         tpctl("uninstall")

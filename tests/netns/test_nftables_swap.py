@@ -115,7 +115,7 @@ def serve(name: bytes, port: int) -> Callable[[Pipe], Counter[str]]:
 def dial(family: socket.AddressFamily) -> socket.socket:
     """A connection to a remote host that answered nothing yet."""
     made = socket.socket(family, socket.SOCK_STREAM)
-    made.settimeout(5)
+    made.settimeout(60)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
     made.connect((REMOTES[family], PORT))
     return made

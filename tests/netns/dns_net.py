@@ -76,8 +76,10 @@ class NameServer:
 
     def close(self, net: Net) -> None:
         with net.datagram(net.peer, self.sock.family) as waker:
-            waker.sendto(b"end", self.sock.getsockname())
-        self.thread.join(relay_net.TIMEOUT)  # until then the socket keeps its port
+            end = time.monotonic() + relay_net.TIMEOUT
+            while self.thread.is_alive() and time.monotonic() < end:
+                waker.sendto(b"end", self.sock.getsockname())  # once more where its buffer was full
+                self.thread.join(0.5)  # until then the socket keeps its port
         self.sock.close()
 
 
@@ -107,19 +109,20 @@ def dnsmasq(net: Net, *options: str, address: str = PEER4) -> Iterator[None]:
         "--no-resolv", "--no-hosts", "--bind-interfaces", f"--listen-address={address}", "--user=root", "--pid-file",
         "--local=/test/", "--edns-packet-max=4096", *options,
     ]  # fmt: skip
+
+    def listens() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(OSError), net.connect(net.peer, (address, 53)):
+            return True
+        return False
+
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + relay_net.TIMEOUT
-        while True:
-            with contextlib.suppress(OSError), net.connect(net.peer, (address, 53)):
-                break
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        relay_net.until(listens)
         yield
     finally:
         process.terminate()
-        process.wait(relay_net.TIMEOUT)
+        process.wait(relay_net.PATIENCE)
 
 
 def readable(directory: Path, name: str, text: str) -> Path:
@@ -143,15 +146,22 @@ def relay_for(
         path.unlink()
 
 
-def ask(net: Net, server: str, identifier: int = 0x1234, message: bytes | None = None) -> bytes:
+def ask(net: Net, server: str, identifier: int = 0x1234, *, patience: float = relay_net.TIMEOUT) -> bytes:
     """Ask a name server from our host; the socket is connected, so only an answer from the address asked is seen."""
     family = socket.AF_INET6 if ":" in server else socket.AF_INET
     with net.datagram(net.host, family) as client:
+        client.settimeout(patience)
         client.connect((server, 53))
-        client.send(message or query(identifier))
+        client.send(query(identifier))
         return client.recv(65535)
+
+
+def drained(net: Net, name: str, port: int) -> bool:
+    """Whether every query that has come to a port was read: the kernel drops those for which there is no room."""
+    rows = relay_net.run("nsenter", f"--net=/run/netns/{name}", "ss", "-Hanu", f"sport = :{port}").splitlines()
+    return all(row.split()[1] == "0" for row in rows)
 
 
 def dig(net: Net, *arguments: str, server: str = PEER4) -> str:
     """What dig says on our host."""
-    return net.on_host("dig", "+nocookie", "+tries=1", "+time=9", f"@{server}", *arguments)
+    return net.on_host("dig", "+nocookie", "+tries=1", "+time=20", f"@{server}", *arguments)

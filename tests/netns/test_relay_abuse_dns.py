@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,17 @@ import pytest
 
 from agent.relay import routes
 from tests.netns import relay_net, syn_flood
-from tests.netns.dns_net import QUESTION, answer_to, framed, name_server, query, read_framed, readable, relay_for
+from tests.netns.dns_net import (
+    QUESTION,
+    answer_to,
+    drained,
+    framed,
+    name_server,
+    query,
+    read_framed,
+    readable,
+    relay_for,
+)
 from tests.netns.relay_net import HOST, HOST4, PEER4, PEER6, Net
 from tests.netns.test_relay_listeners import configured
 
@@ -41,8 +50,14 @@ def zone(tmp_path: Path) -> Iterator[Path]:
 
 def asked(net: Net, source: str | None, family: socket.AddressFamily, question: bytes = QUESTION) -> bool:
     """Whether there is an answer over UDP."""
+    return is_answered(net, source, family, question, relay_net.TIMEOUT if source is None else 0.7)
+
+
+def is_answered(
+    net: Net, source: str | None, family: socket.AddressFamily, question: bytes, patience: float = relay_net.TIMEOUT
+) -> bool:
     with net.datagram(net.peer, family, (source, 0) if source else None) as client:
-        client.settimeout(5.0 if source is None else 0.7)
+        client.settimeout(patience)
         client.connect((HOST[family], 15053))
         client.send(query(7, question))
         try:
@@ -84,7 +99,7 @@ dns: {{zone_file: {zone}}}
 listeners: [{{listen: "[::]:15053 ipv6only=off", direction: dns, access: {{allow: [198.18.0.0/15]}}}}]
 """
     with configured(net, tmp_path, text):
-        assert asked(net, FAR[socket.AF_INET], socket.AF_INET, LOCAL)
+        assert is_answered(net, FAR[socket.AF_INET], socket.AF_INET, LOCAL)
         assert not asked(net, FAR[socket.AF_INET6], socket.AF_INET6, LOCAL)
 
 
@@ -115,7 +130,7 @@ def test_nobody_is_flooded_in_whose_name_is_asked(net: Net, tmp_path: Path, zone
         before = sent(net)
         spoofed(net, 5000)
         running.wait_for("refused: DNS for a network this host is not attached to")
-        time.sleep(0.5)
+        relay_net.until(lambda: drained(net, net.host, 15053))
         assert asked(net, None, socket.AF_INET, LOCAL)
         assert sent(net) - before < 10
 

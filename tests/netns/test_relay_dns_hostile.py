@@ -15,7 +15,7 @@ import dns.message
 import pytest
 
 from tests.netns import dns_net, relay_net
-from tests.netns.dns_net import answer_to, ask, dig, framed, name_server, query, readable, relay_for
+from tests.netns.dns_net import answer_to, ask, dig, drained, framed, name_server, query, readable, relay_for
 from tests.netns.relay_net import HOST4, PEER4, Net, Relay
 
 pytestmark = pytest.mark.root
@@ -92,8 +92,9 @@ def descriptors(relay: Relay) -> int:
 
 
 def is_well(net: Net, relay: Relay) -> None:
-    """The relay answers, its own and others' names, over both transports."""
+    """The relay answers, its own and others' names, over both transports, once it has read all that was sent to it."""
     assert relay.process.poll() is None
+    relay_net.until(lambda: drained(net, net.host, RELAY[1]) and drained(net, net.peer, 53))
     with net.datagram(net.host, socket.AF_INET) as client:
         client.connect(RELAY)
         client.send(query(0x1234))
@@ -105,10 +106,7 @@ def is_well(net: Net, relay: Relay) -> None:
 
 def settled(relay: Relay, before: int) -> None:
     """All descriptors are given back within the time a silent server is waited for."""
-    end = time.monotonic() + relay_net.TIMEOUT
-    while descriptors(relay) > before:
-        assert time.monotonic() < end, f"{descriptors(relay)} descriptors, {before} before"
-        time.sleep(0.1)
+    relay_net.until(lambda: descriptors(relay) <= before)
 
 
 def blast(net: Net, relay: Relay, draw: random.Random, count: int) -> None:

@@ -305,6 +305,7 @@ def test_invalid_packets_are_dropped(lab: Lab, variant: str) -> None:
     for flags, passed_so_far in (((), 1), (("--drop-invalid-packets",), 1)):
         with installed(lab, "--engine", "iptables", "--iptables-mode", variant, *flags):
             _send_stray_reset(lab, 4711)
+            assert lab.dial(arrive(Family.IPV4, 8080)).outcome == "refused", "what was sent before has arrived, too"
             with lab.inside(HOST):
                 shown = run([f"iptables-{variant}-save", "-c", "-t", "mangle"]).stdout
         (line,) = [line for line in shown.splitlines() if "-A INPUT" in line]

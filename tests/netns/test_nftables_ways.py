@@ -23,7 +23,7 @@ from agent.errors import HostError
 from agent.host import conntrack
 from agent.policy import Family, Policy
 from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, stage
+from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, stage
 from agent.rehearsal.sockets import AF
 from tests.netns.lab import APP, PROXY, bare_namespace, run
 from tests.netns.test_nftables_swap import REMOTES, dial, scene, who
@@ -130,10 +130,13 @@ def test_invalid_packets_are_dropped_only_in_the_families_of_the_policy() -> Non
                 with socket.socket(AF[family], socket.SOCK_RAW, socket.IPPROTO_TCP) as sender:
                     segment = struct.pack("!HHIIBBHHH", 1234, 8080, 1, 0, 0x50, 0x02, 1024, 0xDEAD, 0)
                     sender.sendto(segment, (str(HOST_ADDRESS[family]), 0))
+                # What was sent before has arrived when this has.
+                later = lab.layout.arriving(PEER_ADDRESS[family], HOST_ADDRESS[family], "tcp", 9)
+                assert lab.dial(later).outcome == "refused"
         with lab.inside(HOST):
             counted = {counter.rule: counter.packets for counter in engine.inspect(None).counters}
     assert counted["tpctl/i1: invalid packets are dropped"] == 1
-    assert counted[f"tpctl/i0: new connections to this host {SIGNATURE}"] == 0
+    assert counted[f"tpctl/i0: new connections to this host {SIGNATURE}"] == 1, "of IPv4, the one that was dialled"
 
 
 def test_a_python_module_without_dry_runs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

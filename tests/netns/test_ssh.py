@@ -25,7 +25,7 @@ INSTALL = f"{sys.executable} -m agent.cli.main install --kuma-dp-user {PROXY_USE
 UNINSTALL = f"{sys.executable} -m agent.cli.main uninstall"
 STATUS = f"{sys.executable} -m agent.cli.main status --json"
 AS_SUDO = "env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 120.0
 CONFIGURATION = """\
 Port 22
 HostKey {folder}/host
@@ -60,7 +60,7 @@ class Server:
         self.lab = lab
         self.client = [
             "ssh", "-i", str(folder / "key"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-            "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=2", "-o", "BatchMode=yes",
+            "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=60", "-o", "BatchMode=yes",
             f"root@{HOST_ADDRESS[Family.IPV4]}",
         ]  # fmt: skip
 
@@ -68,7 +68,7 @@ class Server:
         """A session of its own for one command."""
         with self.lab.inside(PEER):
             words = [*self.client, f"cd {ROOT_DIRECTORY} && {command}"]
-            return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+            return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
 
     def answers(self) -> bool:
         """Whether a new session can be opened."""
@@ -141,7 +141,7 @@ def test_with_no_exclusion_and_no_data_plane_the_operator_stays_in(server: Serve
 def test_locked_out_and_let_in_again(server: Server) -> None:
     """The guard declined, no data plane, and the session cut: the host takes the change back."""
     with server.session() as idle:
-        words = [*server.client, f"cd {ROOT_DIRECTORY} && {INSTALL} --no-ssh-guard --confirm-within 6s && sleep 100"]
+        words = [*server.client, f"cd {ROOT_DIRECTORY} && {INSTALL} --no-ssh-guard --confirm-within 20s && sleep 100"]
         with server.lab.inside(PEER):
             cut = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         with cut:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,5 +296,9 @@ def test_a_rehearsal_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert str(tmp_path) not in Path("/proc/1/mounts").read_text() + Path("/proc/self/mounts").read_text()
         assert left.is_dir()
+        deadline = time.monotonic() + 30
+        while "populated 1" in (left / "cgroup.events").read_text():
+            assert time.monotonic() < deadline, "the kernel takes leave of a killed process in its own time"
+            time.sleep(0.01)
         with own_groups():
             assert not left.exists()

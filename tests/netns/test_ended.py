@@ -84,7 +84,7 @@ def _dial(lab: Lab, space: str, family: Family, port: int, user: int = ROOT) -> 
     address = (HOST_ADDRESS if space == PEER else PEER_ADDRESS)[family]
     with lab.inside(space, user):
         made = socket.socket(_FAMILIES[family])
-        made.settimeout(10.0)
+        made.settimeout(60.0)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(("", port))
         made.connect((str(address), PORT))

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import pytest
 
 from tests.netns import relay_net
 from tests.netns.relay_net import HOST4, PEER4, RELAY_UID, Net, Relay, process_status
-from tests.netns.test_relay_life import workers_of
 from tests.netns.test_relay_listeners import serving
 
 pytestmark = pytest.mark.root
@@ -75,7 +73,7 @@ def test_it_keeps_what_its_listeners_need_and_nothing_else(
     inherited = ("setpriv", "--groups=0,4,27", "--inh-caps=+net_raw,+sys_admin", "sh", "-c", 'umask 0; exec "$@"', "sh")
     options = ("--config", configuration(directory, *listens), "--workers", str(workers))
     with relay_net.relay(net, directory, *options, prefix=inherited) as running:
-        for pid in (running.process.pid, *workers_of(running)):
+        for pid in (running.process.pid, *running.workers()):
             is_confined(pid, capabilities)
 
 
@@ -93,14 +91,7 @@ def test_it_keeps_that_when_it_is_restarted(net: Net, directory: Path) -> None:
                 assert json.loads(relay_net.read_all(client))[0] == "server"
         finally:
             os.kill(successor, signal.SIGTERM)
-            ended(successor)
-
-
-def ended(pid: int) -> None:
-    end = time.monotonic() + relay_net.TIMEOUT
-    while Path(f"/proc/{pid}/fd").exists() and process_status(pid)["State"][0] != "Z":
-        assert time.monotonic() < end
-        time.sleep(0.02)
+            relay_net.until(lambda: not relay_net.is_running(successor))
 
 
 def attach(pid: int) -> str:
@@ -115,18 +106,15 @@ def attach(pid: int) -> str:
         ATTACH,
         str(pid),
     ]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
 
 
 def test_another_process_of_its_user_cannot_look_into_it(net: Net, directory: Path) -> None:
     with subprocess.Popen(
-        ["setpriv", f"--reuid={RELAY_UID}", "--regid=65534", "--clear-groups", "sleep", "30"]
+        ["setpriv", f"--reuid={RELAY_UID}", "--regid=65534", "--clear-groups", "sleep", "600"]
     ) as ordinary:
         try:
-            end = time.monotonic() + relay_net.TIMEOUT
-            while process_status(ordinary.pid)["Name"] != "sleep":
-                assert time.monotonic() < end
-                time.sleep(0.02)
+            relay_net.until(lambda: process_status(ordinary.pid)["Name"] == "sleep")
             ptrace_scope = Path("/proc/sys/kernel/yama/ptrace_scope")
             restricted = ptrace_scope.exists() and ptrace_scope.read_text().strip() != "0"
             assert attach(ordinary.pid) == f"{not restricted} {not restricted}", "the test could not tell"
@@ -154,7 +142,7 @@ def test_its_unix_sockets_are_not_for_everybody(net: Net, directory: Path) -> No
         stranger = subprocess.run(
             ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", sys.executable, "-c",
              f"import socket; socket.socket(socket.AF_UNIX).connect({str(path)!r})"],
-            capture_output=True, text=True, timeout=30, check=False,
+            capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert "PermissionError" in stranger.stderr
         with socket.socket(socket.AF_UNIX) as root:
@@ -167,5 +155,5 @@ def test_its_unix_sockets_are_not_for_everybody(net: Net, directory: Path) -> No
 def test_a_user_that_is_not_root_becomes_nobody_else(net: Net, directory: Path) -> None:
     started = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")
     running = Relay(net, directory, "--config", configuration(directory, "*:1101"), prefix=started)
-    assert running.process.wait(relay_net.TIMEOUT) == 2
+    assert running.exit_code() == 2
     assert "only root may become another user" in running.log_text()

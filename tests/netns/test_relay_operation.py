@@ -22,6 +22,7 @@ workers: {workers}
 metrics: 127.0.0.1:9902
 listeners:
 """
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 LISTENER = '  - {{listen: "*:{port}", direction: outbound, upstream: "{peer}:{to}", name: {name}{more}}}\n'
 
 
@@ -52,12 +53,12 @@ def rewrite(running: Relay, directory: Path, text: str, event: str = "the config
     (directory / "relay.yaml").write_text(text)
     before = len([line for line in running.lines() if line["event"].startswith("the configuration")])
     running.process.send_signal(signal.SIGHUP)
-    end = time.monotonic() + relay_net.TIMEOUT
+    end = time.monotonic() + relay_net.PATIENCE
     while len(found := [line for line in running.lines() if line["event"].startswith("the configuration")]) == before:
         assert time.monotonic() < end
         time.sleep(0.02)
     assert found[-1]["event"].startswith(event), found[-1]
-    time.sleep(0.2)  # the workers hear of it a little later
+    relay_net.until(running.is_at_rest)  # the workers hear of it a little later
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -127,7 +128,7 @@ def test_access_rules_of_a_reload_are_for_new_connections(net: Net, directory: P
 
 def scrape(net: Net, port: int) -> dict[str, float]:
     """The figures by name and labels, checked to be the format they say they are."""
-    with net.inside(net.host), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with net.inside(net.host), DIRECT.open(f"http://127.0.0.1:{port}/metrics", timeout=relay_net.TIMEOUT) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         text = answer.read().decode()
     found = {}
@@ -148,11 +149,12 @@ def test_the_figures_are_those_of_all_workers(net: Net, directory: Path, workers
             client.sendall(b"1234567890")
             assert client.recv(10) == b"1234567890"
         assert said(net, 1102) == b""
-        time.sleep(2.5)  # what lasting connections have moved is counted every two seconds
+        # What lasting connections have moved is counted every two seconds.
+        relay_net.until(lambda: scrape(net, 9902)['bytes_total{listener="x",to="client"}'] == 120)
         shown = scrape(net, 9902)
         for client in clients[:5]:
             client.close()
-        time.sleep(0.3)
+        relay_net.until(lambda: scrape(net, 9902)['connections_active{listener="x"}'] == 7)
         later = scrape(net, 9902)
         for client in clients[5:]:
             client.close()
@@ -192,10 +194,7 @@ def test_systemds_socket_activation(net: Net, directory: Path) -> None:
     running = Relay(net, directory, "--config", str(directory / "relay.yaml"), prefix=prefix)
     try:
         with serving(net, net.peer, (PEER4, 7003), relay_net.echo):
-            end = time.monotonic() + relay_net.TIMEOUT
-            while "1101" not in net.on_host("ss", "-Hltn", "sport = :1101"):
-                assert time.monotonic() < end
-                time.sleep(0.05)
+            relay_net.until(lambda: net.on_host("ss", "-Hltn", "sport = :1101"))
             for port in (1101, 1102):
                 with net.connect(net.host, (HOST4, port)) as client:
                     client.sendall(b"z")
@@ -211,7 +210,7 @@ def test_a_socket_that_belongs_to_nobody_is_pointed_out(net: Net, directory: Pat
     prefix = ("systemd-socket-activate", "-l", "0.0.0.0:1105", "--fdname=other")
     running = Relay(net, directory, "--config", str(directory / "relay.yaml"), prefix=prefix)
     try:
-        time.sleep(0.5)
+        relay_net.until(lambda: net.on_host("ss", "-Hltn", "sport = :1105"))
         net.connect(net.host, (HOST4, 1105)).close()
         assert running.wait_for("a socket that was handed over")["address"] == "0.0.0.0:1105"
     finally:

@@ -6,15 +6,14 @@ import contextlib
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.netns import relay_net
 from tests.netns.certificates import Pki
-from tests.netns.relay_net import HOST4, HOST6, PEER4, Net, Relay
+from tests.netns.relay_net import HOST4, HOST6, PEER4, Net, Relay, until
 from tests.netns.test_relay_listeners import configured, serving, written
 from tests.netns.test_relay_operation import LISTENER, rewrite, said, say, scrape
 
@@ -38,13 +37,6 @@ def listeners(*lines: str, more: str = "") -> str:
     return f"{more}\nlisteners:\n{''.join(lines)}"
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def problems_of_last_reload(running: Relay) -> str:
     return " ".join([line for line in running.lines() if line["event"] == REFUSED][-1]["problems"])
 
@@ -57,7 +49,7 @@ def state(pid: int) -> str:
     """As proc_pid_stat(5) has it; Z for a process that has gone altogether, too."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "Z"
 
 
@@ -66,7 +58,7 @@ def stopped(pid: int) -> Iterator[None]:
     """A process that hangs while the block lasts. It may be no child of this one."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: state(pid) == "T")
+        until(lambda: state(pid) == "T")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -83,7 +75,7 @@ def succeeded(running: Relay) -> Iterator[int]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(successor, signal.SIGQUIT)
-        wait_until(lambda: state(successor) == "Z")
+        until(lambda: state(successor) == "Z")
 
 
 def keepalive_timer(net: Net) -> str:
@@ -91,9 +83,11 @@ def keepalive_timer(net: Net) -> str:
     with net.connect(net.peer, (HOST4, 1101)) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        shown = net.on_host(
-            "ss", "-Htno", "state", "established", "sport = :1101", f"dport = :{client.getsockname()[1]}"
-        )
+        shown = "timer:(on"
+        while "timer:(on" in shown:  # while the client has not acknowledged
+            shown = net.on_host(
+                "ss", "-Htno", "state", "established", "sport = :1101", f"dport = :{client.getsockname()[1]}"
+            )
     return shown.partition("timer:(")[2]
 
 
@@ -185,18 +179,18 @@ def test_who_may_not_dial_from_addresses_of_clients_says_so(net: Net, directory:
         assert said(net, 1101) == b"one"
     as_nobody = ("setpriv", "--reuid=65534", "--clear-groups")
     running = Relay(net, directory, "--config", str(written(directory, asking)), user=None, prefix=as_nobody)
-    assert running.process.wait(LONG) == 2
+    assert running.exit_code() == 2
     assert problem in running.log_text()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, directory: Path, workers: int) -> None:
     text = listeners(listener("127.0.0.1:1101"), more=f"workers: {workers}")
-    for _ in range(5):
+    for _ in range(10):
         with configured(net, directory, text) as running:
             before = children(running.process.pid)
             running.process.send_signal(signal.SIGUSR2)
-            wait_until(lambda: children(running.process.pid) - before)  # noqa: B023 - asked at once
+            until(lambda: children(running.process.pid) - before)  # noqa: B023 - asked at once
             (successor,) = children(running.process.pid) - before
             with stopped(successor):
                 running.process.send_signal(signal.SIGTERM)
@@ -204,12 +198,16 @@ def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, d
         early = "handed over" not in [line["event"] for line in running.lines()]
         if not early:  # it was faster than this test
             os.kill(successor, signal.SIGTERM)
-        wait_until(lambda: state(successor) == "Z")  # noqa: B023
+        until(lambda: state(successor) == "Z")  # noqa: B023
         with pytest.raises(ConnectionRefusedError):
             net.connect(net.host, ("127.0.0.1", 1101))
         if early:
             return
     pytest.fail("no restart was caught while it was under way")
+
+
+def hangs(running: Relay) -> int:
+    return [line["event"] for line in running.lines()].count("a worker hangs, so the watchdog hears nothing")
 
 
 def test_the_watchdog_hears_nothing_while_a_worker_hangs(
@@ -225,12 +223,13 @@ def test_the_watchdog_hears_nothing_while_a_worker_hangs(
         with relay_net.relay(net, directory, "--config", str(path)) as running:
             assert [manager.recv(100) for _ in range(4)] == [b"READY=1", *[b"WATCHDOG=1"] * 3]
             with stopped(min(children(running.process.pid))):
-                running.wait_for("a worker hangs, so the watchdog hears nothing")
+                before = hangs(running)  # a busy machine may have made it seem so before
+                until(lambda: hangs(running) > before + 1)
                 manager.setblocking(False)
                 with contextlib.suppress(BlockingIOError):
                     while manager.recv(100):
                         pass
-                manager.settimeout(1.5)
+                manager.settimeout(1.5)  # the supervisor would have said so five times
                 with pytest.raises(TimeoutError):
                     manager.recv(100)
             manager.settimeout(LONG)
@@ -275,16 +274,13 @@ def test_timeouts_of_a_reload_are_noticed_at_once_and_older_connections_keep_the
         serving(net, net.peer, (PEER4, 7001), relay_net.echo),
         hello() as patient,
     ):
-        rewrite(running, directory, text("800ms"))
+        rewrite(running, directory, text("2s"))
         with hello() as hasty, hello() as kept:
             rewrite(running, directory, text("1h"))
-            hasty.settimeout(LONG)
-            begin = time.monotonic()
-            with pytest.raises(ConnectionResetError):
-                hasty.recv(1)
-            with pytest.raises(ConnectionResetError):
-                kept.recv(1)
-            assert time.monotonic() - begin < 10
+            for client in (hasty, kept):
+                client.settimeout(LONG)
+                with pytest.raises(ConnectionResetError):
+                    client.recv(1)
         patient.sendall(b"y")
         assert patient.recv(1) == b"y"
 

@@ -21,7 +21,7 @@ from tests.netns.certificates import Pki
 from tests.netns.relay_net import HOST4, PEER4, PEER6, RELAY_USER, Net, Relay
 
 pytestmark = pytest.mark.root
-PATIENCE = 30.0
+PATIENCE = relay_net.PATIENCE
 SIZE = 5_000_000
 SSHD = """\
 Port 2222
@@ -92,7 +92,7 @@ def inside(name: str, *argv: str) -> list[str]:
 
 def run(name: str, *argv: str, stdin: bytes | None = None) -> bytes:
     """What a program in a namespace prints; it must succeed."""
-    done = subprocess.run(inside(name, *argv), input=stdin, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(inside(name, *argv), input=stdin, capture_output=True, timeout=180, check=False)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
 
@@ -137,7 +137,7 @@ def test_openssh(net: Net, running: Relay, folder: Path) -> None:
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     server = 'mount --make-rprivate / && mount -t tmpfs none /run && mkdir /run/sshd && exec "$0" -D -e -f "$1"'
     argv = ("unshare", "--mount", "sh", "-c", server, shutil.which("sshd") or "", str(folder / "sshd_config"))
-    options = "StrictHostKeyChecking=no UserKnownHostsFile=/dev/null LogLevel=ERROR BatchMode=yes ConnectTimeout=20"
+    options = "StrictHostKeyChecking=no UserKnownHostsFile=/dev/null LogLevel=ERROR BatchMode=yes ConnectTimeout=60"
     ssh = ["ssh", "-i", str(folder / "key"), "-p", "2222", *(f"-o{one}" for one in options.split()), f"root@{HOST4}"]
     with serving(net, net.host, (HOST4, 2222), *argv):
         assert run(net.peer, *ssh, "echo $SSH_CLIENT").split()[0] == b"127.0.0.6", "through the relay"
@@ -174,7 +174,7 @@ def test_postgresql(net: Net, running: Relay, folder: Path) -> None:
         [*user, initdb, "-D", data, "-U", "tester", "-A", "trust", "--no-sync", "--no-locale", "-E", "UTF8"],
         stdout=subprocess.DEVNULL,
         check=True,
-        timeout=120,
+        timeout=300,
         cwd=folder,
     )
     with (data / "pg_hba.conf").open("a") as rules:
@@ -198,7 +198,7 @@ def test_nginx_and_curl(net: Net, running: Relay, folder: Path) -> None:
     (folder / "files").mkdir()
     content = relay_net.pattern(SIZE)
     (folder / "files" / "large").write_bytes(content)
-    curl = ["curl", "-sS", "--fail", "--noproxy", "*", "--max-time", "30"]
+    curl = ["curl", "-sS", "--fail", "--noproxy", "*", "--max-time", "120"]
     server = [shutil.which("nginx") or "", "-c", str(folder / "nginx.conf"), "-e", "stderr"]
     with serving(net, net.peer, (PEER4, 80), *server):
         assert run(net.host, *curl, f"http://{PEER4}/large") == content
@@ -221,7 +221,7 @@ def test_a_tls_server(net: Net, running: Relay, folder: Path) -> None:
     server = ["openssl", "s_server", "-accept", "443", "-quiet", "-WWW", *files]
     content = relay_net.pattern(SIZE)
     (folder / "page").write_bytes(content)
-    curl = ["curl", "-sS", "--max-time", "30", "--noproxy", "*", "--http0.9", "--cacert", str(pki.root.path)]
+    curl = ["curl", "-sS", "--max-time", "120", "--noproxy", "*", "--http0.9", "--cacert", str(pki.root.path)]
     script = f'cd {folder} && exec "$@"'
     with serving(net, net.peer, (PEER4, 443), "sh", "-c", script, "sh", *server):
         answer = run(net.host, *curl, "--resolve", f"server.test:443:{PEER4}", "https://server.test/page")

@@ -25,13 +25,14 @@ from agent.relay.acceleration import ENOUGH, SMALL, Accelerator, ChattyFlow
 from agent.relay.loop import Loop
 from agent.relay.pump import PipePool
 from tests.netns import relay_net
-from tests.netns.relay_net import PEER4, PEER6, Net, Relay
+from tests.netns.relay_net import PEER4, PEER6, Net, Relay, until
 from tests.netns.test_relay_operation import scrape
 
 pytestmark = pytest.mark.root
 LONG = 60.0
 BULK = 24 * 1024 * 1024 + 4321
 METRICS = ("--metrics", "127.0.0.1:9902")
+ACTIVE = 'connections_active{listener="outbound"}'
 BEGUN = 'accelerated_streams_total{step="begun"}'
 TAKEN_BACK = 'accelerated_streams_total{step="taken back"}'
 
@@ -95,7 +96,7 @@ def accelerated(net: Net, host: str = PEER4) -> Pair:
     before = scrape(net, 9902)[BEGUN]
     pair = Pair(net, host)
     pair.talk(ENOUGH)
-    wait_until(lambda: scrape(net, 9902)[BEGUN] >= before + 2)
+    until(lambda: scrape(net, 9902)[BEGUN] >= before + 2)
     return pair
 
 
@@ -104,13 +105,6 @@ def exactly(sock: socket.socket, size: int) -> bytes:
     while len(data) < size and (more := sock.recv(size - len(data))):
         data += more
     return data
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def reset(sock: socket.socket) -> None:
@@ -162,7 +156,7 @@ def ended_with(running: Relay, pair: Pair) -> dict[str, Any]:
         found[:] = [line for line in running.lines() if str(line.get("destination", "")).endswith(f":{pair.port}")]
         return bool(found)
 
-    wait_until(is_there)
+    until(is_there)
     return found[0]
 
 
@@ -221,10 +215,12 @@ def test_bytes_that_are_under_way_at_the_switch_keep_their_order(net: Net, runni
     before = scrape(net, 9902)[BEGUN]
     streams = [b"".join(n.to_bytes(4, "big") for n in range(start, start + 60_000)) for start in (0, 1 << 20)]
 
+    went_over = threading.Event()
+
     def scatter(sock: socket.socket, data: bytes) -> None:
         for at in range(0, len(data), 97):
             sock.sendall(data[at : at + 97])
-            if at % 970 == 0 or at < 4000:
+            if at % 970 == 0 or not went_over.is_set():  # a busy relay would read it all at once, and stay
                 time.sleep(0.0002)
         end(sock)
 
@@ -236,6 +232,9 @@ def test_bytes_that_are_under_way_at_the_switch_keep_their_order(net: Net, runni
             arrived = [readers.submit(relay_net.read_digest, sink) for _, sink, _ in ways]
             for sender in senders:
                 sender.start()
+            while any(sender.is_alive() for sender in senders) and scrape(net, 9902)[BEGUN] < before + 2:
+                time.sleep(0.02)
+            went_over.set()
             assert [one.result(LONG) for one in arrived] == [digest(data) for data in streams]
     line = ended_with(running, pair)
     said = 100 * (ENOUGH - 1)
@@ -263,7 +262,7 @@ def test_half_close(net: Net, running: Relay, first: str, size: int) -> None:
     line = ended_with(running, pair)
     assert line["reason"] == "closed"
     assert sorted((line["sent"], line["received"])) == [100 * ENOUGH + size, 100 * ENOUGH + size + 8]
-    wait_until(lambda: entries(running.process.pid) == NOTHING)
+    until(lambda: entries(running.process.pid) == NOTHING)
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
@@ -322,23 +321,24 @@ def test_a_reset_is_passed_on(net: Net, running: Relay, who: str, size: int) -> 
     line = ended_with(running, pair)
     assert line["reason"] == ("reset by the client" if who == "client" else "reset by the upstream")
     assert line["error"] == os.strerror(errno.ECONNRESET)
-    wait_until(lambda: entries(running.process.pid) == NOTHING)
+    until(lambda: entries(running.process.pid) == NOTHING)
 
 
 def test_nothing_is_left_of_many_connections(net: Net, running: Relay) -> None:
     pid = running.process.pid
-    wait_until(lambda: entries(pid) == NOTHING)
+    until(lambda: entries(pid) == NOTHING)
+    until(lambda: scrape(net, 9902)[ACTIVE] == 0)
     before = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     pairs = [Pair(net) for _ in range(40)]
     for pair in pairs:
         pair.talk(ENOUGH)
-    wait_until(lambda: entries(pid) == NOTHING | {"targets": 80, "sources": 80, "streams": 80})
-    assert scrape(net, 9902)['connections_active{listener="outbound"}'] == 40
+    until(lambda: entries(pid) == NOTHING | {"targets": 80, "sources": 80, "streams": 80})
+    assert scrape(net, 9902)[ACTIVE] == 40
     for pair in pairs:
         with pair:
             pair.talk(1)
-    wait_until(lambda: entries(pid) == NOTHING)
-    assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == before
+    until(lambda: entries(pid) == NOTHING)
+    until(lambda: len(list(Path(f"/proc/{pid}/fd").iterdir())) <= before)
 
 
 def test_timeouts_see_what_the_kernel_moves(apart: Net, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_timeouts_see_what_the_kernel_moves(apart: Net, tmp_path: Path) -> None:
                         relay_net.read_all(pair.client)
         finally:
             over.set()
-        assert talking.result(LONG) > 10
+        assert talking.result(LONG) > 3
         busy.talk(1)
         busy.client.close()
         busy.server.close()
@@ -398,23 +398,23 @@ def test_a_restart_hands_the_maps_over_and_keeps_connections(apart: Net, workers
         successor = int(running.wait_for("handed over")["successor"])
         try:
             # Until they drain, the old workers may still accept what is meant to be the successor's.
-            wait_until(lambda: [line["event"] for line in running.lines()].count("draining") == int(workers))
+            until(lambda: [line["event"] for line in running.lines()].count("draining") == int(workers))
             old.talk(100)
-            wait_until(lambda: scrape(apart, 9902).get(BEGUN) == 0)
+            until(lambda: scrape(apart, 9902).get(BEGUN) == 0)
             with accelerated(apart) as new:
                 new.talk(100)
                 assert entries(successor) == NOTHING | {"targets": 4, "sources": 4, "streams": 4}
             with old:
                 old.talk(1)
             assert running.process.wait(LONG) == 0
-            wait_until(lambda: entries(successor) == NOTHING)
+            until(lambda: entries(successor) == NOTHING)
         finally:
             os.kill(successor, signal.SIGTERM)
-            wait_until(lambda: not Path(f"/proc/{successor}").exists())
+            until(lambda: not relay_net.is_running(successor))
 
 
 def test_draining_waits_for_connections_and_ends_those_that_stay(apart: Net, tmp_path: Path) -> None:
-    with relaying(apart, tmp_path, "--drain-timeout", "3") as running:
+    with relaying(apart, tmp_path, "--drain-timeout", "6") as running:
         leaves, stays = accelerated(apart), accelerated(apart)
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("draining")
@@ -452,7 +452,7 @@ def test_without_room_a_connection_stays_as_it_is(apart: Net) -> None:
 
 def test_who_may_not_is_told_so(apart: Net, tmp_path: Path) -> None:
     running = Relay(apart, tmp_path, "--accelerate", "sockmap", prefix=("setpriv", "--reuid=65534", "--clear-groups"))
-    assert running.process.wait(LONG) == 2
+    assert running.exit_code() == 2
     assert "CAP_BPF" in running.log_text()
     assert "Traceback" not in running.log_text()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns import relay_net
-from tests.netns.relay_net import HOST, HOST4, HOST6, PEER, PEER4, PEER6, TIMEOUT, Net, Relay, Server
+from tests.netns.relay_net import HOST, HOST4, HOST6, PEER, PEER4, PEER6, TIMEOUT, Net, Relay, Server, until
 
 pytestmark = pytest.mark.root
 
@@ -73,7 +73,7 @@ def test_outbound_reaches_the_server_that_was_meant(net: Net, running: Relay, fa
         lines = [line for line in running.lines() if line["event"] == "connection" and line["role"] == "outbound"]
         return any(line["client"] == HOST[family] and line["error"] is None for line in lines)
 
-    wait_until(logged)
+    until(logged)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +114,7 @@ def test_both_directions_at_once_with_a_slow_reader(net: Net, running: Relay) ->
         time.sleep(0.4)
         arrived = relay_net.read_digest(client)
         sender.join(TIMEOUT)
-        wait_until(lambda: bool(received))
+        until(lambda: bool(received))
     assert arrived == received[0] == digest(sent)
 
 
@@ -132,7 +132,7 @@ def test_a_server_that_ends_first_can_still_be_sent_to(net: Net, running: Relay)
     ):
         assert relay_net.read_all(client) == b"bye"
         send_all(client, b"late")
-        wait_until(lambda: got == [b"late"])
+        until(lambda: got == [b"late"])
 
 
 def test_small_messages_to_and_fro(net: Net, running: Relay) -> None:
@@ -196,7 +196,7 @@ def assert_reset(net: Net, name: str, address: tuple[str, int]) -> None:
 
 def assert_few_descriptors(running: Relay) -> None:
     """A loop of the relay through itself ends only when its descriptors do."""
-    assert len(list(Path(f"/proc/{running.process.pid}/fd").iterdir())) < 100
+    until(lambda: len(list(Path(f"/proc/{running.process.pid}/fd").iterdir())) < 100)
 
 
 def test_a_port_of_the_relay_on_another_host_can_be_dialled(net: Net, running: Relay) -> None:
@@ -231,7 +231,7 @@ def test_a_reset_of_the_client_reaches_the_server(net: Net, running: Relay) -> N
         client = net.connect(net.host, (PEER4, 9005))
         exactly(client, 5)
         reset(client)
-        wait_until(lambda: bool(seen))
+        until(lambda: bool(seen))
     assert seen == [errno.ECONNRESET]
 
 
@@ -269,12 +269,12 @@ def test_a_client_that_ends_while_nothing_is_read_costs_no_cpu(net: Net, running
             sent += 1
         client.shutdown(socket.SHUT_WR)
         # The relay's end has sent its own end and got the client's: the kernel has nothing more to do for it.
-        wait_until(lambda: relay_side(net, client).startswith("TIME-WAIT"))
+        until(lambda: relay_side(net, client).startswith("TIME-WAIT"))
         before = cpu_seconds(running.process.pid)
         time.sleep(0.5)
         assert cpu_seconds(running.process.pid) - before < 0.1
         release.set()
-        wait_until(lambda: bool(digests))
+        until(lambda: bool(digests))
     assert digests == [digest(block * sent)]
 
 
@@ -307,10 +307,3 @@ def reset(sock: socket.socket) -> None:
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)

@@ -66,10 +66,11 @@ def tls_server(
         yield
 
 
-def answer_of(net: Net) -> bytes:
+def answer_of(net: Net, patience: float = relay_net.TIMEOUT) -> bytes:
     """What a plain client gets from the TLS server behind the relay; nothing when the relay refuses."""
     try:
         with net.connect(net.host, (HOST4, 1080)) as client:
+            client.settimeout(patience)
             client.sendall(b"hello")
             return client.recv(5)
     except ConnectionResetError:
@@ -126,8 +127,8 @@ def test_bulk_over_tls_to_the_upstream(net: Net, tmp_path: Path, pki: Pki) -> No
 def test_an_upstream_that_does_not_shake_hands_is_given_up(net: Net, tmp_path: Path, pki: Pki) -> None:
     text = "timeouts: {connect: 500ms}\n" + originating(f"ca_file: {pki.root.path}")
     with (
-        serving(net, net.peer, (PEER4, 8443), lambda client, _peer: time.sleep(5)),
+        serving(net, net.peer, (PEER4, 8443), lambda _client, _peer: time.sleep(relay_net.TIMEOUT)),
         configured(net, tmp_path, text) as running,
     ):
-        assert answer_of(net) == b""
+        assert answer_of(net, 9.0) == b"", "ten seconds are the default"
         assert running.wait_for("connection")["error"] == "Connection timed out"

@@ -30,11 +30,14 @@ from tests.equivalence.segments import Running, is_answered
 from tests.equivalence.surroundings import IDLE_PORTS, Surroundings
 
 NEGATIVE_SECONDS = laboratory.NEGATIVE_SECONDS
-CONFIRM_SECONDS = 1.0
+CONFIRM_SECONDS = 5.0
+"""For whatever came out wrong, and for what is tried once only: whoever should answer may be kept from it for long."""
 HASTY_SECONDS = 0.3
 """For broken engines, nearly all of whose surprises are real."""
 _DROPPED_SECONDS = 0.03
-_SETTLE_SECONDS = 3.0
+_IMPATIENT_SECONDS = 1.0
+"""For connections that a policy which is still there may let pass or not."""
+_SETTLE_SECONDS = 15.0
 _KEPT_LABS = 24
 
 Planner = Callable[[Engine[Any], Policy], Any]
@@ -151,7 +154,8 @@ class Bench:
                 seat.engine.apply(plan(seat.engine, policy))
             seat.surroundings.suit(policy)
             seat.surroundings.forget_connections()
-            found = [_broken(policy, each) for each in running if not each.goes_on(NEGATIVE_SECONDS)]
+            seconds = HASTY_SECONDS if first_only else CONFIRM_SECONDS
+            found = [_broken(policy, each) for each in running if not each.goes_on(seconds)]
         finally:
             for each in running:
                 each.close()
@@ -171,11 +175,11 @@ class Bench:
         """A laboratory, and connections that run there; a new one when the rules in it let none pass."""
         seat = self._seat(layout)
         try:
-            return seat, _begin(seat, wanted)
+            return seat, _begin(seat, wanted, _IMPATIENT_SECONDS)
         except OSError:
             self._seats.pop(layout).close()
             seat = self._seat(layout)
-            return seat, _begin(seat, wanted)
+            return seat, _begin(seat, wanted, _SETTLE_SECONDS)
 
     def _seat(self, layout: Layout) -> _Seat:
         seat = self._seats.pop(layout, None) or _Seat(layout, self.door, self.groups)
@@ -243,8 +247,8 @@ def relocated(connection: Connection, cgroup: Cgroup | None, now: Cgroup | None)
     return dataclasses.replace(connection, cgroup=moved)
 
 
-def _begin(seat: _Seat, wanted: Sequence[Probe]) -> list[Running]:
-    """Connections that conntrack does not know when the policy comes."""
+def _begin(seat: _Seat, wanted: Sequence[Probe], seconds: float) -> list[Running]:
+    """Connections that conntrack does not know when the policy comes. Raises OSError when one cannot be had in time."""
     if not wanted:
         return []
     seat.surroundings.idle(True)
@@ -252,7 +256,7 @@ def _begin(seat: _Seat, wanted: Sequence[Probe]) -> list[Running]:
     try:
         for number, probe in enumerate(wanted):
             connection = dataclasses.replace(probe.connection, source_port=IDLE_PORTS[number])
-            running.append(Running(seat.lab, connection))
+            running.append(Running(seat.lab, connection, seconds))
     except BaseException:
         for each in running:
             each.close()

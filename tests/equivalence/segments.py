@@ -18,19 +18,19 @@ _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _IPV6_CHECKSUM = 7
 _CHECKSUM_OFFSET = 16
-_ACCEPT_SECONDS = 1.0
 
 
 class Running:
-    """A connection that was opened, and is accepted, where it ends when nobody redirects it. Raises OSError."""
+    """A connection that was opened, and is accepted, where it ends when nobody redirects it."""
 
-    def __init__(self, lab: Lab, connection: Connection) -> None:
+    def __init__(self, lab: Lab, connection: Connection, seconds: float) -> None:
+        """Raises OSError when it does not come there within so many seconds."""
         self.connection = connection
         lab.serve(connection)
         listener = lab.listener(connection).socket
         self.near = lab.begin(connection)
         try:
-            self.far = _accepted(listener, self.near.getsockname()[1])
+            self.far = _accepted(listener, self.near, seconds)
         except BaseException:
             self.near.close()
             raise
@@ -48,13 +48,14 @@ class Running:
         self.near.close()
 
 
-def _accepted(listener: socket.socket, port: int) -> socket.socket:
-    deadline = time.monotonic() + _ACCEPT_SECONDS
+def _accepted(listener: socket.socket, near: socket.socket, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
-        if not select.select([listener], [], [], left)[0]:
+        ready, _, _ = select.select([listener, near], [], [], left)
+        if listener not in ready:  # the time is up, or it was refused
             break
         accepted, peer = listener.accept()
-        if peer[1] == port:
+        if peer[1] == near.getsockname()[1]:
             return accepted
         accepted.close()
     raise OSError("nobody came")

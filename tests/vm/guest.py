@@ -38,7 +38,7 @@ def compare(count: int) -> None:
 
     for patience in ("NEGATIVE_SECONDS", "CONFIRM_SECONDS", "HASTY_SECONDS"):
         setattr(harness, patience, _SECONDS)
-    harness._SETTLE_SECONDS *= 10
+    harness._SETTLE_SECONDS *= 4
     policies = [
         dataclasses.replace(
             policy, when_proxy_down=WhenProxyDown.BLOCK if number % _BYPASSING else WhenProxyDown.BYPASS

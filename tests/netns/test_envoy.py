@@ -18,14 +18,14 @@ import envoy  # type: ignore[import-untyped]
 import pytest
 
 from tests.netns import relay_net
-from tests.netns.relay_net import HOST, HOST4, PEER, RELAY_UID, RELAY_USER, TIMEOUT, Net, Server
+from tests.netns.relay_net import HOST, HOST4, PEER, RELAY_UID, RELAY_USER, Net, Server
 
 pytestmark = pytest.mark.root
 
 FAMILIES = [pytest.param(socket.AF_INET, id="v4"), pytest.param(socket.AF_INET6, id="v6")]
 PASSTHROUGH = {socket.AF_INET: "127.0.0.6", socket.AF_INET6: "::6"}
 WILDCARD = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 BULK = 4 * 1024 * 1024 + 321
 TCP_PROXY = "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
 ORIGINAL_DST = "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst"
@@ -53,7 +53,7 @@ def cluster(name: str, family: socket.AddressFamily, source: str | None) -> dict
         "name": f"{name}-{family.name}",
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
-        "connect_timeout": "5s",
+        "connect_timeout": "30s",
         # Its default of 1024 is meant for one service; this cluster is every service.
         "circuit_breakers": {"thresholds": [{"max_connections": 100_000, "max_pending_requests": 100_000}]},
     }
@@ -100,9 +100,10 @@ def running_envoy(net: Net, log: Path, concurrency: int = 1) -> Iterator[None]:
     finally:
         process.terminate()
         try:
-            process.wait(TIMEOUT)
+            process.wait(relay_net.PATIENCE)
         finally:
             process.kill()
+            process.wait()
 
 
 def tpctl(net: Net, *arguments: str) -> str:

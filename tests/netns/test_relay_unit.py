@@ -133,8 +133,9 @@ class Machine:
         assert done.returncode == 0, done.stderr + self.log()
         inside = self.systemctl("show", "-P", "MainPID", systemd.RELAY).stdout.strip()
         for pid in (self._cgroup / "system.slice" / systemd.RELAY / "cgroup.procs").read_text().split():
-            if process_status(int(pid))["NSpid"].split()[-1] == inside:
-                return int(pid)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the one that has sent the signal
+                if process_status(int(pid))["NSpid"].split()[-1] == inside:
+                    return int(pid)
         raise AssertionError(self.log())
 
     def remove(self) -> None:

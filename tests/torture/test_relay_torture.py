@@ -41,7 +41,7 @@ WARMING = 200
 touch the pages of libraries."""
 WARMING_SECONDS = 8.0
 """Until their memory is given back."""
-SECONDS = 60.0 + CONNECTIONS / 10
+SECONDS = 180.0 + CONNECTIONS / 10
 PORT, ENCRYPTED, DECRYPTED = 9000, 7001, 7002
 WAVES = 3
 PLAIN = """
@@ -139,7 +139,7 @@ def are_at_rest(pids: list[int]) -> bool:
 
 def rest(pids: list[int]) -> None:
     """Wait until they have started completely."""
-    end, quiet = time.monotonic() + relay_net.TIMEOUT, 0
+    end, quiet = time.monotonic() + relay_net.PATIENCE, 0
     while quiet < 10 and time.monotonic() < end:
         time.sleep(0.02)
         quiet = quiet + 1 if are_at_rest(pids) else 0
@@ -167,7 +167,7 @@ def have_returned(before: list[int], now: list[int]) -> bool:
 
 def returned(pids: list[int], before: list[int]) -> list[int]:
     """Their memory, once they have given it back: within a quarter of a minute, if they have a processor."""
-    end = time.monotonic() + 6 * relay_net.TIMEOUT
+    end = time.monotonic() + relay_net.PATIENCE
     while not have_returned(before, now := resident(pids)) and time.monotonic() < end:
         time.sleep(0.2)
     return now
@@ -175,7 +175,7 @@ def returned(pids: list[int], before: list[int]) -> list[int]:
 
 def settled(pids: list[int], sockets: int) -> Counter[str]:
     """Their descriptors, once the connections have gone."""
-    end = time.monotonic() + relay_net.TIMEOUT
+    end = time.monotonic() + relay_net.PATIENCE
     while (found := descriptors(pids))["socket"] > sockets and time.monotonic() < end:
         time.sleep(0.05)
     return found

@@ -155,7 +155,7 @@ def test_the_command_says_so(folder: Path) -> None:
     (folder / "relay.yaml").write_text(CONFIGURATION.format(folder))
     for more in (["--check-config"], []):
         argv = [sys.executable, "-m", "agent.cli.main", "relay", "--config", str(folder / "relay.yaml"), *more]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 2
         assert [line.partition(" belongs")[0] for line in done.stderr.splitlines()] == [
             f"error: DNS zone file: {folder}/zone",

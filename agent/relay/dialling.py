@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from select import EPOLLOUT
 from typing import NamedTuple
@@ -25,6 +26,7 @@ _INFO = struct.Struct("=44xI4xI72xQ")
 """linux/tcp.h, struct tcp_info: tcpi_last_data_sent and tcpi_last_data_recv, milliseconds ago, both since the beginning
 while there was none; tcpi_bytes_received."""
 _SAME_TIME_MS = 50
+_INTERRUPTED_SECONDS, _LOOKS = 0.01, 10
 
 
 def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
@@ -35,7 +37,7 @@ def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
     established on both sides at the same time, and nobody can have answered it.
     """
     try:
-        return _began_together(dial.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size), accepted)
+        return _began_together(lambda: dial.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size), accepted)
     except OSError:
         return False
 
@@ -46,19 +48,31 @@ def is_of_this_relay(link: Link, accepted: socket.socket) -> bool:
     An application may have taken the port when the dial had just ended. But its socket belongs to another user.
     """
     host, port, destination = link
-    try:
+
+    def info() -> bytes:
         found = sock_diag.connection(destination._replace(host=host, port=port), (destination.host, destination.port))
-        if found is None or found.uid != os.geteuid() or len(found.tcp_info) < _INFO.size:
-            return False
-        return _began_together(found.tcp_info, accepted)
+        return found.tcp_info if found is not None and found.uid == os.geteuid() else b""
+
+    try:
+        return _began_together(info, accepted)
     except OSError:
         return False
 
 
-def _began_together(dial: bytes, accepted: socket.socket) -> bool:
-    """Whether an accepted socket was established when a dial was, whose tcp_info is given and shows no answer."""
-    _, since_established, received = _INFO.unpack_from(dial)
-    since_accepted, _, _ = _INFO.unpack(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size))
+def _began_together(dial: Callable[[], bytes], accepted: socket.socket) -> bool:
+    """Whether an accepted socket was established when a dial was, whose tcp_info shows no answer.
+
+    The kernel says how long ago. So it is asked again about both when this process was interrupted between the two.
+    """
+    for _ in range(_LOOKS):
+        begin = time.monotonic()
+        info = dial()
+        since_accepted, _, _ = _INFO.unpack(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size))
+        if time.monotonic() - begin < _INTERRUPTED_SECONDS:
+            break
+    if len(info) < _INFO.size:
+        return False
+    _, since_established, received = _INFO.unpack_from(info)
     return not received and abs(since_established - since_accepted) <= _SAME_TIME_MS
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from agent.relay import tally
 from agent.relay.access import Access, is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
 from agent.relay.deadlines import Deadlines
-from agent.relay.dialling import OwnDial
+from agent.relay.dialling import OwnDial, are_one
 from agent.relay.dials import Dial, SelfDialGuard
 from agent.relay.hops import Hops, Link
 from agent.relay.listen import read_listen
@@ -211,6 +212,24 @@ def test_a_dial_that_comes_back_is_known_by_when_it_was_established() -> None:
         accepted.send(b"x")
         dial.recv(1)
         assert looping.brought_back(CLIENT, SERVER, accepted) == (None, 0), "somebody has answered"
+
+
+def test_a_relay_that_is_interrupted_while_it_asks_knows_its_dial_all_the_same() -> None:
+    class Interrupted(socket.socket):
+        interruptions = 3
+
+        def getsockopt(self, *arguments: int) -> Any:
+            found = super().getsockopt(*arguments)
+            if self.interruptions:
+                self.interruptions -= 1
+                time.sleep(0.1)
+            return found
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, Interrupted() as dial:
+        dial.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            assert are_one(dial, accepted)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.6", "::1"])

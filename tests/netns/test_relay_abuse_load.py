@@ -15,7 +15,7 @@ import pytest
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header, build
 from tests.netns import relay_net, syn_flood
-from tests.netns.certificates import Pki
+from tests.netns.certificates import Pki, client_context
 from tests.netns.dns_net import framed, query, read_framed
 from tests.netns.relay_net import HOST, HOST4, PEER4, Net, Relay
 from tests.netns.test_relay_dns_hostile import descriptors, memory_kb, settled
@@ -64,10 +64,8 @@ def text(directory: Path) -> str:
 def hello() -> bytes:
     """The beginning of a TLS handshake."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with contextlib.suppress(ssl.SSLWantReadError):
-        context.wrap_bio(incoming, outgoing).do_handshake()
+        client_context(None).wrap_bio(incoming, outgoing).do_handshake()
     return outgoing.read()
 
 
@@ -107,9 +105,7 @@ def served(net: Net, port: int) -> None:
             plain.sendall(framed(query(7, QUESTION)))
             assert read_framed(plain).endswith(b"\xf0\0\0\1")
         elif port == TLS:
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            with context.wrap_socket(plain) as client:
+            with client_context(None).wrap_socket(plain) as client:
                 client.sendall(b"hello")
                 assert client.recv(5) == b"hello"
         else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
-import ssl
 import struct
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.netns import relay_net
-from tests.netns.certificates import Pki
+from tests.netns.certificates import Pki, server_context
 from tests.netns.relay_net import HOST, PEER, PEER4, Net, Relay
 from tests.netns.test_relay_listeners import configured, serving
 
@@ -162,8 +161,7 @@ def test_a_header_is_sent_once(net: Net, tmp_path: Path, workers: int) -> None:
 def test_tls_with_the_upstream_is_begun_once(net: Net, workers: int) -> None:
     with relay_net.public_directory() as directory:
         pki = Pki(directory)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*map(str, pki.server))
+        context = server_context(pki.server)
 
         def encrypted(client: socket.socket, peer: Any) -> None:
             with context.wrap_socket(client, server_side=True) as secure:

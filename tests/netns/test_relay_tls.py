@@ -17,7 +17,7 @@ import pytest
 from agent.relay.original_destination import Destination
 from agent.relay.proxy_protocol import Header, build
 from tests.netns import relay_net
-from tests.netns.certificates import Pki, client_context
+from tests.netns.certificates import Pki, client_context, server_context
 from tests.netns.relay_net import HOST4, PEER4, Net
 from tests.netns.test_relay_listeners import configured, serving
 
@@ -228,8 +228,7 @@ listeners:
     upstream_tls: {{ca_file: {pki.root.path}}}
 """
     header = build(Header(2, source=Destination("203.0.113.9", 4), destination=Destination("203.0.113.80", 443)))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*pki.server)
+    context = server_context(pki.server)
     heard: list[bytes] = []
 
     def serve(client: socket.socket, _peer: object) -> None:

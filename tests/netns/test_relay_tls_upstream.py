@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns import relay_net
-from tests.netns.certificates import Pki
+from tests.netns.certificates import Pki, server_context
 from tests.netns.relay_net import HOST4, PEER4, Net
 from tests.netns.test_relay_listeners import configured, serving
 
@@ -50,8 +50,7 @@ listeners:
 def tls_server(
     net: Net, server: tuple[Path, Path], serve: relay_net.Service, client_ca: Path | None = None
 ) -> Iterator[None]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*server)
+    context = server_context(server)
     if client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(client_ca)

@@ -101,7 +101,7 @@ def _run(scene: Scene, commands: Sequence[tuple[str, ...]]) -> Outcome:
         for _, process in running:
             process.kill()
             process.communicate()
-        foreign.wait(timeout=60)
+        foreign.wait(timeout=300)
     outcome.seconds = time.monotonic() - began
     _judge(scene, outcome)
     return outcome

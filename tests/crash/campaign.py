@@ -66,7 +66,7 @@ FAILURES = (
     Interference(FAIL_FROM, errno.EROFS, "EROFS for files from there"),
 )
 HANGS = (Interference(HANG),)
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 10.0
 """How long a command waits in this case for what it started."""
 
 

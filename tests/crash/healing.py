@@ -14,7 +14,7 @@ ANEW = "install within, confirm"
 CONFIRM = "confirm, install"
 WAIT = "wait until the time is up"
 LATE = "install when the time has been up for long"
-_GUARDIAN_ENDS_SECONDS = 20.0
+_GUARDIAN_ENDS_SECONDS = 60.0
 """It looks every second; the rest is for a busy machine."""
 _TIME_IS_UP_SECONDS = 60.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 def name(process: int) -> str:
     """What a process calls itself."""
     try:
-        return Path(f"/proc/{process}/comm").read_text().strip()
+        return Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
     except OSError:
         return "?"
 
@@ -42,7 +42,7 @@ def detached() -> list[int]:
 
 
 def end(processes: Iterable[int]) -> None:
-    """Kill them."""
+    """Kill them, as far as they are still there; a negative number is a whole group (kill(2))."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -79,7 +79,7 @@ def _running() -> Iterator[tuple[int, int, int]]:
 def _found(folder: Path) -> tuple[int, int, int] | None:
     """A process by its folder (proc_pid_stat(5)); None when it has ended."""
     try:
-        state, parent, group, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+        state, parent, group, *_ = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else (int(folder.name), int(parent), int(group))
@@ -87,5 +87,5 @@ def _found(folder: Path) -> tuple[int, int, int] | None:
 
 def _command_line(process: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
     return "?"

@@ -42,7 +42,6 @@ FLAVOURS: Mapping[str, tuple[str, ...]] = {
     "iptables nft, firewalld": ("--engine", "iptables", "--iptables-mode", "nft", "--store-firewalld"),
     "iptables legacy, firewalld": ("--engine", "iptables", "--iptables-mode", "legacy", "--store-firewalld"),
 }
-_DIAL_SECONDS = 2.0
 _SETTING = """
 set -e
 mount --make-rprivate /
@@ -111,7 +110,7 @@ class Host:
         for stream in (self.server.stdin, self.server.stdout):
             if stream:
                 stream.close()
-        self.server.wait(timeout=60)
+        self.server.wait(timeout=300)
 
     def __call__(
         self, *argv: str, faults: Sequence[Fault] = (), patience: float | None = None, forgetting: bool = False
@@ -203,7 +202,7 @@ class Scene:
 
     def seen(self) -> dict[str, str]:
         """Where every connection ends now."""
-        return {name: str(self.lab.dial(one, timeout=_DIAL_SECONDS)) for name, one in self.connections.items()}
+        return {name: str(self.lab.dial(one)) for name, one in self.connections.items()}
 
     def expected(self, name: str) -> dict[str, str]:
         """Where they should end under a policy."""

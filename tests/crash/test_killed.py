@@ -24,7 +24,7 @@ from tests.crash.scene import Scene, scene
 pytestmark = pytest.mark.root
 
 TRIALS = 4
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 _OFFSET = int(time.time())
 
 

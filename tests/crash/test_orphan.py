@@ -39,7 +39,7 @@ def test_the_next_command_waits_for_what_a_killed_one_has_started(tmp_path: Path
                      "--engine", "iptables", "--iptables-executables", programs],
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while "/run/begun" not in host.files("/run"):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

@@ -153,9 +153,9 @@ def test_the_xtables_lock_is_held(host: Host, lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("restore", "problem"),
     [
-        pytest.param("exec sleep 60", "did not end within 2 s and was killed", id="hangs"),
+        pytest.param("exec sleep 60", "did not end within 5 s and was killed", id="hangs"),
         pytest.param(
-            'case "$0" in *ip6*) exec sleep 60;; esac', "did not end within 2 s and was killed", id="ip6-hangs"
+            'case "$0" in *ip6*) exec sleep 60;; esac', "did not end within 5 s and was killed", id="ip6-hangs"
         ),
         pytest.param(
             "echo \"iptables-restore v1.8.9 (nf_tables): Couldn't load match \\`owner'\" >&2; exit 2",
@@ -180,7 +180,7 @@ def test_iptables_restore_that(host: Host, lab: Lab, tmp_path: Path, restore: st
     for name in NAMES:
         host.shell(f"cat > {scripts}/{name} <<'END'\n{WRAPPER.format(restore=restore)}END\nchmod +x {scripts}/{name}")
     argv = [*scene.argv("new")[: -len(scene.flags)], "--engine", "iptables", "--iptables-executables", programs]
-    said = one_message(host(*argv, "--max-retries", "0", patience=2.0))
+    said = one_message(host(*argv, "--max-retries", "0", patience=5.0))
     assert problem in said
     assert scene.seen() == scene.expected("old")
     assert "rolled back" in said or "was changed" in said or "as they were before" in said

@@ -32,8 +32,9 @@ POLICIES = (
 """Each redirects everything the applications do."""
 REMOTES = {socket.AF_INET: "203.0.113.10", socket.AF_INET6: "2001:db8:10::10"}
 COMMAND_SECONDS = 120.0
-DRAIN_SECONDS = 10
-_START_SECONDS = 30.0
+DRAIN_SECONDS = 60
+"""More than a connection lasts, also on a busy machine."""
+_START_SECONDS = 120.0
 _FAMILIES = {socket.AF_INET: Family.IPV4, socket.AF_INET6: Family.IPV6}
 _SYSCTLS = {
     "ipv4/ip_local_port_range": "10000 60000",
@@ -101,7 +102,7 @@ class Relay:
     def crash(self) -> None:
         """SIGKILL; whoever waits in its sockets is lost."""
         os.kill(self.pid, signal.SIGKILL)
-        self._gone(5.0)
+        self._gone(_START_SECONDS)
 
     def end(self) -> None:
         """SIGTERM, and wait until it has drained."""
@@ -133,7 +134,7 @@ class Relay:
 
     def _events(self, event: str) -> list[dict[str, Any]]:
         found = []
-        for line in self._log.read_text().splitlines() if self._log.exists() else []:
+        for line in self._log.read_text(errors="replace").splitlines() if self._log.exists() else []:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
         return [one for one in found if str(one.get("event", "")).startswith(event)]
@@ -145,7 +146,7 @@ class Relay:
             if len(found) > before:
                 return found[-1]
             time.sleep(0.05)
-        raise FaultError(f"the relay did not say {event!r}: {self._log.read_text()[-2000:]}")
+        raise FaultError(f"the relay did not say {event!r}: {self._log.read_text(errors='replace')[-2000:]}")
 
     def complaints(self) -> list[str]:
         """Errors that it has logged."""

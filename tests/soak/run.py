@@ -50,23 +50,24 @@ def soak(
     folder: Path,
     tell: Callable[[str], None] = lambda _line: None,
     engines: Sequence[str] = ENGINES,
+    least: int = 0,
 ) -> Outcome:
-    """Do everything in turn for so long, with these engines; `tell` gets a line about each round.
+    """Do everything in turn for so long, but at `least` so many things; `tell` gets a line about each round.
 
     The relay is replaced and killed in the first half alone: its successors are compared with each other there, and in
     the second half one process is with itself.
     """
     outcome = Outcome()
-    began = time.monotonic()
     middle = 0
     with plant(folder) as made:
+        began = time.monotonic()
         made.install()
         applications = made.applications()
         try:
             events = _events(made, engines, lambda: time.monotonic() - began < seconds / 2)
             for number, (name, act) in enumerate(events):
                 elapsed = time.monotonic() - began
-                if elapsed > seconds:
+                if elapsed > seconds and number >= least:
                     break
                 _do(made, name, act, outcome)
                 if elapsed <= seconds / 2:

@@ -19,6 +19,10 @@ PEER_SECOND = "10.99.0.9"
 QUESTION = b"\x07example\x03com\x00\x00\x01\x00\x01"
 _ANSWER = b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\xcb\x00\x71"
 SERVFAIL = 2
+PATIENT = "options timeout:30\n"
+"""For a relay that waits half a minute for a name server, so that it asks no other one because a machine is busy."""
+SOON = 20.0
+"""Seconds: before that."""
 
 
 def query(identifier: int, question: bytes = QUESTION) -> bytes:
@@ -134,7 +138,7 @@ def readable(directory: Path, name: str, text: str) -> Path:
 
 @contextlib.contextmanager
 def relay_for(
-    net: Net, directory: Path, *servers: str, resolv_options: str = "", options: tuple[str, ...] = ()
+    net: Net, directory: Path, *servers: str, resolv_options: str = PATIENT, options: tuple[str, ...] = ()
 ) -> Iterator[tuple[Path, Relay]]:
     """A relay that asks these servers, and its resolv.conf."""
     text = "".join(f"nameserver {server}\n" for server in servers) + resolv_options

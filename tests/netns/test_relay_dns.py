@@ -13,9 +13,11 @@ import pytest
 from agent.relay.dns import MAX_PENDING
 from tests.netns import dns_net, relay_net
 from tests.netns.dns_net import (
+    PATIENT,
     PEER_SECOND,
     QUESTION,
     SERVFAIL,
+    SOON,
     answer_to,
     ask,
     drained,
@@ -29,10 +31,6 @@ from tests.netns.dns_net import (
 from tests.netns.relay_net import HOST4, HOST6, PEER4, PEER6, Net, Server
 
 pytestmark = pytest.mark.root
-PATIENT = "options timeout:30\n"
-"""A relay that waits for half a minute for a name server."""
-SOON = 20.0
-"""Seconds: before that."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +98,7 @@ def test_the_next_server_is_asked_when_the_first_is_silent(net: Net, tmp_path: P
     with (
         name_server(net, PEER4, lambda _message: []) as silent,
         name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
-        relay_for(net, tmp_path, PEER4, PEER_SECOND),
+        relay_for(net, tmp_path, PEER4, PEER_SECOND, resolv_options=""),
     ):
         started = time.monotonic()
         assert ask(net, PEER4) == answer_to(query(0x1234), 2)
@@ -111,7 +109,7 @@ def test_the_next_server_is_asked_when_the_first_is_silent(net: Net, tmp_path: P
 def test_the_next_server_is_asked_at_once_when_the_first_does_not_listen(net: Net, tmp_path: Path) -> None:
     with (
         name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]),
-        relay_for(net, tmp_path, PEER4, PEER_SECOND, resolv_options=PATIENT),
+        relay_for(net, tmp_path, PEER4, PEER_SECOND),
     ):
         assert ask(net, PEER4, patience=SOON) == answer_to(query(0x1234), 2)
 
@@ -191,7 +189,7 @@ def test_no_more_queries_wait_than_the_table_holds(net: Net, tmp_path: Path) -> 
     """Beyond that they fail at once, so that a client does not wait in vain."""
     with (
         name_server(net, PEER4, lambda _message: []),
-        relay_for(net, tmp_path, PEER4, resolv_options=PATIENT),
+        relay_for(net, tmp_path, PEER4),
         net.datagram(net.host, socket.AF_INET) as client,
     ):
         client.connect((PEER4, 53))
@@ -211,7 +209,10 @@ def test_over_tcp_a_server_that_does_not_answer_is_given_up(net: Net, tmp_path: 
     relay_net.run(*on_peer, "-A", *drop)
     server = Server(net.listen(net.peer, (PEER_SECOND, 53)), answer_over_tcp)
     try:
-        with relay_for(net, tmp_path, PEER4, PEER_SECOND), net.connect(net.host, (PEER4, 53)) as client:
+        with (
+            relay_for(net, tmp_path, PEER4, PEER_SECOND, resolv_options=""),
+            net.connect(net.host, (PEER4, 53)) as client,
+        ):
             client.sendall(framed(query(5)))
             client.shutdown(socket.SHUT_WR)
             assert relay_net.read_all(client)[2:] == answer_to(query(5), 3)

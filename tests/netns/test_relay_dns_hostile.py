@@ -40,7 +40,7 @@ def relay(net: Net, tmp_path: Path) -> Iterator[Relay]:
     try:
         with (
             name_server(net, PEER4, lambda message: [answer_to(message, 1)]),
-            relay_for(net, tmp_path, PEER4, options=("--dns-zone-file", str(path))) as (_, running),
+            relay_for(net, tmp_path, PEER4, resolv_options="", options=("--dns-zone-file", str(path))) as (_, running),
         ):
             yield running
     finally:

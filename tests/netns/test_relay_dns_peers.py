@@ -20,6 +20,7 @@ from tests.netns import dns_net, relay_net
 from tests.netns.dns_net import (
     PEER_SECOND,
     SERVFAIL,
+    SOON,
     answer_to,
     ask,
     dig,
@@ -187,7 +188,7 @@ def test_servers_take_turns_where_resolv_conf_says_so(net: Net, tmp_path: Path) 
     with (
         name_server(net, PEER4, lambda message: [answer_to(message, 1)]) as first,
         name_server(net, PEER_SECOND, lambda message: [answer_to(message, 2)]) as second,
-        relay_for(net, tmp_path, PEER4, PEER_SECOND, resolv_options="options rotate\n"),
+        relay_for(net, tmp_path, PEER4, PEER_SECOND, resolv_options="options rotate timeout:30\n"),
     ):
         for number in range(10):
             ask(net, PEER4, number)
@@ -214,7 +215,7 @@ def test_equal_queries_go_together_and_everybody_gets_the_answer(net: Net, tmp_p
 
     with (
         name_server(net, PEER4, late) as server,
-        relay_for(net, tmp_path, PEER4, resolv_options="options timeout:30\n"),
+        relay_for(net, tmp_path, PEER4),
     ):
         clients = [net.datagram(net.host, socket.AF_INET) for _ in range(5)]
         for number, client in enumerate(clients):
@@ -259,9 +260,9 @@ def test_guessing_ends_on_another_port_and_id(net: Net, tmp_path: Path) -> None:
 
     with (
         name_server(net, PEER4, serve) as server,
-        relay_for(net, tmp_path, PEER4, resolv_options="options timeout:30\n") as (_, relay),
+        relay_for(net, tmp_path, PEER4) as (_, relay),
     ):
-        assert ask(net, PEER4, patience=20.0) == answer_to(query(0x1234), 1), "before the timeout of 30 s"
+        assert ask(net, PEER4, patience=SOON) == answer_to(query(0x1234), 1), "before the timeout of 30 s"
         relay.wait_for("somebody guesses DNS answers")
     (port, identifier), (next_port, next_identifier) = server.seen
     assert (port, identifier) != (next_port, next_identifier)

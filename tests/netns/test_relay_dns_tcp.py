@@ -238,7 +238,7 @@ def test_queries_under_way_are_answered_while_draining(net: Net, server: Start, 
 
     server(late)
     options = ("--drain-timeout", "60")
-    with relay_for(net, tmp_path, PEER4, resolv_options="options timeout:30\n", options=options) as (_, relay):
+    with relay_for(net, tmp_path, PEER4, options=options) as (_, relay):
         with net.connect(net.host, (PEER4, 53)) as client, net.connect(net.host, (PEER4, 53)) as idle:
             client.sendall(framed(query(3)))
             assert asked.wait(relay_net.TIMEOUT)

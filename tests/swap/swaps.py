@@ -36,6 +36,9 @@ _EACH_AFTER_EACH = (
 )  # fmt: skip
 """For a start with nftables."""
 
+AT_LEAST = 20
+"""So many connections come with each swap; on an idle machine there are a hundred times as many."""
+
 KUMACTL = tuple((variant, full) for variant in ("nft", "legacy") for full in (False, True))
 """The variants and kinds of a kumactl installation."""
 
@@ -170,7 +173,7 @@ def swap(made: Scene, first: Target, targets: Iterable[Target]) -> Iterator[tupl
     for target in targets:
         outcome = Outcome()
         seconds = timed_install(made, target)
-        now = applications.tally()
+        now = applications.at_least(seen.connections + AT_LEAST)
         outcome.add(seconds, now - seen, [*early, *broken(kept)])
         yield previous, target, outcome
         previous, seen, early = target, now, []

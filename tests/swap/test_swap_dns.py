@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import socket
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
+from multiprocessing import get_context
 from multiprocessing.connection import Connection as Pipe
+from typing import Any
 
 import pytest
 
@@ -19,10 +23,12 @@ from agent.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy,
 from agent.rehearsal.cgroup import own_place
 from agent.rehearsal.namespaces import Namespace
 from tests.swap.scene import kept_to, prepared_namespaces
-from tests.swap.swaps import ENGINES, NFTABLES, Target, between, inside, name
-from tests.swap.traffic import APP, PROXY, Child
+from tests.swap.swaps import AT_LEAST, ENGINES, NFTABLES, Target, between, inside, name
+from tests.swap.traffic import ANSWER_SECONDS, APP, PROXY, Child
 
 pytestmark = pytest.mark.root
+
+_fork = get_context("fork")
 
 SWAPS = int(os.environ.get("TPCTL_SWAPS", "12"))
 IPV6_FREEBIND = 78
@@ -66,21 +72,22 @@ def answer(text: str, addresses: dict[socket.AddressFamily, str], port: int) -> 
     return work
 
 
-def ask(family: socket.AddressFamily) -> Callable[[Pipe], Counter[str]]:
-    """One query after the other, each from a socket of its own."""
+def ask(family: socket.AddressFamily, answered: Any) -> Callable[[Pipe], Counter[str]]:
+    """One query after the other, each from a socket of its own; `answered` is how many."""
 
     def work(pipe: Pipe) -> Counter[str]:
         seen: Counter[str] = Counter()
         pipe.send("ready")
         while not pipe.poll():
             with socket.socket(family, socket.SOCK_DGRAM) as made:
-                made.settimeout(2)
+                made.settimeout(ANSWER_SECONDS)
                 try:
                     made.connect((SERVERS[family], 53))
                     made.send(b"?")
                     seen[made.recv(8).decode()] += 1
                 except OSError as error:
                     seen[str(error)] += 1
+                answered.value += 1
         return seen
 
     return work
@@ -106,20 +113,29 @@ def answers(first: Target, targets: list[Target]) -> Counter[str]:
             Child(host, PROXY, answer(DATA_PLANE, LOOPBACK, first.policy.dns.port)),
             Child(peer, 0, answer(NAME_SERVER, SERVERS, 53)),
         ]
-        applications = [Child(host, APP, ask(family)) for family in SERVERS]
+        answered = [_fork.RawValue(ctypes.c_ulonglong) for _ in SERVERS]
+        applications = [Child(host, APP, ask(family, count)) for family, count in zip(SERVERS, answered, strict=True)]
         with host.inside():
-            for target in targets:
+            for turn, target in enumerate(targets, 1):
                 assert lifecycle.install(target.policy, kept_to(place, target.options)).changed
+                _wait_for(AT_LEAST * turn, answered)
         for child in (*applications, *servers):
             child.pipe.send("stop")
             seen += child.result() or Counter()
     return seen
 
 
+def _wait_for(queries: int, answered: Sequence[Any]) -> None:
+    deadline = time.monotonic() + 2 * ANSWER_SECONDS
+    while sum(count.value for count in answered) < queries:
+        assert time.monotonic() < deadline, f"fewer than {queries} queries"
+        time.sleep(0.001)
+
+
 def flawless(seen: Counter[str]) -> None:
     """The data plane answered every query, and there were enough."""
     assert set(seen) == {DATA_PLANE}, seen
-    assert seen[DATA_PLANE] >= 20 * SWAPS
+    assert seen[DATA_PLANE] >= AT_LEAST * SWAPS
 
 
 @pytest.mark.parametrize("options", ENGINES, ids=name)

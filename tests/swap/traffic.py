@@ -28,7 +28,7 @@ OUTBOUND, INBOUND, REAL = b"O", b"I", b"R"
 """Who answers: the data plane's two listeners, or the server that was dialled."""
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
-ANSWER_SECONDS = 5
+ANSWER_SECONDS = 30
 _RUN, _PAUSE, _STOP = 0, 1, 2
 _IDLE_SECONDS = 0.0005
 _HURRY = 19
@@ -218,6 +218,14 @@ class Applications:
             sum(count.failed for count in counts),
             max(count.slowest for count in counts),
         )
+
+    def at_least(self, connections: int) -> Tally:
+        """What all have counted, once it is so many: where others take the processors, they get little of them."""
+        deadline = time.monotonic() + 2 * ANSWER_SECONDS
+        while (seen := self.tally()).connections < connections:
+            assert time.monotonic() < deadline, f"{connections} connections are too much to ask: {seen}"
+            time.sleep(_IDLE_SECONDS)
+        return seen
 
     def stop(self) -> Tally:
         """End the processes; hands back everything they counted."""

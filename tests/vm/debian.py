@@ -12,9 +12,12 @@ RELEASES = {"bullseye": "5.10", "bookworm": "6.1", "trixie": "6.12"}
 
 
 def mirror() -> str:
-    """The mirror that apt uses: it has every release."""
+    """The mirror that apt uses: it has every release. Raises RuntimeError when there is none."""
     listed = _said("apt-get", "indextargets", "--format", "$(SITE)")
-    return next(site for site in listed.split() if "security" not in site)
+    for site in listed.split():
+        if "security" not in site:
+            return site
+    raise RuntimeError("apt has no mirror in its sources")
 
 
 def reached_by() -> list[str]:

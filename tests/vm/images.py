@@ -131,8 +131,9 @@ def image(recipe: Recipe) -> Image:
 def _forget_unused() -> None:
     """Recipes change, and their images are large."""
     for one in MADE.iterdir():
-        if time.time() - one.stat().st_mtime > UNUSED_SECONDS:
-            shutil.rmtree(one)
+        with contextlib.suppress(FileNotFoundError):  # another process builds another release there
+            if time.time() - one.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(one)
 
 
 def _build(recipe: Recipe, work: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shlex
 import socket
 import stat
@@ -25,6 +26,7 @@ _CPU = "Nehalem,-cx16"
 corrupts the flags: Linux 6.12, which allocates memory with it, dies of that within a minute."""
 _MEMORY = "1G"
 _SETTINGS = "console=ttyS0 quiet panic=-1 mitigations=off audit=0 systemd.show_status=no"
+_PORTS = (20000, 32768)
 _PRIVATE = stat.S_IFREG | 0o600
 
 
@@ -78,7 +80,7 @@ class Machine:
         self._ssh_options = [
             "-i", str(folder / "key"), "-o", f"Port={self.forwarded[22]}", "-o", "StrictHostKeyChecking=no",
             "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes",
-            "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=30",
+            "-o", "ConnectTimeout=60", "-o", "ServerAliveInterval=30",
         ]  # fmt: skip
         self._shared = ["-o", f"ControlPath={folder}/control", "-o", "ControlMaster=auto", "-o", "ControlPersist=600"]
 
@@ -89,7 +91,11 @@ class Machine:
         (self.folder / "initrd").write_bytes(self.image.initrd.read_bytes() + own)
         with (self.folder / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.wait_until_up()
+        try:
+            self.wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -235,6 +241,8 @@ class Machine:
 
 
 def _free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
+    """One that the kernel gives to nobody who asks for any (ip(7)), before qemu has taken it."""
+    while True:
+        with socket.socket() as made, contextlib.suppress(OSError):
+            made.bind(("127.0.0.1", random.randrange(*_PORTS)))
+            return int(made.getsockname()[1])

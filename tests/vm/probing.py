@@ -22,8 +22,6 @@ from agent.rehearsal.namespaces import Namespace
 from agent.rehearsal.probes import probes
 from agent.rehearsal.rehearse import Result, attempt
 
-SECONDS = 4.0
-"""How long an answer is waited for: the processor is emulated."""
 SSHD = (HOST, 22)
 """Its place is taken; that it is reached, the tests see by themselves."""
 _SETTLE_SECONDS = 1.0
@@ -36,7 +34,7 @@ def tried(policy: Policy) -> list[Result]:
         lab.serve_data_plane(staging.policy)
         time.sleep(_SETTLE_SECONDS)  # until the links are up
         wanted = (one for one in probes(staging.policy, staging.layout) if seat(lab.layout, one.connection) != SSHD)
-        return list(attempt(lab, staging.policy, wanted, timeout=SECONDS))
+        return list(attempt(lab, staging.policy, wanted))
 
 
 def main() -> None:

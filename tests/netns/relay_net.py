@@ -117,7 +117,7 @@ class Net:
 
     def restore(self, family: int, text: str) -> None:
         """Give our host's nat table rules."""
-        self.on_host("iptables-restore" if family == 4 else "ip6tables-restore", stdin=text)
+        self.on_host("iptables-restore" if family == 4 else "ip6tables-restore", "-w", "60", stdin=text)
 
     def on_host(self, *argv: str, stdin: str | None = None) -> str:
         """Run a command on our host."""

@@ -205,7 +205,7 @@ def test_no_more_queries_wait_than_the_table_holds(net: Net, tmp_path: Path) -> 
 
 def test_over_tcp_a_server_that_does_not_answer_is_given_up(net: Net, tmp_path: Path) -> None:
     drop = ("INPUT", "-p", "tcp", "-d", PEER4, "--dport", "53", "-j", "DROP")
-    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables", "-w")
     relay_net.run(*on_peer, "-A", *drop)
     server = Server(net.listen(net.peer, (PEER_SECOND, 53)), answer_over_tcp)
     try:

@@ -122,7 +122,7 @@ def test_an_upstream_that_is_down_is_passed_over(net: Net) -> None:
 def test_an_upstream_that_is_silent_is_passed_over_when_its_time_is_over(net: Net) -> None:
     """With ten of them before it, the one that answers would have its turn after half a minute by default."""
     silent = ("INPUT", "-p", "tcp", "--dport", "7100:7109", "-j", "DROP")
-    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables", "-w")
     relay_net.run(*on_peer, "-A", *silent)
     server = Server(net.listen(net.peer, (PEER_SECOND, 5432)), say_who("second"))
     try:

@@ -279,7 +279,7 @@ def test_the_watchdog_hears_of_a_relay_that_lives_and_not_of_one_that_hangs(
 
 def test_a_client_that_gives_up_while_its_server_is_dialled_frees_the_connection(net: Net, tmp_path: Path) -> None:
     blackhole = ("INPUT", "-p", "tcp", "--dport", "7001", "-j", "DROP")
-    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables")
+    on_peer = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables", "-w")
     relay_net.run(*on_peer, "-A", *blackhole)
     try:
         with relay_net.relay(net, tmp_path, "--access-log") as running:

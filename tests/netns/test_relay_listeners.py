@@ -278,7 +278,7 @@ def hold(client: socket.socket, _peer: object) -> None:
 
 
 def test_an_upstream_that_does_not_answer_is_given_up(net: Net, tmp_path: Path) -> None:
-    drop = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables", "-I", "INPUT", "-p", "tcp", "--dport", "7001")
+    drop = ("nsenter", f"--net=/run/netns/{net.peer}", "iptables", "-w", "-I", "INPUT", "-p", "tcp", "--dport", "7001")
     relay_net.run(*drop, "-j", "DROP")
     text = f"""
 timeouts: {{connect: 500ms}}

@@ -29,9 +29,9 @@ def net() -> Iterator[Net]:
         for family, tables in (("-4", "iptables"), ("-6", "ip6tables")):
             tproxy = ("-j", "TPROXY", "--on-port", "15006", "--tproxy-mark", "1")
             network.on_host(
-                tables, "-t", "mangle", "-A", "PREROUTING", "-i", "eth0", "-p", "tcp", "--dport", "8080", *tproxy
+                tables, "-w", "-t", "mangle", "-A", "PREROUTING", "-i", "eth0", "-p", "tcp", "--dport", "8080", *tproxy
             )
-            network.on_host(tables, "-t", "mangle", "-A", "OUTPUT", "-p", "tcp", "--sport", "8080", "-m", "owner",
+            network.on_host(tables, "-w", "-t", "mangle", "-A", "OUTPUT", "-p", "tcp", "--sport", "8080", "-m", "owner",
                             "--uid-owner", "0", "-j", "MARK", "--set-mark", "1")  # fmt: skip
             network.on_host("ip", family, "rule", "add", "fwmark", "1", "lookup", "100")
             network.on_host("ip", family, "route", "add", "local", "default", "dev", "lo", "table", "100")

@@ -146,7 +146,9 @@ async def server(listener: socket.socket, seed: int, count: int, messages: int =
     async def one(sock: socket.socket) -> None:
         head = b""
         while len(head) < HEADER:
-            head += await loop.sock_recv(sock, HEADER - len(head))
+            if not (more := await loop.sock_recv(sock, HEADER - len(head))):  # for ever, if it was asked again
+                raise ConnectionResetError("ended before it said which connection it is")
+            head += more
         await loop.sock_sendall(sock, b"!")
         await converse(sock, Script.of(seed, int.from_bytes(head, "big")), failures, is_client=False, messages=messages)
 

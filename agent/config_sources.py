@@ -98,7 +98,7 @@ def from_files(paths: Iterable[str]) -> Findings:
     """YAML or JSON files in order; `-` is stdin."""
     found = Findings()
     for path in paths:
-        name = "stdin" if path == STDIN else path
+        name = "stdin" if path == STDIN else shown(path)
         try:
             tree = parse_yaml(read_configuration(path))
         except UnusableFileError as error:

@@ -204,6 +204,16 @@ def read_network(value: object, note: Note) -> Network:
     return network
 
 
+def is_interface_name(text: str) -> bool:
+    """Whether an interface may be called so."""
+    return _is_named(text) and len(text.encode()) <= MAX_INTERFACE_NAME
+
+
+def _is_named(name: str) -> bool:
+    """The same without a limit; neither the kernel nor the rules of any engine give these characters a meaning."""
+    return bool(name) and name not in (".", "..") and not re.search(r"[\s/+!\"'\\]", name) and name.isprintable()
+
+
 def read_virtual_networks(value: object, note: Note) -> tuple[VirtualNetwork, ...]:
     """Virtual networks: a list, or a text with commas."""
     return _each(_items(value), read_virtual_network, note)
@@ -216,8 +226,7 @@ def read_virtual_network(value: object, note: Note) -> VirtualNetwork:
     interface = interface.strip()
     if not colon or not cidr.strip():
         raise BadValueError(f"{quoted(value)} is not a virtual network; {shape}")
-    name = interface.removesuffix("+")
-    if not name or name in (".", "..") or re.search(r"[\s/+!\"'\\]", name) or not name.isprintable():
+    if not _is_named(interface.removesuffix("+")):
         raise BadValueError(f"{quoted(value)} does not begin with the name of an interface; {shape}")
     if len(interface.encode()) > MAX_INTERFACE_NAME:
         raise BadValueError(f"{quoted(value)}: the interface name is longer than {MAX_INTERFACE_NAME} characters")

@@ -37,3 +37,14 @@ class ApplyError(TpctlError):
     """A change failed half-way. The message says whether it was rolled back and what the host's state is now."""
 
     exit_code = 1
+
+
+def described(error: BaseException) -> str:
+    """Any error as the beginning of a message; what is neither ours nor the kernel's is called internal."""
+    if isinstance(error, TpctlError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"internal error ({type(error).__name__}: {error})"

@@ -124,6 +124,8 @@ def _text(path: str, limit: int, *, trusted: bool) -> str:
 
 def _content(path: str, limit: int, *, trusted: bool) -> bytes:
     if path == STDIN:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "standard input is closed")
         content = sys.stdin.buffer.read(limit + 1)
         return content if len(content) <= limit else _too_large(limit)
     descriptor = _opened(path, trusted=trusted)

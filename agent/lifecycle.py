@@ -12,7 +12,7 @@ from agent import confirm, loopback, routing, state
 from agent.engine_options import EngineOptions
 from agent.engines import registry
 from agent.engines.base import Engine, Removal
-from agent.errors import ApplyError, HostError, InputError, TpctlError
+from agent.errors import ApplyError, HostError, InputError
 from agent.host import cgroups
 from agent.host.privilege import require_root
 from agent.persist import in_step
@@ -200,7 +200,7 @@ def carry_out(
         if engine.name != "ebpf":  # whose programs do not ask conntrack
             ended.forget()  # before the record says that all is done: killed here, the next install does it again
         renewal.finish()
-    except (TpctlError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - out of memory, or a defect of ours: nothing half done is left then, too
         undo.roll_back(error, outcome)
     upgraded = (f"what tpctl {older} installed",) if older else ()
     gone = (*upgraded, *applied.replaced, *others.removed)

@@ -322,11 +322,16 @@ def locked(*, wait: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let a lost terminal or Ctrl-C wait until the change is complete or rolled back; programs started inherit it."""
+    """Let a lost terminal or Ctrl-C wait until the change is complete or rolled back; programs started inherit it.
+
+    Ctrl-C has nothing left to stop then, so it is dropped: the command goes on to tell how the change ended.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
+        if signal.SIGINT not in before:
+            signal.sigtimedwait({signal.SIGINT}, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from agent.errors import ApplyError, HostError, InputError, TpctlError
+from agent.errors import ApplyError, HostError, InputError, described
 
 ROLLED_BACK = "Everything was rolled back: the host is as it was before"
 KUMACTLS_GONE = "The new rules were taken away again; kumactl's, which they had replaced, cannot be brought back"
@@ -36,7 +36,7 @@ class Undo:
         self._steps.append(step)
         self._has_changed |= changes_kernel
 
-    def roll_back(self, error: TpctlError | OSError, outcome: str = ROLLED_BACK) -> NoReturn:
+    def roll_back(self, error: Exception, outcome: str = ROLLED_BACK) -> NoReturn:
         """Undo everything, then raise what stopped the change, with the host's state now.
 
         `outcome` describes it for the case that the host had been changed.
@@ -45,18 +45,18 @@ class Undo:
         while self._steps:
             try:
                 self._steps.pop()()
-            except (TpctlError, OSError) as failed:
-                failures.append(str(failed))
+            except Exception as failed:  # noqa: BLE001 - one that fails must not keep the others
+                failures.append(described(failed))
         if failures:
             raise ApplyError(
-                f"{error}. The rollback failed too: {'; '.join(failures)}. Run `tpctl uninstall`, then look at "
-                "`tpctl status`"
+                f"{described(error)}. The rollback failed too: {'; '.join(failures)}. Run `tpctl uninstall`, then look "
+                "at `tpctl status`"
             ) from error
         if isinstance(error, InputError | HostError) and not self._has_changed:
             raise error
         said = any(words in str(error) for words in _SAID) and not self._has_changed
         state = "" if said else f". {outcome if self._has_changed else NOTHING_CHANGED}"
-        raise ApplyError(f"{error}{state}") from error
+        raise ApplyError(f"{described(error)}{state}") from error
 
 
 class Failures:
@@ -70,8 +70,8 @@ class Failures:
         """Note what stops the block, and go on behind it."""
         try:
             yield
-        except (TpctlError, OSError) as error:
-            self._said.append(str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other steps are still to be done
+            self._said.append(described(error))
 
     def raise_if_any(self, state: str) -> None:
         """Raise ApplyError with everything noted and the host's state now."""

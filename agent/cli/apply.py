@@ -21,10 +21,11 @@ def command(as_json: bool, confirm_within: float | None) -> None:
     Changes nothing, counters included, when the kernel holds exactly that already.
     """
     from agent import lifecycle
-    from agent.cli import confirming, output
+    from agent.cli import confirming, output, streams
 
     confirming.end_overdue(confirm_within)
     report = lifecycle.apply(confirm_within=confirm_within)
+    streams.done()
     if as_json:
         pending = confirming.data(report.pending)
         output.as_json(

@@ -17,9 +17,10 @@ Example:
 def command(as_json: bool) -> None:
     """Keep a change that was made with --confirm-within."""
     from agent import rollback
-    from agent.cli import output
+    from agent.cli import output, streams
 
     outcome = rollback.keep()
+    streams.done()
     if as_json:
         output.as_json({"confirmed": outcome.command})
     else:

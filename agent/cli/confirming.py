@@ -16,14 +16,14 @@ LONGEST_SECONDS = 24 * 3600.0
 
 def duration(text: str) -> float:
     """The seconds of a time such as 60s or 5m. A bare number is refused: kumactl takes those for nanoseconds."""
-    from agent.config_values import BadValueError, read_duration, whole_number
+    from agent.config_values import BadValueError, quoted, read_duration, whole_number
 
     try:
         seconds = 0.0 if whole_number(text) is not None else read_duration(text, lambda note: None)
     except BadValueError as bad:
         raise click.BadParameter(str(bad)) from None
     if not 1 <= seconds <= LONGEST_SECONDS:
-        raise click.BadParameter(f'"{text}" is not a time from 1s to 24h, with its unit')
+        raise click.BadParameter(f"{quoted(text)} is not a time from 1s to 24h, with its unit")
     return seconds
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.policy_options import PolicyCommand, PolicyInput, load_policy, policy_options
+from agent.config_values import is_interface_name, quoted
 from agent.errors import InputError
 from agent.policy import DNS_PORT, MAX_PORT, MAX_UID, Address, Policy
 
@@ -173,9 +174,11 @@ def connection_of(question: Question, direction: Direction, policy: Policy) -> C
     cgroup = _cgroup(question.process_cgroup, policy, problems) if outgoing else None
     port = to[1] or question.default_port if to else None
     if to and port is None and question.protocol in ("tcp", "udp"):
-        problems.append(f'--to: "{question.to}" has no port; write {_joined(to[0], 443)}')
+        problems.append(f"--to: {quoted(question.to)} has no port; write {_joined(to[0], 443)}")
     if to and source and to[0].version != source[0].version:
         problems.append(f"--from and --to: {source[0]} is IPv{source[0].version} and {to[0]} is IPv{to[0].version}")
+    if question.interface is not None and not is_interface_name(question.interface):
+        problems.append(f"--interface: {quoted(question.interface)} is not the name of an interface")
     if problems or to is None:
         raise InputError(problems)
     peer = to[0] if outgoing or source is None else source[0]
@@ -222,12 +225,12 @@ def _endpoint(flag: str, text: str, problems: list[str]) -> tuple[Address, int |
     try:
         address = ip_address(host)
     except ValueError:
-        problems.append(f'{flag}: "{text}" is no ADDRESS:PORT; write 10.1.2.3:443 or [fd00::1]:443')
+        problems.append(f"{flag}: {quoted(text)} is no ADDRESS:PORT; write 10.1.2.3:443 or [fd00::1]:443")
         return None
     if not port:
         return address, None
     if not port.isdecimal() or not 1 <= int(port) <= MAX_PORT:
-        problems.append(f'{flag}: "{port}" is not a port (1-{MAX_PORT})')
+        problems.append(f"{flag}: {quoted(port)} is not a port (1-{MAX_PORT})")
         return None
     return address, int(port)
 
@@ -238,13 +241,13 @@ def _uid(user: str | None, problems: list[str]) -> int | None:
     if user.isdecimal():
         if int(user) <= MAX_UID:
             return int(user)
-        problems.append(f'--uid: "{user}" is not within the uids 0-{MAX_UID}')
+        problems.append(f"--uid: {quoted(user)} is not within the uids 0-{MAX_UID}")
         return None
     from agent.host.users import uid_of
 
     uid = uid_of(user)
     if uid is None:
-        problems.append(f'--uid: there is no user "{user}" on this host; give a uid')
+        problems.append(f"--uid: there is no user {quoted(user)} on this host; give a uid")
     return uid
 
 

@@ -63,10 +63,12 @@ def command(
 
 def _check_word(what: str | None) -> None:
     if what not in (None, KUMACTL_WORD):
+        from agent.config_values import quoted
+
         hint = (
             "; give a truth value with an equals sign, as in --redirect-dns=false" if what in ("true", "false") else ""
         )
-        raise InputError(f'"{what}" is not expected here; only {KUMACTL_WORD} may stand without a flag{hint}')
+        raise InputError(f"{quoted(what)} is not expected here; only {KUMACTL_WORD} may stand without a flag{hint}")
 
 
 def _print_config(config: Config, *, as_json: bool) -> None:
@@ -94,7 +96,7 @@ def _dry_run(resolved: Resolved, *, as_json: bool) -> None:
 
 def _install(config: Config, resolved: Resolved, confirm_within: float | None, *, as_json: bool) -> None:
     from agent import lifecycle
-    from agent.cli import confirming, output
+    from agent.cli import confirming, output, streams
     from agent.host.privilege import require_root
     from agent.status import firewall_problems, port_problems
 
@@ -108,6 +110,7 @@ def _install(config: Config, resolved: Resolved, confirm_within: float | None, *
         )
     confirming.end_overdue(confirm_within)
     report = lifecycle.install(resolved.policy, resolved.options, confirm_within=confirm_within)
+    streams.done()
     problems = (*port_problems(report.policy), *firewall_problems(report.policy, report.engine))
     warnings = [f"warning: {problem}" for problem in problems]
     if as_json:

@@ -12,7 +12,8 @@ from typing import cast
 import click
 
 import agent
-from agent.errors import TpctlError
+from agent.cli import streams
+from agent.errors import TpctlError, described
 
 COMMANDS = {
     "install": "redirect this host's traffic to the data plane",
@@ -29,6 +30,9 @@ COMMANDS = {
 }
 """Each is the function `command` of the module `agent.cli.<name>`, imported only when it is called."""
 
+WATCH_THEIR_OUTPUT = ("relay", "top")
+"""Those that run until somebody ends them see for themselves whether anybody still listens."""
+
 EXIT_CODES = """\b
 Exit codes:
   0  done
@@ -36,6 +40,9 @@ Exit codes:
   2  bad input, nothing touched
   3  status, verify: something is not as it should be
 """
+
+
+_SEE_STATUS = "`tpctl status` shows what is installed now"
 
 
 class LazyGroup(click.Group):
@@ -65,7 +72,8 @@ class LazyGroup(click.Group):
 )
 @click.version_option(agent.__version__, prog_name="tpctl")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-def tpctl(debug: bool) -> None:
+@click.pass_context
+def tpctl(ctx: click.Context, debug: bool) -> None:
     """Redirect a Linux host's traffic to a data plane proxy, see it, rehearse it, and take it away again.
 
     \b
@@ -74,6 +82,8 @@ def tpctl(debug: bool) -> None:
       tpctl status
       tpctl uninstall
     """
+    if ctx.invoked_subcommand in WATCH_THEIR_OUTPUT:
+        cast(streams.Streams, ctx.obj).release()
 
 
 def fail(message: str) -> None:
@@ -84,34 +94,74 @@ def fail(message: str) -> None:
 
 def main() -> None:
     """Entry point; exits with the codes of `EXIT_CODES`."""
+    streams.fill_gaps()
+    printed = streams.Streams()
+    try:
+        code = _run(printed)
+        if (failure := printed.failure()) is not None:
+            code = _unprinted(code, failure, is_report=printed.is_report)
+    finally:
+        printed.release()
+    sys.exit(code)
+
+
+def _run(printed: streams.Streams) -> int:
+    """Run the command; hands back its exit code."""
     debug = "--debug" in sys.argv[1:]
     try:
-        result = tpctl.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        fail("aborted; nothing was changed")
-        sys.exit(1)
+        result = tpctl.main(prog_name="tpctl", standalone_mode=False, obj=printed)
+    except click.exceptions.Abort as error:
+        # At a question, nothing has been done yet; Ctrl-C may come at any time, also after a change.
+        interrupted = isinstance(error.__cause__, KeyboardInterrupt)
+        fail(f"interrupted; {_SEE_STATUS}" if interrupted else "aborted; nothing was changed")
+        return 1
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        _misused(error)
+        return 2
     except TpctlError as error:
         if debug:
             raise
         fail(str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        fail("interrupted")
-        sys.exit(1)
-    except OSError as error:  # the kernel refused where nothing better can be said
+        fail(f"interrupted; {_SEE_STATUS}")
+        return 1
+    except (OSError, MemoryError) as error:  # the kernel refused where nothing better can be said
         if debug:
             raise
-        fail(f"{error}; `tpctl status` shows what is installed now")
-        sys.exit(1)
+        fail(f"{described(error)}; {_SEE_STATUS}")
+        return 1
     except Exception as error:  # the last resort
         if debug:
             raise
-        fail(f"internal error ({type(error).__name__}: {error}); run again with --debug for the traceback")
-        sys.exit(1)
-    sys.exit(result if isinstance(result, int) else 0)
+        fail(f"{described(error)}; run again with --debug for the traceback")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _misused(error: click.ClickException) -> None:
+    """Say on one line what is wrong with the words of the command."""
+    from agent.config_values import shown
+
+    message = error.format_message()
+    if message.startswith("Usage:"):  # no command at all: its help
+        error.show()
+        return
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"; see `{context.command_path} --help`" if context else ""
+    fail(f"{shown(' '.join(message.split())).rstrip('.')}{hint}")
+
+
+def _unprinted(code: int, failure: str, *, is_report: bool) -> int:
+    """Say that the result could not be printed; hands back the exit code.
+
+    What has been done stands, so that is what the code tells. Where the result is all, it is an error.
+    """
+    if is_report:
+        click.echo(f"warning: the result cannot be printed: {failure}; {_SEE_STATUS}", err=True)
+        return code
+    fail(f"the result cannot be printed: {failure}; nothing was changed")
+    return 1
 
 
 if __name__ == "__main__":

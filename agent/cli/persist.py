@@ -39,7 +39,7 @@ def command(units: bool, firewalld: bool, remove: bool, root: Path, as_json: boo
     The unit installs what /etc/tpctl/config.yaml says. firewalld brings back the rules themselves, and needs the
     iptables engine.
     """
-    from agent.cli import output
+    from agent.cli import output, streams
     from agent.host.privilege import require_root
     from agent.persist import outlook
 
@@ -56,6 +56,8 @@ def command(units: bool, firewalld: bool, remove: bool, root: Path, as_json: boo
         done += _systemd(root, notices)
     if firewalld:
         done += _firewalld()
+    if done:
+        streams.done()
     boot = outlook.next_boot(root)
     if as_json:
         output.as_json({"done": done, "notices": notices, "nextBoot": boot})

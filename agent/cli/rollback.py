@@ -22,11 +22,12 @@ def command(as_json: bool, token: str | None, wait: float) -> None:
     What stood there before is there again: the previous policy, kumactl's rules, or nothing.
     """
     from agent import rollback
-    from agent.cli import output
+    from agent.cli import output, streams
 
     outcome = rollback.stand_guard(token, wait) if token else rollback.take_back()
     if outcome is None and not token:
         raise InputError("no change awaits confirmation, so there is nothing to take back")
+    streams.done()
     if as_json:
         output.as_json({"takenBack": outcome.command if outcome else None, "now": outcome.now if outcome else None})
     elif outcome:

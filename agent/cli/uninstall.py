@@ -42,10 +42,12 @@ def command(
     Running it twice is fine.
     """
     from agent import confirm, lifecycle
-    from agent.cli import confirming, output
+    from agent.cli import confirming, output, streams
 
     if what not in (None, "transparent-proxy"):
-        raise InputError(f'uninstall takes no argument but "transparent-proxy": {what}')
+        from agent.config_values import quoted
+
+        raise InputError(f'uninstall takes no argument but "transparent-proxy": {quoted(what)}')
     if confirm_within is not None and (flush or dry_run):
         raise InputError(f"--confirm-within does not go with {'--flush' if flush else '--dry-run'}")
     if flush and not dry_run and not yes:
@@ -54,6 +56,8 @@ def command(
         removal = lifecycle.flush(dry_run=dry_run)
     else:
         removal = lifecycle.uninstall(dry_run=dry_run, confirm_within=confirm_within, keep_units=keep_units)
+    if not dry_run:
+        streams.done()
     pending = None if confirm_within is None else confirm.load()
     if as_json:
         data = {"dryRun": dry_run, "removed": removal.removed, "notices": removal.notices}

@@ -8,13 +8,11 @@ with the rule and route of `agent.routing`. And for those it has dialled from ::
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from agent import loopback, routing
-from agent.engine_options import EngineOptions
-from agent.engines import registry
 from agent.engines.base import Engine, Footprint, Removal
 from agent.engines.nftables import drain, nft
 from agent.engines.nftables.engine import NftablesEngine, load, still_running
@@ -31,15 +29,15 @@ def remove(engine: Engine[Any], footprint: Footprint | None, *, dry_run: bool = 
     return replace(removal, notices=(*notices, *removal.notices))
 
 
-def remove_others(engine: Engine[Any], footprints: Mapping[str, Footprint]) -> Removal:
-    """Take away what other engines, or kumactl through them, have installed: the rules of `engine` are in place.
+def remove_others(engine: Engine[Any], engines: Iterable[Engine[Any]], footprints: Mapping[str, Footprint]) -> Removal:
+    """Take away what others of `engines`, or kumactl through them, have installed: the rules of `engine` are in place.
 
     Connections that were redirected go on. New rules with NAT see to that by being there; eBPF programs
     translate nothing, so then the same has to stay as after an uninstall.
     """
     replaced: list[str] = []
     notices: list[str] = []
-    for other in registry.available(EngineOptions()):
+    for other in engines:
         if other.name == engine.name:
             continue
         footprint = footprints.get(other.name)

@@ -164,6 +164,7 @@ def carry_out(
     from agent import draining, ended
 
     policy = record.policy
+    engines = registry.holding(previous.options if previous else None)
     older = _older(engine, record, previous)
     in_file = in_step.change(record, previous)
     ending = not policy.inbound.is_transparent and _may_have_routes(previous)
@@ -182,7 +183,7 @@ def carry_out(
         undo.add(lambda: _take_back(engine, record, previous))
         if not previous and any("kumactl" in one for one in applied.replaced):
             outcome = KUMACTLS_GONE
-        others = draining.remove_others(engine, record.footprints)
+        others = draining.remove_others(engine, engines, record.footprints)
         answers: tuple[str, ...] = ()
         if ending:
             if previous:
@@ -309,7 +310,7 @@ def remove_everything(record: state.State | None, *, dry_run: bool = False) -> R
     """Take away all that is tpctl's or kumactl's, and the record. To be called under the lock."""
     from agent import draining, ended
 
-    engines = list(registry.available(EngineOptions()))
+    engines = registry.holding(record.options if record else None)
     if not engines:
         raise HostError("this host has neither nftables nor iptables to look with; install one of them")
     removed: list[str] = []

@@ -71,7 +71,8 @@ def report() -> Report:
     ports = tuple(_ports(record.policy)) if record and shown.installed else ()
     running = _tidied(record, holding)
     transparent = record is not None and record.policy.inbound.is_transparent and shown.installed
-    problems = [*_problems(record, shown, ports)]
+    can_look = recorded is None or recorded in found or recorded == "ebpf"  # whose pins tell that it has gone
+    problems = [*_problems(record, shown, ports, can_look=can_look)]
     if record and transparent and not record.policy.families <= routing.present():
         problems.append(
             f"the rule or route of the routing table {routing.TABLE} is missing: answers to clients in whose name the "
@@ -180,13 +181,20 @@ def _ports(policy: Policy) -> Iterator[PortStatus]:
     return (port_status(expected, policy, found[expected.protocol]) for expected in expected_ports(policy))
 
 
-def _problems(record: state.State | None, inspection: Inspection, ports: Iterable[PortStatus]) -> Iterator[str]:
+def _problems(
+    record: state.State | None, inspection: Inspection, ports: Iterable[PortStatus], *, can_look: bool
+) -> Iterator[str]:
     if record and record.phase != state.INSTALLED:
         yield "an install was interrupted; run `tpctl install` again, or `tpctl uninstall`"
     if record and inspection.installed and inspection.engine != record.options.engine:
         recorded = record.options.engine
         yield f"the {recorded} engine is on record, but the {inspection.engine} engine's rules are installed"
-    if record and not inspection.installed:
+    if record and not can_look:
+        yield (
+            f"the {record.options.engine} engine has installed rules here, by the record, but what it takes to see "
+            "them is gone: install it again"
+        )
+    elif record and not inspection.installed:
         yield "tpctl is on record, but the kernel holds none of its rules; `tpctl apply` brings them back"
     if inspection.installed and not record:
         by = f" {inspection.version}" if inspection.version else ""

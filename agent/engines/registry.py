@@ -87,6 +87,36 @@ def available(options: EngineOptions) -> Iterator[Engine[Any]]:
             yield engine
 
 
+def holding(recorded: EngineOptions | None) -> list[Engine[Any]]:
+    """Every engine with which to look for what is installed, and to remove it.
+
+    The one that is on record is among them, with the programs it was given. Raises HostError when there are none any
+    more: its rules would be taken for gone, and stay.
+    """
+    engines = {engine.name: engine for engine in available(EngineOptions())}
+    if recorded is None or recorded.engine not in ("nftables", "iptables"):  # of eBPF, the pins tell
+        return list(engines.values())
+    try:
+        if recorded.engine == "iptables" and not _has_iptables(recorded.iptables_mode):
+            engines["iptables"] = _iptables(recorded)
+        elif recorded.engine not in engines:
+            engines["nftables"] = _nftables(recorded)
+    except (HostError, InputError) as gone:
+        raise HostError(
+            f"the {recorded.engine} engine has installed rules here, by the record, but what it takes to see and "
+            f"remove them is gone ({gone}). Nothing was changed; install it again, or remove the record in /run/tpctl "
+            "if those rules are gone, too"
+        ) from gone
+    return list(engines.values())
+
+
+def _has_iptables(variant: str) -> bool:
+    from agent.engines.iptables import tools
+    from agent.policy import Family
+
+    return variant not in tools.VARIANTS or tools.find(variant, Family.IPV4) is not None
+
+
 def _looked_for(name: str, make: Maker, options: EngineOptions) -> Engine[Any] | None:
     try:
         return make(options)

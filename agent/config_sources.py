@@ -98,6 +98,9 @@ def from_files(paths: Iterable[str]) -> Findings:
     """YAML or JSON files in order; `-` is stdin."""
     found = Findings()
     for path in paths:
+        if not path:  # a variable that is not set, in somebody's script
+            found.problems.append('flag --config: "" is not the path of a file')
+            continue
         name = "stdin" if path == STDIN else shown(path)
         try:
             tree = parse_yaml(read_configuration(path))

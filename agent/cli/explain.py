@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -219,13 +219,16 @@ def _endpoint(flag: str, text: str, problems: list[str]) -> tuple[Address, int |
     host, port = text.strip(), ""
     if host.startswith("["):
         host, _, port = host[1:].partition("]")
-        port = port.removeprefix(":")
+        host, port = (host, port[1:]) if port[:1] in ("", ":") else ("", "")
     elif host.count(":") == 1:
         host, _, port = host.partition(":")
     try:
         address = ip_address(host)
     except ValueError:
         problems.append(f"{flag}: {quoted(text)} is no ADDRESS:PORT; write 10.1.2.3:443 or [fd00::1]:443")
+        return None
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:  # connections there are of IPv4
+        problems.append(f"{flag}: {quoted(text)} is an IPv4 address written as IPv6; write {address.ipv4_mapped}")
         return None
     if not port:
         return address, None

@@ -50,6 +50,8 @@ def command(
         raise InputError(f'uninstall takes no argument but "transparent-proxy": {quoted(what)}')
     if confirm_within is not None and (flush or dry_run):
         raise InputError(f"--confirm-within does not go with {'--flush' if flush else '--dry-run'}")
+    if flush and as_json and not (dry_run or yes):
+        raise InputError("--flush asks before it removes anything, and with --json it cannot: give --yes or --dry-run")
     if flush and not dry_run and not yes:
         _ask(lifecycle.flush(dry_run=True).removed)
     if flush:

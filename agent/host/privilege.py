@@ -10,4 +10,6 @@ from agent.errors import HostError
 def require_root(what: str) -> None:
     """Raise HostError unless this is root; `what` names the command that needs it."""
     if os.geteuid() != 0:
-        raise HostError(f"{what} changes the kernel's rules and needs root: run it with sudo, or add --dry-run to look")
+        # Without root, only an install can say what it would do: an uninstall has to read the kernel's rules for that.
+        look = ", or add --dry-run to look" if what == "tpctl install" else ""
+        raise HostError(f"{what} reads or changes the kernel's rules and needs root: run it with sudo{look}")

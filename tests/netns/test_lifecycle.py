@@ -182,6 +182,8 @@ def test_flush_asks_shows_what_is_lost_and_empties_nat_and_raw(lab: Lab) -> None
         )  # fmt: skip
         assert asked.returncode == 1
         assert "-A OUTPUT -j FOREIGN" in asked.stdout
+        silent = tpctl("uninstall", "--flush", "--json", check=False)
+        assert (silent.returncode, silent.stdout, "--yes or --dry-run" in silent.stderr) == (2, "", True)
         assert status()["installed"] is True
         tpctl("uninstall", "--flush", "--yes")
         for variant in ("nft", "legacy"):

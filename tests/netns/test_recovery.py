@@ -11,7 +11,7 @@ import pytest
 
 from agent.engine_options import EngineOptions
 from agent.engines.iptables.engine import IptablesPlan
-from agent.persist import direct_xml
+from agent.persist import direct_xml, systemd
 from agent.policy import Dns, DnsCapture, Policy
 from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY, bare_namespace, run, snapshot, tpctl
 
@@ -47,6 +47,32 @@ def test_by_hand(engine: str) -> None:
         for name in held:
             held[name] = re.sub(r"^:[A-Z]+ ACCEPT.*\n", "", held[name], flags=re.MULTILINE)
     assert after == before
+
+
+def test_what_brings_answers_back_goes_by_hand() -> None:
+    def routing() -> str:
+        tables = ("rule", "-6 rule", "route show table all", "-6 route show table all")
+        return "".join(run(["ip", *words.split()]).stdout for words in tables)
+
+    with bare_namespace() as space, space.inside():
+        run(["ip", "rule", "add", "pref", "1507", "fwmark", "7", "lookup", "main"])  # somebody else's
+        before = routing()
+        tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "nftables", "--inbound-mode", "tproxy")
+        assert "proto 158" in routing()
+        run(["nft", "add", "table", "inet", "tpctl_answers"])  # as if connections had outlived the mode
+        script = BLOCKS["nftables"] + BLOCKS["tproxy"]
+        subprocess.run(["sh", "-ec", script], check=True, capture_output=True)
+        after, tables = routing(), run(["nft", "list", "tables"]).stdout
+        tpctl("uninstall")
+    assert after == before
+    assert "tpctl" not in tables
+
+
+def test_every_unit_is_removed_by_hand() -> None:
+    text = (ROOT_DIRECTORY / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"So that nothing comes back:\n\n```sh\n(.*?)```", text, re.DOTALL)
+    for unit in (systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, systemd.DROP_IN):
+        assert f"/etc/systemd/system/{unit}" in block
 
 
 @pytest.mark.skipif(not shutil.which("firewall-offline-cmd"), reason="no firewalld here")

@@ -133,6 +133,9 @@ def test_zone_is_shown(explain: Run) -> None:
         (["outbound", "--to", "10.0.0.1:80", "--uid", "4294967295"], "is not within the uids"),
         (["inbound", "--to", "10.0.0.1:80", "--from", "fd00::1"], "--from and --to: fd00::1 is IPv6 and 10.0.0.1 is"),
         (["inbound", "--to", "10.0.0.1:80", "--from", "10.0.0.2", "--redirect-inbound-port=0"], '"0" is not a port'),
+        (["outbound", "--to", "[::ffff:10.0.0.1]:80"], "is an IPv4 address written as IPv6; write 10.0.0.1"),
+        (["outbound", "--to", "[fd00::1]443"], '"[fd00::1]443" is no ADDRESS:PORT'),
+        (["outbound", "--to", "10.0.0.1:80", "--interface", "a b"], '"a b" is not the name of an interface'),
         (["sideways"], "No such command"),
     ],
 )  # fmt: skip

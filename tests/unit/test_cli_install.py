@@ -124,6 +124,7 @@ def test_kumactls_word_and_a_flag_that_never_takes_it(tpctl: Run, kernel: Record
         (("--exclude-outbound-ips", "::ffff:10.0.0.1"), "write 10.0.0.1"),
         (("--vnet", "a:10.0.0.0/8", "--vnet", "a:10.0.0.0/9"), "given twice"),
         (("--config", "/nonexistent.yaml"), "No such file"),
+        (("--config", ""), 'flag --config: "" is not the path of a file'),
         (("--redirect-dns", "--redirect-all-dns-traffic"), "exclude each other"),
         (("--redirect-inbound-port", "15001"), "both are port 15001"),
         (("--redirect-dns", "--resolv-conf", os.devnull), "lists no name server"),

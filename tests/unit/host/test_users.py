@@ -43,8 +43,11 @@ def test_require_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     require_root("tpctl install")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(HostError, match="tpctl install changes the kernel's rules and needs root"):
+    with pytest.raises(HostError, match=r"^tpctl install .* needs root: run it with sudo, or add --dry-run to look$"):
         require_root("tpctl install")
+    for command in ("tpctl status", "tpctl uninstall"):  # whose --dry-run needs root, too, if there is one
+        with pytest.raises(HostError, match=rf"^{command} .* needs root: run it with sudo$"):
+            require_root(command)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import time
 from typing import NamedTuple
 
 from agent.relay.original_destination import Destination
@@ -12,8 +13,10 @@ from agent.relay.original_destination import Destination
 _PLACES = 1 << 17
 """Four times the ports that Linux dials from: they are shared between destinations."""
 _HOPS, _LINK = 0xFF, 0xFFFFFF00
-_PATIENCE = 100
+_LOOKS, _QUICK_LOOKS = 150, 100
 """Looks at another worker's dial that has no port yet, which takes some 30 us unless that worker was interrupted."""
+_NAP_SECONDS = 0.001
+"""Between the later ones: on a busy machine, whoever has the worker's processor keeps it for milliseconds."""
 
 
 class Link(NamedTuple):
@@ -35,12 +38,13 @@ class Hops:
     connection for that destination waits for a moment.
     """
 
-    __slots__ = ("_dialling", "_numbers", "_own", "_under_way")
+    __slots__ = ("_begun", "_dialling", "_numbers", "_own", "_under_way")
 
     def __init__(self, workers: int = 1) -> None:
         self._numbers = memoryview(mmap.mmap(-1, _PLACES * 4)).cast("I")
         self._dialling = mmap.mmap(-1, (workers + 1) * 8)
         self._under_way = memoryview(self._dialling).cast("q")
+        self._begun = memoryview(mmap.mmap(-1, (workers + 1) * 8)).cast("q")
         self._own = 0
 
     def be(self, worker: int) -> None:
@@ -49,6 +53,7 @@ class Hops:
 
     def begin(self, destination: Destination) -> None:
         """A dial is about to be made."""
+        self._begun[self._own] += 1
         self._under_way[self._own] = hash(destination)
 
     def made(self) -> None:
@@ -70,16 +75,29 @@ class Hops:
         """How often a connection that was accepted may have gone through the relay; 0 for most clients'."""
         key = hash(link)
         place, tag = key % _PLACES, _of_link(key)
-        row = hash(link.destination).to_bytes(8, sys.byteorder, signed=True)
-        for _ in range(_PATIENCE):
-            is_under_way = self._dialling.find(row) >= 0  # asked first: it is noted before it is made
+        target = hash(link.destination)
+        # Asked first: it is noted before it is made.
+        if self._dialling.find(target.to_bytes(8, sys.byteorder, signed=True)) >= 0:
+            self._wait(target, place, tag)
+        found = self._numbers[place]
+        return found & _HOPS if found and found & _LINK == tag else 0
+
+    def _wait(self, target: int, place: int, tag: int) -> None:
+        """Until the dials for a destination that are under way have been made, or the one with these ends is noted.
+
+        Those that are begun later are none of a connection's that is there already.
+        """
+        dials = [(row, self._begun[row]) for row, one in enumerate(self._under_way) if one == target]
+        for look in range(_LOOKS):
+            if not any(self._under_way[row] == target and self._begun[row] == dial for row, dial in dials):
+                return
             found = self._numbers[place]
-            if found & _LINK == tag and found:
-                return found & _HOPS
-            if not is_under_way:
-                break
-            os.sched_yield()
-        return 0
+            if found and found & _LINK == tag:
+                return
+            if look < _QUICK_LOOKS:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_SECONDS)
 
 
 def _of_link(key: int) -> int:

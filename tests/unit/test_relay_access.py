@@ -281,23 +281,6 @@ def test_when_the_kernel_cannot_be_asked_nobody_is_local() -> None:
     assert unknown.decide(CLIENT, SERVER) == (Dial(SERVER),)
 
 
-def test_hops_through_other_workers_are_counted() -> None:
-    hops = Hops(2)
-    hops.be(1)
-    link = Link("198.51.100.9", 40000, SERVER)
-    hops.begin(SERVER)
-    assert hops.of(link) == 0, "it has no port yet"
-    hops.note(link, 2)
-    hops.made()
-    assert hops.of(link) == 3
-    for other in (link._replace(port=40001), link._replace(host="198.51.100.8"), link._replace(destination=HERE)):
-        assert hops.of(other) == 0
-        hops.forget(other)
-    assert hops.of(link) == 3, "the end of another one is none of its own"
-    hops.forget(link)
-    assert hops.of(link) == 0
-
-
 def test_loops_through_other_workers_end() -> None:
     crossing = route()
     assert crossing.counting_hops(0, (Dial(SERVER),)) == (Dial(SERVER),)

@@ -20,6 +20,8 @@ MAX_COMPLAINTS = 100
 
 
 _MAX_NAME = 100
+_NARROWING = ("dataplane_file", "cgroup")
+"""Options that leave more of the host alone: a variable that is not set, in a script, must not count as "none"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ def from_flags(flags: Mapping[str, Sequence[str]]) -> Findings:
     found = Findings()
     for name, occurrences in flags.items():
         option = BY_NAME[name]
+        if name in _NARROWING and not occurrences[-1].strip():
+            found.problems.append(
+                f'flag {option.flag}: "" names no {option.metavar.lower()}; without the flag more is redirected, so '
+                "leave it out if that is meant"
+            )
+            continue
         keep_all = option.accumulates and len(occurrences) > 1
         raw: object = list(occurrences) if keep_all else occurrences[-1]
         if option.flag_negates and isinstance(raw, str):

@@ -41,6 +41,8 @@ MAX_SHOWN = 160
 
 _NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_LONGEST = 2**63 - 1
+"""Nanoseconds of Go's time.Duration, and of what time.sleep takes."""
 _SUSPICIOUSLY_SHORT_NANOSECONDS = 10**6
 
 
@@ -153,10 +155,13 @@ def read_duration(value: object, note: Note) -> float:
     if nanoseconds is not None:
         if 0 < nanoseconds < _SUSPICIOUSLY_SHORT_NANOSECONDS:
             note(f"{nanoseconds} is taken as nanoseconds, as by kumactl; for seconds write {nanoseconds}s")
-        if nanoseconds >= 0:
+        if 0 <= nanoseconds <= _LONGEST:
             return nanoseconds / 10**9
     if isinstance(text, str) and text and not _DURATION_PART.sub("", text):
-        return sum(float(part) * _NANOSECONDS[unit] for part, unit in _DURATION_PART.findall(text)) / 10**9
+        length = sum(float(part) * _NANOSECONDS[unit] for part, unit in _DURATION_PART.findall(text))
+        if length <= _LONGEST:
+            return length / 10**9
+        raise BadValueError(f"{quoted(value)} is longer than 292 years")
     raise BadValueError(f"{quoted(value)} is not a duration such as 2s, 500ms or 1m")
 
 

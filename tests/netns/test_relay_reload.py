@@ -83,12 +83,9 @@ def keepalive_timer(net: Net) -> str:
     with net.connect(net.peer, (HOST4, 1101)) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        shown = "timer:(on"
-        while "timer:(on" in shown:  # while the client has not acknowledged
-            shown = net.on_host(
-                "ss", "-Htno", "state", "established", "sport = :1101", f"dport = :{client.getsockname()[1]}"
-            )
-    return shown.partition("timer:(")[2]
+        asked = ("ss", "-Htno", "state", "established", "sport = :1101", f"dport = :{client.getsockname()[1]}")
+        until(lambda: "timer:(on" not in net.on_host(*asked))  # while the client has not acknowledged
+        return net.on_host(*asked).partition("timer:(")[2]
 
 
 def test_keepalive_follows_a_reload(net: Net, directory: Path) -> None:

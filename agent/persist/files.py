@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -30,11 +31,15 @@ def read(path: Path) -> bytes | None:
 def replace(path: Path, content: bytes, *, mode: int) -> None:
     """Write a file anew with its mode, owner and SELinux context, synced to disk before it takes the old one's place.
 
-    `mode` is for a file that was not there. A symbolic link stays one. Raises ApplyError; the file is then as it was.
+    `mode` is for a file that was not there. A symbolic link stays one, but what it leads to must be a file: a rename
+    over /dev/null, to which a link masks a unit, would take that from the whole host. Raises ApplyError; the file is
+    then as it was.
     """
     target = path.resolve()
     temporary = None
     try:
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, f"{target} is no file")
         clear_leftovers(target)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
         with os.fdopen(descriptor, "wb") as stream:

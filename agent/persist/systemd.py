@@ -6,8 +6,10 @@ runs. Unit files come with the package and are written with the path of the comm
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -44,9 +46,9 @@ def install(root: Path = ROOT, *, command: str | None = None) -> tuple[str, ...]
     if not any((root / place / "multi-user.target").exists() for place in PLACES):
         raise HostError(f"there is no systemd below {root}")
     path = command or own_path()
-    done = [_write(root, unit, path) for unit in (SERVICE, RELAY, RELAY_SOCKET)]
-    if kuma_dp_exists(root):
-        done.append(_write(root, DROP_IN, path))
+    names = [SERVICE, RELAY, RELAY_SOCKET, *([DROP_IN] if kuma_dp_exists(root) else [])]
+    _refuse_links(root, names)
+    done = [_write(root, name, path) for name in names]
     done.append(_enable(root))
     reload(root)
     return tuple(line for line in done if line)
@@ -59,7 +61,7 @@ def remove(root: Path = ROOT, *, dry_run: bool = False) -> tuple[str, ...]:
     ours = [folder / name for name in (*links, SERVICE, RELAY, RELAY_SOCKET, DROP_IN)]
     running = {unit for unit in (RELAY, RELAY_SOCKET) if root == ROOT and _is_active(unit)}
     ours += [root / RUNTIME_UNITS / unit for unit in (RELAY, RELAY_SOCKET) if unit not in running]
-    there = [path for path in ours if path.is_symlink() or path.exists()]
+    there = [path for path in ours if (path.is_symlink() or path.exists()) and not _is_mask(path)]
     if not dry_run:
         for name in (SERVICE, RELAY, RELAY_SOCKET, DROP_IN):
             with suppress(OSError):  # nobody reads them
@@ -75,6 +77,24 @@ def remove(root: Path = ROOT, *, dry_run: bool = False) -> tuple[str, ...]:
         drop_ins.rmdir()
     reload(root)
     return tuple(map(str, there))
+
+
+def _refuse_links(root: Path, names: Iterable[str]) -> None:
+    """Raise HostError where there is a link, as `systemctl mask` makes one: nothing is written through it."""
+    links = [root / UNITS / name for name in names if (root / UNITS / name).is_symlink()]
+    if links:
+        raise HostError(
+            "; ".join(
+                f"{link} is {'masked' if _is_mask(link) else 'a symbolic link'}, not a unit file of tpctl's: "
+                + (f"run `systemctl unmask {link.name}`" if _is_mask(link) else "remove it")
+                + " first"
+                for link in links
+            )
+        )
+
+
+def _is_mask(path: Path) -> bool:
+    return path.is_symlink() and path.readlink() == Path(os.devnull)
 
 
 def _is_active(unit: str) -> bool:
@@ -98,7 +118,11 @@ def _keep_until_reboot(path: Path) -> None:
 def is_enabled(root: Path = ROOT) -> bool:
     """Whether a boot will start the service."""
     linked = any((root / place / WANTED / SERVICE).is_symlink() for place in PLACES)
-    return linked and any((root / place / SERVICE).exists() for place in PLACES)
+    return (
+        linked
+        and not any(_is_mask(root / place / SERVICE) for place in PLACES)
+        and any((root / place / SERVICE).exists() for place in PLACES)
+    )
 
 
 def has_drop_in(root: Path = ROOT) -> bool:

@@ -50,6 +50,20 @@ def test_a_symbolic_link_stays_one(file: Path, tmp_path: Path) -> None:
     assert file.read_text() == "new"
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, linked: bool) -> None:
+    # A pipe stands for /dev/null, to which a masked unit is a link: without the check, root would lose it here.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    place = tmp_path / "tpctl.service" if linked else pipe
+    if linked:
+        place.symlink_to(pipe)
+    with pytest.raises(ApplyError, match=r"pipe is no file; it is as it was"):
+        files.replace(place, b"new", mode=0o644)
+    assert pipe.is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", place.name}
+
+
 @pytest.mark.parametrize("step", ["fsync", "fchmod", "replace"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(file: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*arguments: object, **named: object) -> None:

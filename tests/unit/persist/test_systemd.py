@@ -41,6 +41,33 @@ def tree(root: Path) -> dict[str, str]:
     return found
 
 
+def test_nothing_is_written_through_a_link(root: Path, tmp_path: Path) -> None:
+    units = root / "etc/systemd/system"
+    units.mkdir(parents=True)
+    other = tmp_path / "of-the-administrator"
+    other.write_text("his\n")
+    (units / systemd.SERVICE).symlink_to(other)
+    (units / systemd.RELAY).symlink_to("/dev/null")
+    before = tree(root)
+    with pytest.raises(HostError) as refused:
+        systemd.install(root, command="/usr/bin/tpctl")
+    assert "tpctl.service is a symbolic link, not a unit file of tpctl's: remove it first" in str(refused.value)
+    assert "run `systemctl unmask tpctl-relay.service` first" in str(refused.value)
+    assert tree(root) == before
+
+
+def test_a_mask_is_the_administrators_and_is_believed(root: Path) -> None:
+    systemd.install(root, command="/usr/bin/tpctl")
+    unit = root / "etc/systemd/system" / systemd.SERVICE
+    unit.unlink()
+    unit.symlink_to("/dev/null")
+    assert not systemd.is_enabled(root)
+    assert systemd.remove(root)
+    assert [name for name in tree(root) if "tpctl" in name and name.startswith("etc/systemd")] == [
+        f"etc/systemd/system/{systemd.SERVICE}"
+    ]
+
+
 @pytest.mark.parametrize("kuma", [True, False])
 def test_installed_enabled_and_taken_away_again(root: Path, kuma: bool) -> None:
     (root / "etc/systemd/system" / systemd.WANTED).mkdir(parents=True)

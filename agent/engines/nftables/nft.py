@@ -152,7 +152,8 @@ def find() -> Nft:
     """The way to nf_tables on this host. Raises HostError when there is none."""
     try:
         module = importlib.import_module("nftables")
-        if hasattr(module.Nftables, "set_dry_run"):  # that of nftables 0.9.8 (Debian 11) has none
+        # That of nftables 0.9.8 (Debian 11) has none, and somebody else's module of that name no such class.
+        if hasattr(getattr(module, "Nftables", None), "set_dry_run"):
             return LibraryNft(module)
     except (ImportError, OSError):  # OSError: the module is there, the shared library is not
         pass

@@ -26,8 +26,10 @@ pytestmark = pytest.mark.root
 
 INSTALL = ("install", "--kuma-dp-user", PROXY_USER)
 SHORT = ("--confirm-within", "2s")
-LONG = ("--confirm-within", "60s")
-PATIENCE_SECONDS = 20.0
+SOON_SECONDS = 20
+"""Until something is over that is looked at before; on a busy machine a command takes seconds."""
+LONG = ("--confirm-within", "600s")
+PATIENCE_SECONDS = 120.0
 ENGINES = {"nftables": ("--engine", "nftables"), "nft": ("--iptables-mode", "nft")}
 
 
@@ -73,27 +75,39 @@ def guardians(token: str) -> list[int]:
     return found
 
 
+def let_the_time_pass() -> None:
+    """End the guardian, and start one like it whose time is up: what would happen in ten minutes happens now."""
+    pending = confirm.load()
+    assert pending
+    found = guardians(pending.token)
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    run([*confirm.guardian_argv(pending.token), "--wait", "0"])
+    assert nothing_pending()
+
+
 def test_a_change_that_nobody_confirms_is_taken_back(lab: Lab, engine: tuple[str, ...]) -> None:
     connection = lab.layout.arriving(ip_address("203.0.113.7"), next(iter(HOST_ADDRESS.values())), "tcp", 8080)
     lab.serve(connection)
     with lab.inside(HOST):
         before = snapshot(counters=False)
-        assert "tpctl confirm, within" in tpctl(*INSTALL, *engine, *SHORT).stdout
+        done = tpctl(*INSTALL, *engine, "--confirm-within", f"{SOON_SECONDS}s")
+        assert "tpctl confirm, within" in done.stdout
         found = status()
         assert found["installed"]
         assert found["problems"] == []
         assert found["pending"]["command"] == "install"
-        assert 0 < found["pending"]["remainingSeconds"] <= 2
+        assert 0 < found["pending"]["remainingSeconds"] <= SOON_SECONDS
         assert str(lab.dial(connection)) == "host:15006"
-        until(nothing_pending)
+        until(lambda: not state.path().parent.exists())  # which goes last
         assert snapshot(counters=False) == before
-        assert not state.path().parent.exists()
         assert str(lab.dial(connection)) == "host:8080"
 
 
 def test_a_confirmed_change_stays(lab: Lab, engine: tuple[str, ...]) -> None:
     with lab.inside(HOST):
-        tpctl(*INSTALL, *engine, *SHORT)
+        tpctl(*INSTALL, *engine, *LONG)
         pending = confirm.load()
         assert pending
         assert guardians(pending.token)
@@ -113,9 +127,9 @@ def test_the_previous_policy_comes_back(lab: Lab, engine: tuple[str, ...]) -> No
         tpctl(*INSTALL, *engine, "--exclude-inbound-ports", "22")
         before, record = snapshot(counters=False), state.load()
         other = ENGINES["nft" if "nftables" in engine else "nftables"]
-        tpctl(*INSTALL, *other, "--ip-family-mode", "ipv4", *SHORT)
+        tpctl(*INSTALL, *other, "--ip-family-mode", "ipv4", *LONG)
         assert snapshot(counters=False) != before
-        until(nothing_pending)
+        let_the_time_pass()
         assert status()["problems"] == []
         assert state.load() == record
         left = snapshot(counters=False)
@@ -129,9 +143,9 @@ def test_an_uninstall_is_taken_back(lab: Lab, engine: tuple[str, ...]) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *engine)
         before, record = snapshot(counters=False), state.load()
-        tpctl("uninstall", *SHORT)
+        tpctl("uninstall", *LONG)
         assert not status()["installed"]
-        until(nothing_pending)
+        let_the_time_pass()
         assert snapshot(counters=False) == before
         assert state.load() == record
         tpctl("uninstall")
@@ -141,8 +155,8 @@ def test_apply_is_taken_back_to_what_was_on_record(lab: Lab) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *ENGINES["nft"])
         run(["iptables-nft", "-t", "nat", "-F", "PREROUTING"])
-        assert "repaired" in tpctl("apply", *SHORT).stdout
-        until(nothing_pending)
+        assert "repaired" in tpctl("apply", *LONG).stdout
+        let_the_time_pass()
         assert status()["problems"] == []
         tpctl("uninstall")
 
@@ -152,9 +166,9 @@ def test_kumactl_comes_back(lab: Lab, variant: str) -> None:
     with lab.inside(HOST):
         run([f"iptables-{variant}-restore", "--noflush"], stdin=KUMA_RULES)
         before = run([f"iptables-{variant}-save", "-t", "nat"]).stdout.splitlines()
-        tpctl(*INSTALL, *SHORT)
+        tpctl(*INSTALL, *LONG)
         assert "KUMA_MESH" not in run([f"iptables-{variant}-save"]).stdout
-        until(nothing_pending)
+        let_the_time_pass()
         after = run([f"iptables-{variant}-save", "-t", "nat"]).stdout.splitlines()
         assert [line for line in after if line[0] == "-"] == [line for line in before if line[0] == "-"]
         assert not status()["installed"]
@@ -196,7 +210,7 @@ def test_while_a_change_is_pending(lab: Lab) -> None:
     """An ordinary change is refused; one that has to be confirmed moves the deadline, the way back stays."""
     with lab.inside(HOST):
         before = snapshot(counters=False)
-        tpctl(*INSTALL, "--confirm-within", "3s")
+        tpctl(*INSTALL, *LONG)
         first = confirm.load()
         refused = tpctl(*INSTALL, "--exclude-inbound-ports", "80", check=False)
         assert refused.returncode == 2
@@ -207,8 +221,9 @@ def test_while_a_change_is_pending(lab: Lab) -> None:
         assert first
         assert second
         assert second.before == first.before
-        assert second.remaining > 50
+        assert second.deadline > first.deadline
         until(lambda: not guardians(first.token))
+        run([*confirm.guardian_argv(first.token), "--wait", "0"])
         assert status()["installed"], "the first deadline takes nothing back"
         tpctl("rollback")
         assert snapshot(counters=False) == before
@@ -223,19 +238,19 @@ def test_a_refused_change_leaves_the_earlier_one_pending(lab: Lab, tmp_path: Pat
     tools += [f"{tool}-restore:{broken}" for tool in ("iptables", "ip6tables")]
     with lab.inside(HOST):
         before = snapshot(counters=False)
-        tpctl(*INSTALL, *ENGINES["nft"], *SHORT)
+        tpctl(*INSTALL, *ENGINES["nft"], *LONG)
         pending = confirm.load()
         flags = ("--max-retries", "0", "--iptables-executables", ",".join(tools))
         assert tpctl(*INSTALL, *flags, *LONG, check=False).returncode != 0
         assert confirm.load() == pending
-        until(nothing_pending)
+        let_the_time_pass()
         assert snapshot(counters=False) == before
 
 
 def test_an_ordinary_uninstall_is_never_barred(lab: Lab) -> None:
     with lab.inside(HOST):
         before = snapshot(counters=False)
-        tpctl(*INSTALL, *SHORT)
+        tpctl(*INSTALL, *LONG)
         pending = confirm.load()
         assert pending
         tpctl("uninstall")
@@ -252,7 +267,7 @@ def test_a_guardian_that_is_gone_is_a_problem(lab: Lab) -> None:
         for pid in guardians(pending.token):
             os.kill(pid, signal.SIGKILL)
         document = json.loads(confirm.path().read_text())
-        confirm.path().write_text(json.dumps({**document, "deadline": document["deadline"] - 100}))
+        confirm.path().write_text(json.dumps({**document, "deadline": document["deadline"] - 1000}))
         assert any("guardian is gone" in problem for problem in status()["problems"])
         tpctl("rollback")
         assert not status()["installed"]

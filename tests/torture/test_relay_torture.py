@@ -151,8 +151,7 @@ def descriptors(pids: list[int]) -> Counter[str]:
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # it has just been closed
-                # Somebody else may have made /dev/null anew meanwhile.
-                kinds[str(link.readlink()).removesuffix(" (deleted)").partition(":")[0]] += 1
+                kinds[str(link.readlink()).partition(":")[0]] += 1
     return kinds
 
 

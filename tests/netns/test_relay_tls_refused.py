@@ -99,15 +99,17 @@ def test_who_is_refused_anyway_gets_no_handshake(net: Net, directory: Path, pki:
     certificate, key = pki.server
     text = TEXT.format(workers=workers, certificate=certificate, key=key, denied=DENIED)
     with (
-        configured(net, directory, text) as running,
+        configured(net, directory, "metrics: 127.0.0.1:9902\n" + text) as running,
         serving(net, net.host, ("127.0.0.1", 8080), relay_net.echo),
         contextlib.ExitStack() as stack,
     ):
         assert is_reset(net, DENIED, relay_net.TIMEOUT)
         assert running.wait_for("refused: the source is denied")["client"] == DENIED
         silent = [stack.enter_context(net.connect(net.peer, (HOST4, 1443))) for _ in range(2)]
-        # Connections that say nothing are counted; with several workers, at the same instant a few more may be let in.
-        relay_net.until(lambda: is_reset(net))
+        # Connections that say nothing are counted. A worker that had not got to one of these would refuse it instead of
+        # the next.
+        relay_net.until(lambda: scrape(net, 9902)['connections_active{listener="inbound-1443"}'] == len(silent))
+        assert is_reset(net, patience=relay_net.TIMEOUT)
         assert running.wait_for("refused: the source has too many connections")["client"] == PEER4
         for one in silent:
             one.close()

@@ -111,7 +111,7 @@ def _text(path: str, limit: int, *, trusted: bool) -> str:
     try:
         content = _content(path, limit, trusted=trusted)
     except OSError as error:
-        raise UnusableFileError(f"cannot be read: {error.strerror or error}") from None
+        raise UnusableFileError(f"cannot be read: {error.strerror or error}") from error
     except ValueError:  # os.open refuses such a name itself
         raise UnusableFileError("cannot be read: its name has a zero byte") from None
     if b"\0" in content:

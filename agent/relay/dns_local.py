@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -157,7 +158,10 @@ class LocalZone:
             os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
             zone = read_zone(settings)
         except InputError as error:
-            self._read = (settings, error)
+            if _is_for_want_of_room(error):
+                self._seen = _UNREAD
+            else:
+                self._read = (settings, error)
         except OSError:  # there is no room for another descriptor: later, then
             self._seen = _UNREAD
         else:
@@ -179,6 +183,13 @@ class LocalZone:
 
     def _is_settled(self, signature: Signature | None) -> bool:
         return signature is None or not 0 <= self._clock() - signature[1] / 1e9 < SETTLED_SECONDS
+
+
+def _is_for_want_of_room(error: BaseException | None) -> bool:
+    """Whether a file could not be read for want of descriptors or memory, and may be in order."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def _is_lasting(answer: bytes) -> bool:

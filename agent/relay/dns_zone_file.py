@@ -43,7 +43,7 @@ def read_zone_file(path: Path, zone: str) -> Zone:
     try:
         text = read_text(path, MAX_FILE_SIZE)
     except UnusableFileError as error:
-        raise InputError(f"DNS zone file {path}: {error}") from None
+        raise InputError(f"DNS zone file {path}: {error}") from error
     try:
         return parse_yaml_zone(text, zone) if path.suffix in _YAML_SUFFIXES else parse_hosts(text, zone)
     except BadValueError as bad:

@@ -109,6 +109,8 @@ class Net:
         # as those of a dead link.
         for name in (self.host, self.peer):
             until(lambda: " state UP " in run("ip", "-n", name, "link", "show", "eth0"))  # noqa: B023 - asked at once
+        for name, address in ((self.host, HOST6), (self.peer, PEER6)):  # whose own route comes by and by, too
+            until(lambda: f"local {address} " in run("ip", "-n", name, "-6", "route", "show", "table", "local"))  # noqa: B023
         if passthrough6:
             run("ip", "-n", self.host, "-6", "addr", "add", "::6/128", "dev", "lo")
         if redirect:

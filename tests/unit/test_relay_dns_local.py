@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -169,6 +170,23 @@ def test_an_unusable_file_is_logged_once_and_the_last_zone_stays(zone: Zone, tex
     assert [line["log_level"] for line in logged] == ["warning"]
     assert zone.addresses() == ["240.0.0.1"]
     assert (zone.counters.reloads, zone.counters.rejected_reloads) == (0, 1)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_file_for_which_there_was_no_room_is_read_later(
+    zone: Zone, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_arguments: object, **_named: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    zone.write("240.0.0.2 db.mesh\n")
+    with monkeypatch.context() as crowded:  # others took what there was between two calls
+        crowded.setattr("agent.input_files._content", refuse)
+        zone.follow()
+    assert zone.addresses() == ["240.0.0.1"]
+    assert zone.counters.rejected_reloads == 0
+    zone.follow()
+    assert zone.addresses() == ["240.0.0.2"]
 
 
 def test_a_file_that_goes_and_comes_again(zone: Zone) -> None:

@@ -16,7 +16,8 @@ from agent.relay.loop import Loop, Timer
 _BATCH = 64
 """Connections accepted an event, so that a burst does not starve the ones that exist."""
 _PAUSE_SECONDS = 0.1
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""What the kernel says for want of descriptors or memory: it may go well a moment later."""
 _WATCHED = EPOLLIN | select.EPOLLEXCLUSIVE
 """Several workers may wait for one socket: a connection wakes one of them. Such a watch cannot be changed."""
 
@@ -89,7 +90,7 @@ class Acceptor:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _EXHAUSTED:
+            if error.errno in EXHAUSTED:
                 self._complaints.warn("out of resources, accepting is paused", reason=error.strerror)
                 self._rest(self._sockets)
                 return False

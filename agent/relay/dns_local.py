@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agent.errors import InputError
+from agent.relay.acceptor import EXHAUSTED
 from agent.relay.dns_counters import DnsCounters
 from agent.relay.dns_message import Question, Rcode, failure
 from agent.relay.dns_settings import DnsSettings
@@ -189,7 +189,7 @@ def _is_for_want_of_room(error: BaseException | None) -> bool:
     """Whether a file could not be read for want of descriptors or memory, and may be in order."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
-    return error is not None and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return error is not None and error.errno in EXHAUSTED
 
 
 def _is_lasting(answer: bytes) -> bool:

@@ -12,11 +12,11 @@ static __always_inline int is_data_planes(struct settings *set, u32 port) {
 /* The SYN is about to leave: now the client's port is known. A connection that dials the data plane itself may have the
  * port of one that was refused, whose entry is still there and must not speak for it. */
 static __always_inline void departs(struct bpf_sock_ops *ctx) {
-  struct bpf_sock *sk = ctx->sk;
+  struct bpf_sock *sk = READ(ctx, sk);
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
   u32 port;
-  LOAD(port, ctx->remote_port);
+  port = READ(ctx, remote_port);
   port = ntohl(port);
   if (!sk || !set)
     return;
@@ -26,19 +26,19 @@ static __always_inline void departs(struct bpf_sock_ops *ctx) {
     return;
   struct in_flight_key key = {.netns = netns_of(address_of(sk)), .port = port};
   u32 local4;
-  LOAD(local4, ctx->local_ip4);
+  local4 = READ(ctx, local_ip4);
   struct address remote = {};
-  LOAD(remote.word[0], ctx->remote_ip6[0]);
-  LOAD(remote.word[1], ctx->remote_ip6[1]);
-  LOAD(remote.word[2], ctx->remote_ip6[2]);
-  LOAD(key.client.word[0], ctx->local_ip6[0]);
-  LOAD(key.client.word[1], ctx->local_ip6[1]);
-  LOAD(key.client.word[2], ctx->local_ip6[2]);
-  LOAD(key.client.word[3], ctx->local_ip6[3]);
+  remote.word[0] = READ(ctx, remote_ip6[0]);
+  remote.word[1] = READ(ctx, remote_ip6[1]);
+  remote.word[2] = READ(ctx, remote_ip6[2]);
+  key.client.word[0] = READ(ctx, local_ip6[0]);
+  key.client.word[1] = READ(ctx, local_ip6[1]);
+  key.client.word[2] = READ(ctx, local_ip6[2]);
+  key.client.word[3] = READ(ctx, local_ip6[3]);
   /* A socket of IPv6 may go to an address of IPv4. */
-  if (ctx->family == AF_INET || (!remote.word[0] && !remote.word[1] && remote.word[2] == MAPPED))
+  if (READ(ctx, family) == AF_INET || (!remote.word[0] && !remote.word[1] && remote.word[2] == MAPPED))
     map4(&key.client, local4);
-  key.client_port = ctx->local_port;
+  key.client_port = READ(ctx, local_port);
   if (!kept || !redirected) {
     in_flight.delete(&key);
     return;
@@ -52,23 +52,23 @@ static __always_inline void departs(struct bpf_sock_ops *ctx) {
 static __always_inline void arrives(struct bpf_sock_ops *ctx) {
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
-  u32 port = ctx->local_port;
+  u32 port = READ(ctx, local_port);
   if (!set || !is_data_planes(set, port))
     return;
-  struct bpf_sock *sk = ctx->sk;
+  struct bpf_sock *sk = READ(ctx, sk);
   if (!sk)
     return;
   struct in_flight_key key = {.netns = netns_of(address_of(sk)), .port = port};
-  if (ctx->family == AF_INET6) {
-    LOAD(key.client.word[0], ctx->remote_ip6[0]);
-    LOAD(key.client.word[1], ctx->remote_ip6[1]);
-    LOAD(key.client.word[2], ctx->remote_ip6[2]);
-    LOAD(key.client.word[3], ctx->remote_ip6[3]);
+  if (READ(ctx, family) == AF_INET6) {
+    key.client.word[0] = READ(ctx, remote_ip6[0]);
+    key.client.word[1] = READ(ctx, remote_ip6[1]);
+    key.client.word[2] = READ(ctx, remote_ip6[2]);
+    key.client.word[3] = READ(ctx, remote_ip6[3]);
   } else {
     key.client.word[2] = MAPPED;
-    key.client.word[3] = ctx->remote_ip4;
+    key.client.word[3] = READ(ctx, remote_ip4);
   }
-  key.client_port = ntohl(ctx->remote_port);
+  key.client_port = ntohl(READ(ctx, remote_port));
   struct asked *value = in_flight.lookup(&key);
   if (!value)
     return;
@@ -83,22 +83,22 @@ static __always_inline void arrives(struct bpf_sock_ops *ctx) {
 static __always_inline void listens(struct bpf_sock_ops *ctx) {
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
-  if (!set || ctx->local_port != set->inbound_port)
+  if (!set || READ(ctx, local_port) != set->inbound_port)
     return;
-  struct bpf_sock *sk = ctx->sk;
-  if (!sk || set->netns != name_of(netns_of(address_of(sk))) || sk->bound_dev_if)
+  struct bpf_sock *sk = READ(ctx, sk);
+  if (!sk || set->netns != name_of(netns_of(address_of(sk))) || READ(sk, bound_dev_if))
     return;
   u32 base = 0;
-  if (ctx->family == AF_INET6) {
+  if (READ(ctx, family) == AF_INET6) {
     struct address local;
-    LOAD(local.word[0], ctx->local_ip6[0]);
-    LOAD(local.word[1], ctx->local_ip6[1]);
-    LOAD(local.word[2], ctx->local_ip6[2]);
-    LOAD(local.word[3], ctx->local_ip6[3]);
+    local.word[0] = READ(ctx, local_ip6[0]);
+    local.word[1] = READ(ctx, local_ip6[1]);
+    local.word[2] = READ(ctx, local_ip6[2]);
+    local.word[3] = READ(ctx, local_ip6[3]);
     if (!is_zero(&local))
       return;
     base = SLOTS;
-  } else if (ctx->local_ip4) {
+  } else if (READ(ctx, local_ip4)) {
     return;
   }
   for (u32 i = 0; i < SLOTS; i++) {
@@ -110,7 +110,7 @@ static __always_inline void listens(struct bpf_sock_ops *ctx) {
 }
 
 int sockops(struct bpf_sock_ops *ctx) {
-  switch (ctx->op) {
+  switch (READ(ctx, op)) {
   case BPF_SOCK_OPS_TCP_CONNECT_CB:
     departs(ctx);
     break;
@@ -141,19 +141,19 @@ struct sockaddr_v6 {
 
 static __always_inline void answer(struct bpf_sockopt *ctx, struct address *address, u16 port) {
   int ipv4 = !address->word[0] && !address->word[1] && address->word[2] == MAPPED;
-  if (ctx->level == SOL_IP && ipv4) {
-    struct sockaddr_v4 *name = ctx->optval;
-    if ((void *)(name + 1) > ctx->optval_end)
+  if (READ(ctx, level) == SOL_IP && ipv4) {
+    struct sockaddr_v4 *name = READ(ctx, optval);
+    if ((void *)(name + 1) > READ(ctx, optval_end))
       return;
     name->family = AF_INET;
     name->port = htons(port);
     name->address = address->word[3];
     name->zero = 0;
-    ctx->optlen = sizeof(*name);
-    ctx->retval = 0;
-  } else if (ctx->level == SOL_IPV6 && !ipv4) {
-    struct sockaddr_v6 *name = ctx->optval;
-    if ((void *)(name + 1) > ctx->optval_end)
+    WRITE(ctx, optlen, sizeof(*name));
+    WRITE(ctx, retval, 0);
+  } else if (READ(ctx, level) == SOL_IPV6 && !ipv4) {
+    struct sockaddr_v6 *name = READ(ctx, optval);
+    if ((void *)(name + 1) > READ(ctx, optval_end))
       return;
     name->family = AF_INET6;
     name->port = htons(port);
@@ -163,8 +163,8 @@ static __always_inline void answer(struct bpf_sockopt *ctx, struct address *addr
     name->address[2] = address->word[2];
     name->address[3] = address->word[3];
     name->scope = 0;
-    ctx->optlen = sizeof(*name);
-    ctx->retval = 0;
+    WRITE(ctx, optlen, sizeof(*name));
+    WRITE(ctx, retval, 0);
   }
 }
 
@@ -172,27 +172,27 @@ static __always_inline void answer(struct bpf_sockopt *ctx, struct address *addr
  * answers so too for whatever it did not translate, whoever asks; it is no longer needed for that. At the outbound port
  * there is no such connection, and one whose destination was lost must not look as if it went to the data plane. */
 static __always_inline void answer_own_name(struct bpf_sockopt *ctx, struct settings *set, struct bpf_sock *sk) {
-  u32 port = sk->src_port;
-  if (ctx->retval >= 0 || sk->protocol != IPPROTO_TCP || sk->state != TCP_ESTABLISHED)
+  u32 port = READ(sk, src_port);
+  if (READ(ctx, retval) >= 0 || READ(sk, protocol) != IPPROTO_TCP || READ(sk, state) != TCP_ESTABLISHED)
     return;
   if (port == set->outbound_port)
     return;
   struct address own = {};
-  if (sk->family == AF_INET6) {
-    LOAD(own.word[0], sk->src_ip6[0]);
-    LOAD(own.word[1], sk->src_ip6[1]);
-    LOAD(own.word[2], sk->src_ip6[2]);
-    LOAD(own.word[3], sk->src_ip6[3]);
+  if (READ(sk, family) == AF_INET6) {
+    own.word[0] = READ(sk, src_ip6[0]);
+    own.word[1] = READ(sk, src_ip6[1]);
+    own.word[2] = READ(sk, src_ip6[2]);
+    own.word[3] = READ(sk, src_ip6[3]);
   } else {
     own.word[2] = MAPPED;
-    own.word[3] = sk->src_ip4;
+    own.word[3] = READ(sk, src_ip4);
   }
   answer(ctx, &own, port);
 }
 
 int getsockopt(struct bpf_sockopt *ctx) {
-  struct bpf_sock *sk = ctx->sk;
-  if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) || !sk)
+  struct bpf_sock *sk = READ(ctx, sk);
+  if (READ(ctx, optname) != SO_ORIGINAL_DST || (READ(ctx, level) != SOL_IP && READ(ctx, level) != SOL_IPV6) || !sk)
     return ALLOW;
   struct asked *kept = asked.sk_storage_get(sk, 0, 0);
   if (kept && kept->role == ROLE_SERVER) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* agent/decide.py for the kernel: the same rules in the same order. Each function returns the rule that decided. */
+/* agent/tpctl/spec/decide.py for the kernel: the same rules in the same order. Each function returns the rule that decided. */
 
 struct flow {
   u64 netns;
@@ -26,6 +26,22 @@ static __always_inline struct user *excluded_user(u32 uid) {
   return users.lookup(&key);
 }
 
+/* Without branches: the verifier of an older kernel would follow each of them through the rest of the program. The
+ * highest bit of (off | -off) is 0 for an `off` of 0 alone. */
+static __always_inline int is_excluded_mark(u32 mark) {
+  int zero = 0;
+  struct marks *excluded = marks.lookup(&zero);
+  u32 found = 0;
+  if (!excluded)
+    return 0;
+#pragma unroll
+  for (int i = 0; i < MAX_MARKS; i++) {
+    u32 off = (mark & excluded->mark[i].mask) ^ excluded->mark[i].value;
+    found |= ~(off | -off);
+  }
+  return found >> 31;
+}
+
 static __always_inline int is_address4(struct address *address, u32 ip) {
   return !address->word[0] && !address->word[1] && address->word[2] == MAPPED && address->word[3] == ip;
 }
@@ -37,6 +53,16 @@ static __always_inline int is_small6(struct address *address, u32 last) {
 
 static __always_inline int is_scoped(struct flow *flow) {
   return flow->ipv6 && (flow->to.word[0] & htonl(0xffc00000)) == htonl(0xfe800000);
+}
+
+/* 127.0.0.0/8 and 0.0.0.0/8, ::1 and ::, and the former as addresses of IPv6: what arrives for them is the kernel's. */
+static __always_inline int means_this_host(struct address *address) {
+  u32 first = ntohl(address->word[3]) >> 24;
+  if (address->word[0] || address->word[1])
+    return 0;
+  if (address->word[2] == MAPPED)
+    return first == 127 || !first;
+  return !address->word[2] && !(address->word[3] & htonl(~1));
 }
 
 static __always_inline int is_local(struct flow *flow, struct address *address) {
@@ -51,6 +77,27 @@ static __always_inline int captured_query(struct settings *set, struct flow *flo
   if (flow->port != DNS_PORT || !(set->flags & (flow->ipv6 ? FLAG_DNS_IPV6 : FLAG_DNS_IPV4)))
     return 0;
   return set->flags & FLAG_DNS_ALL || servers.lookup(&flow->to);
+}
+
+/* Whether a port is one of the data plane's own (g1). A query to port 53 looks like one that is redirected to it. */
+static __always_inline int is_guarded(struct settings *set, u16 port, int udp) {
+  if (!(set->flags & FLAG_GUARD) || port == DNS_PORT)
+    return 0;
+  return port == set->dns_port || (!udp && (port == set->inbound_port || port == set->outbound_port));
+}
+
+static __always_inline int is_to_local(struct flow *flow) {
+  return flow->ipv6 ? is_small6(&flow->to, 1) : is_address4(&flow->to, LOCAL4);
+}
+
+/* Whether the destination is this host's: by one of its addresses, or by a prefix that is local as a whole (AnyIP). */
+static __always_inline int stays_here(struct flow *flow) {
+  return is_to_local(flow) || in_networks(LOCAL_NETWORKS, flow, &flow->to) || is_local(flow, &flow->to);
+}
+
+/* Whether a connection that is opened here is aimed at the data plane; its own user may do so. */
+static __always_inline int is_aimed(struct settings *set, struct flow *flow, int udp) {
+  return is_guarded(set, flow->port, udp) && flow->uid != set->proxy_uid && stays_here(flow);
 }
 
 static __always_inline int inbound_rule(struct settings *set, struct flow *flow, struct address *from) {
@@ -86,8 +133,8 @@ static __always_inline void choose_source(struct flow *flow) {
 
 static __always_inline int owner_rule(struct settings *set, struct flow *flow, int listed) {
   int from_proxy = flow->uid == set->proxy_uid;
-  int to_local = flow->ipv6 ? is_small6(&flow->to, 1) : is_address4(&flow->to, LOCAL4);
-  if (to_local || is_local(flow, &flow->to)) {
+  int to_local = is_to_local(flow);
+  if (stays_here(flow)) {
     if (flow->ipv6 ? is_small6(&flow->from, 6) : is_address4(&flow->from, PASSTHROUGH4))
       return RULE_O2;
     if (!from_proxy)

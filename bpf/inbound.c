@@ -39,31 +39,39 @@ int sk_lookup(struct bpf_sk_lookup *ctx) {
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
   u64 *netns = anchor.lookup(&zero);
-  if (!set || ctx->protocol != IPPROTO_TCP)
+  struct flow flow = {.port = READ(ctx, local_port), .netns = netns ? *netns : 0};
+  int udp = READ(ctx, protocol) == IPPROTO_UDP;
+  if (!set || (READ(ctx, protocol) != IPPROTO_TCP && !(udp && is_guarded(set, flow.port, udp))))
     return SK_PASS;
-  struct flow flow = {.port = ctx->local_port, .netns = netns ? *netns : 0};
-  if (ctx->family == AF_INET6) {
+  if (READ(ctx, family) == AF_INET6) {
     flow.ipv6 = 1;
-    LOAD(flow.from.word[0], ctx->remote_ip6[0]);
-    LOAD(flow.from.word[1], ctx->remote_ip6[1]);
-    LOAD(flow.from.word[2], ctx->remote_ip6[2]);
-    LOAD(flow.from.word[3], ctx->remote_ip6[3]);
-    LOAD(flow.to.word[0], ctx->local_ip6[0]);
-    LOAD(flow.to.word[1], ctx->local_ip6[1]);
-    LOAD(flow.to.word[2], ctx->local_ip6[2]);
-    LOAD(flow.to.word[3], ctx->local_ip6[3]);
+    flow.from.word[0] = READ(ctx, remote_ip6[0]);
+    flow.from.word[1] = READ(ctx, remote_ip6[1]);
+    flow.from.word[2] = READ(ctx, remote_ip6[2]);
+    flow.from.word[3] = READ(ctx, remote_ip6[3]);
+    flow.to.word[0] = READ(ctx, local_ip6[0]);
+    flow.to.word[1] = READ(ctx, local_ip6[1]);
+    flow.to.word[2] = READ(ctx, local_ip6[2]);
+    flow.to.word[3] = READ(ctx, local_ip6[3]);
   } else {
-    map4(&flow.from, ctx->remote_ip4);
-    map4(&flow.to, ctx->local_ip4);
+    map4(&flow.from, READ(ctx, remote_ip4));
+    map4(&flow.to, READ(ctx, local_ip4));
   }
   /* The kernel drops packets from outside that claim to come from one of its own addresses, so these are ours. */
   if (!serves(set, &flow) || is_from_here(&flow))
     return SK_PASS;
   /* A container's connection that nf_tables redirected to here; others do not come this far. */
   if (set->flags & FLAG_CONTAINERS &&
-      (flow.port == set->outbound_port || (set->flags & FLAG_DNS_TCP && flow.port == set->dns_port)))
+      ((!udp && flow.port == set->outbound_port) ||
+       ((udp || set->flags & FLAG_DNS_TCP) && flow.port == set->dns_port)))
     return SK_PASS;
-  int rule = inbound_rule(set, &flow, &flow.from);
+  if (is_guarded(set, flow.port, udp)) {
+    count(RULE_G1_INBOUND, flow.ipv6);
+    return SK_DROP;
+  }
+  int rule = RULE_L1;
+  if (!means_this_host(&flow.to))
+    rule = inbound_rule(set, &flow, &flow.from);
   if (rule != RULE_I5 && rule != RULE_I7) {
     count(rule, flow.ipv6);
     return SK_PASS;

@@ -43,11 +43,20 @@ static __always_inline int answers(struct bpf_sock_addr *ctx, struct flow *flow,
 }
 
 #define REFUSED -1
+#define RESET -2
+#define NOBODY 0 /* no socket is ever bound to port 0, so the kernel answers as for any port without a listener */
 
-/* The port to go to instead, 0 or REFUSED; remembers with the socket what was asked for. `datagram` is a constant: where
- * only UDP comes by, the rules of TCP are left out. */
+/* What a connected socket of IPv6 sends to an IPv4 address comes by with the address that connect() was given in place of
+ * the one it asked for. */
+static __always_inline int was_redirected(struct bpf_sock *sk) {
+  struct asked *kept = READ(sk, state) == TCP_ESTABLISHED ? asked.sk_storage_get(sk, 0, 0) : 0;
+  return kept && kept->role == ROLE_CLIENT;
+}
+
+/* The port to go to instead, 0, REFUSED or RESET; remembers with the socket what was asked for. `datagram` is a
+ * constant: where only UDP comes by, the rules of TCP are left out. */
 static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow, int datagram) {
-  struct bpf_sock *sk = ctx->sk;
+  struct bpf_sock *sk = READ(ctx, sk);
   if (!sk)
     return 0;
   u64 sock = address_of(sk);
@@ -56,12 +65,25 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
   if (!set || !serves(set, flow))
     return 0;
   flow->uid = uid_of(sock);
-  int udp = datagram || ctx->protocol == IPPROTO_UDP;
-  if (!udp && ctx->protocol != IPPROTO_TCP)
+  int udp = datagram || READ(ctx, protocol) == IPPROTO_UDP;
+  if (!udp && READ(ctx, protocol) != IPPROTO_TCP)
     return 0;
+  if (is_aimed(set, flow, udp) && !(datagram && was_redirected(sk))) {
+    count(RULE_G1_OUTBOUND, flow->ipv6);
+    asked.sk_storage_delete(sk);
+    return datagram ? REFUSED : RESET;
+  }
+  /* From there a packet for the data plane might leave on the wire. */
+  u32 bound = READ(sk, bound_dev_if);
+  int is_bound = bound && bound != LOOPBACK_IFINDEX;
   int rule = RULE_S1;
-  if (!is_scoped(flow))
-    rule = udp ? udp_rule(set, flow) : tcp_rule(set, flow);
+  if (is_excluded_mark(READ(sk, mark))) {
+    rule = RULE_M1;
+  } else if (!is_scoped(flow)) {
+    rule = RULE_D1;
+    if (!is_bound)
+      rule = udp ? udp_rule(set, flow) : tcp_rule(set, flow);
+  }
   u16 port = port_for(set, rule);
   if (port && set->flags & FLAG_BYPASS && !answers(ctx, flow, port, udp)) {
     rule = rule == RULE_D3 ? RULE_BYPASSED_DNS : rule == RULE_O3 ? RULE_BYPASSED_INBOUND : RULE_BYPASSED_OUTBOUND;
@@ -72,7 +94,7 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
     /* A socket may be connected again. One that is not connected may ask several servers, and an answer of the data plane
      * to an earlier query still has to look like the server's. What a connected socket of IPv6 sends to an IPv4 address
      * comes by here with the address that connect() was given in its place. */
-    if (!datagram || (flow->port == set->dns_port && sk->state != TCP_ESTABLISHED))
+    if (!datagram || (flow->port == set->dns_port && READ(sk, state) != TCP_ESTABLISHED))
       asked.sk_storage_delete(sk);
     return 0;
   }
@@ -86,29 +108,30 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct flow *flow
 }
 
 static __always_inline int redirect4(struct bpf_sock_addr *ctx, int datagram) {
-  struct flow flow = {.port = ntohs(ctx->user_port)};
-  u32 ip = ctx->user_ip4;
-  struct bpf_sock *sk = ctx->sk;
+  struct flow flow = {.port = ntohs(READ(ctx, user_port))};
+  u32 ip = READ(ctx, user_ip4);
+  struct bpf_sock *sk = READ(ctx, sk);
   map4(&flow.to, ip ? ip : LOCAL4); /* 0.0.0.0 means this host */
-  u32 source = sk ? sk->src_ip4 : 0;
+  u32 source = sk ? READ(sk, src_ip4) : 0;
   if (source)
     map4(&flow.from, source);
   int port = redirect(ctx, &flow, datagram);
+  if (port == RESET)
+    WRITE(ctx, user_port, NOBODY);
   if (port <= 0)
-    return port < 0 ? REFUSE : ALLOW;
-  ctx->user_ip4 = LOCAL4;
-  barrier();
-  ctx->user_port = htons(port);
+    return port == REFUSED ? REFUSE : ALLOW;
+  WRITE(ctx, user_ip4, LOCAL4);
+  WRITE(ctx, user_port, htons(port));
   return ALLOW;
 }
 
 static __always_inline int redirect6(struct bpf_sock_addr *ctx, int datagram) {
-  struct flow flow = {.port = ntohs(ctx->user_port)};
-  struct bpf_sock *sk = ctx->sk;
-  LOAD(flow.to.word[0], ctx->user_ip6[0]);
-  LOAD(flow.to.word[1], ctx->user_ip6[1]);
-  LOAD(flow.to.word[2], ctx->user_ip6[2]);
-  LOAD(flow.to.word[3], ctx->user_ip6[3]);
+  struct flow flow = {.port = ntohs(READ(ctx, user_port))};
+  struct bpf_sock *sk = READ(ctx, sk);
+  flow.to.word[0] = READ(ctx, user_ip6[0]);
+  flow.to.word[1] = READ(ctx, user_ip6[1]);
+  flow.to.word[2] = READ(ctx, user_ip6[2]);
+  flow.to.word[3] = READ(ctx, user_ip6[3]);
   flow.ipv6 = 1;
   if (!flow.to.word[0] && !flow.to.word[1]) {
     if (flow.to.word[2] == MAPPED)
@@ -117,27 +140,25 @@ static __always_inline int redirect6(struct bpf_sock_addr *ctx, int datagram) {
       flow.to.word[3] = htonl(1); /* :: means this host */
   }
   if (flow.ipv6 && sk) {
-    LOAD(flow.from.word[0], sk->src_ip6[0]);
-    LOAD(flow.from.word[1], sk->src_ip6[1]);
-    LOAD(flow.from.word[2], sk->src_ip6[2]);
-    LOAD(flow.from.word[3], sk->src_ip6[3]);
+    flow.from.word[0] = READ(sk, src_ip6[0]);
+    flow.from.word[1] = READ(sk, src_ip6[1]);
+    flow.from.word[2] = READ(sk, src_ip6[2]);
+    flow.from.word[3] = READ(sk, src_ip6[3]);
   } else if (sk) {
-    u32 source = sk->src_ip4;
+    u32 source = READ(sk, src_ip4);
     if (source)
       map4(&flow.from, source);
   }
   int port = redirect(ctx, &flow, datagram);
+  if (port == RESET)
+    WRITE(ctx, user_port, NOBODY);
   if (port <= 0)
-    return port < 0 ? REFUSE : ALLOW;
-  ctx->user_ip6[0] = 0;
-  barrier();
-  ctx->user_ip6[1] = 0;
-  barrier();
-  ctx->user_ip6[2] = flow.ipv6 ? 0 : MAPPED;
-  barrier();
-  ctx->user_ip6[3] = flow.ipv6 ? htonl(1) : LOCAL4;
-  barrier();
-  ctx->user_port = htons(port);
+    return port == REFUSED ? REFUSE : ALLOW;
+  WRITE(ctx, user_ip6[0], 0);
+  WRITE(ctx, user_ip6[1], 0);
+  WRITE(ctx, user_ip6[2], flow.ipv6 ? 0 : MAPPED);
+  WRITE(ctx, user_ip6[3], flow.ipv6 ? htonl(1) : LOCAL4);
+  WRITE(ctx, user_port, htons(port));
   return ALLOW;
 }
 
@@ -161,7 +182,7 @@ int sendmsg6(struct bpf_sock_addr *ctx) {
 static __always_inline struct asked *asked_of(struct bpf_sock_addr *ctx, u16 port, int any) {
   int zero = 0;
   struct settings *set = settings.lookup(&zero);
-  struct bpf_sock *sk = ctx->sk;
+  struct bpf_sock *sk = READ(ctx, sk);
   if (!set || !sk)
     return 0;
   if (port != set->dns_port && !(any && (port == set->outbound_port || port == set->inbound_port)))
@@ -171,36 +192,31 @@ static __always_inline struct asked *asked_of(struct bpf_sock_addr *ctx, u16 por
 }
 
 static __always_inline void restore4(struct bpf_sock_addr *ctx, int any) {
-  if (ctx->user_ip4 != LOCAL4)
+  if (READ(ctx, user_ip4) != LOCAL4)
     return;
-  struct asked *kept = asked_of(ctx, ntohs(ctx->user_port), any);
+  struct asked *kept = asked_of(ctx, ntohs(READ(ctx, user_port)), any);
   if (!kept)
     return;
   u32 ip = kept->address.word[3];
   u16 port = kept->port;
-  ctx->user_ip4 = ip;
-  barrier();
-  ctx->user_port = htons(port);
+  WRITE(ctx, user_ip4, ip);
+  WRITE(ctx, user_port, htons(port));
 }
 
 static __always_inline void restore6(struct bpf_sock_addr *ctx, int any) {
-  u32 third = ctx->user_ip6[2], last = ctx->user_ip6[3];
+  u32 third = READ(ctx, user_ip6[2]), last = READ(ctx, user_ip6[3]);
   if (!(!third && last == htonl(1)) && !(third == MAPPED && last == LOCAL4))
     return;
-  struct asked *kept = asked_of(ctx, ntohs(ctx->user_port), any);
+  struct asked *kept = asked_of(ctx, ntohs(READ(ctx, user_port)), any);
   if (!kept)
     return;
   struct address to = kept->address;
   u16 port = kept->port;
-  ctx->user_ip6[0] = to.word[0];
-  barrier();
-  ctx->user_ip6[1] = to.word[1];
-  barrier();
-  ctx->user_ip6[2] = to.word[2];
-  barrier();
-  ctx->user_ip6[3] = to.word[3];
-  barrier();
-  ctx->user_port = htons(port);
+  WRITE(ctx, user_ip6[0], to.word[0]);
+  WRITE(ctx, user_ip6[1], to.word[1]);
+  WRITE(ctx, user_ip6[2], to.word[2]);
+  WRITE(ctx, user_ip6[3], to.word[3]);
+  WRITE(ctx, user_port, htons(port));
 }
 
 int recvmsg4(struct bpf_sock_addr *ctx) {

@@ -11,8 +11,12 @@
 
 struct stream {
   u64 redirected; /* bytes */
-  u64 is_over;    /* from here on user space reads it */
+  u64 end;        /* not 0: from here on user space reads it; BROKEN: it cannot, bytes are missing */
+  u32 next;       /* the sequence number of the next byte, when there was a buffer */
+  u32 has_begun;
 };
+#define OVER 1
+#define BROKEN 2
 
 struct sockets_table_t {
   u64 key;
@@ -32,6 +36,16 @@ BPF_F_TABLE("hash", u64, u64, ended, 2 * PAIRS, BPF_F_NO_PREALLOC); /* tells use
  * programs may not call if it does not find it. */
 static long (*read_kernel)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 
+static long (*adjust_room)(void *skb, s32 bytes, u32 mode, u64 flags) = (void *)BPF_FUNC_skb_adjust_room;
+#define MOST_CUT 4095 /* bytes a call */
+#define MOST_CALLS 130 /* a buffer has 512 KiB at most */
+
+static inline __attribute__((always_inline)) u32 read32(u64 at) {
+  u32 value = 0;
+  read_kernel(&value, sizeof(value), (void *)at);
+  return value;
+}
+
 static inline __attribute__((always_inline)) u64 read64(u64 at) {
   u64 value = 0;
   read_kernel(&value, sizeof(value), (void *)at);
@@ -49,13 +63,60 @@ static inline __attribute__((always_inline)) u32 waiting_for(struct bpf_sock *si
   return count;
 }
 
+/* How many of the first bytes of a buffer have come before. Who sends anew what has arrived in part sends all of it, and
+ * the kernel leaves the whole in the queue (tcp_data_queue() in net/ipv4/tcp_input.c): a process that reads skips what it
+ * had, by the numbers, but tcp_read_skb(), from which a program gets its buffers, does not. */
+static inline __attribute__((always_inline)) u32 known_bytes(struct __sk_buff *skb, struct stream *stream) {
+  struct __sk_buff *spilled = skb; /* as in waiting_for */
+  u64 buffer = 0;
+  read_kernel(&buffer, sizeof(buffer), &spilled);
+  u32 first = read32(buffer + OFFSET_SKB_CB + OFFSET_CB_SEQ);
+  if (!stream->has_begun) {
+    struct bpf_sock *socket = READ(skb, sk);
+    u64 sock = 0;
+    read_kernel(&sock, sizeof(sock), &socket);
+    stream->next = read32(sock + OFFSET_TCP_COPIED_SEQ); /* a process has read up to there */
+    stream->has_begun = 1;
+  }
+  u32 known = stream->next - first;
+  if ((s32)known <= 0)
+    known = 0;
+  stream->next = first + READ(skb, len);
+  return known;
+}
+
+/* Take bytes away from the beginning of a buffer; whether that was possible. */
+static inline __attribute__((always_inline)) int cut(struct __sk_buff *skb, u32 bytes) {
+#pragma clang loop unroll(disable)
+  for (u32 call = 0; call < MOST_CALLS && bytes; call++) {
+    u32 part = bytes < MOST_CUT ? bytes : MOST_CUT;
+    if (adjust_room(skb, -(s32)part, 0, 0))
+      return 0;
+    bytes -= part;
+  }
+  return !bytes;
+}
+
 int pass_on(struct __sk_buff *skb) {
   /* The end of the stream alone. User space sees that by itself, and sending nothing would break the other socket. */
-  if (!skb->len)
+  if (!READ(skb, len))
     return SK_DROP;
   u64 cookie = bpf_get_socket_cookie(skb);
   struct stream *stream = streams.lookup(&cookie);
-  if (!stream || stream->is_over)
+  if (!stream)
+    return SK_PASS;
+  if (stream->end == BROKEN)
+    return SK_DROP;
+  u32 known = known_bytes(skb, stream);
+  if (known && !cut(skb, known)) {
+    u64 yes = 1;
+    stream->end = BROKEN;
+    ended.update(&cookie, &yes);
+    return SK_DROP;
+  }
+  if (!READ(skb, len))
+    return SK_DROP;
+  if (stream->end)
     return SK_PASS;
   /* Nothing that waits is charged to the sender: without this, one that nobody reads would fill the memory. */
   struct bpf_sock *sink = targets.lookup(&cookie);
@@ -67,10 +128,10 @@ int pass_on(struct __sk_buff *skb) {
   if (waiting >= MAX_WAITING) {
     u64 yes = 1;
     if (!ended.update(&cookie, &yes)) {
-      stream->is_over = 1;
+      stream->end = OVER;
       return SK_PASS;
     }
   }
-  stream->redirected += skb->len;
+  stream->redirected += READ(skb, len);
   return targets.sk_redirect_hash(skb, &cookie, 0);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
-/* Types, maps and constants that the programs share with agent/engines/ebpf/contents.py. The files of this directory are
- * compiled as one text, in the order of agent/engines/ebpf/build.py: bcc rewrites map accesses only in its main file.
+/* Types, maps and constants that the programs share with agent/tpctl/engines/ebpf/contents.py. The files of this directory are
+ * compiled as one text, in the order of agent/tpctl/bpf/build.py: bcc rewrites map accesses only in its main file.
  *
  * NETWORKS, USERS, SERVERS, PORT_LISTS, IN_FLIGHT (entries) and the OFFSET_* are given on the compiler's command line.
  */
@@ -20,6 +20,7 @@
 
 #define ALLOW 1
 #define REFUSE 0 /* EPERM */
+#define LOOPBACK_IFINDEX 1 /* in every network namespace */
 #define SLOTS 32 /* listening sockets a family */
 
 #define htonl(x) __builtin_bswap32(x)
@@ -33,15 +34,6 @@
 
 #undef __always_inline
 #define __always_inline inline __attribute__((always_inline))
-
-/* clang merges two adjacent 32-bit stores to a context into one of 64 bits, which the verifier rejects. */
-#define barrier() asm volatile("" ::: "memory")
-/* A field of a context has to be read at its own constant offset; left alone, clang shares the address of several. */
-#define LOAD(into, field) \
-  do {                    \
-    into = (field);       \
-    barrier();            \
-  } while (0)
 
 /* Network byte order; IPv4 is mapped into IPv6 (::ffff:192.0.2.1). */
 struct address {
@@ -71,6 +63,7 @@ enum {
   FLAG_DNS_TCP = 1 << 9,
   FLAG_BYPASS = 1 << 10, /* when the data plane does not listen, connections go straight on */
   FLAG_CONTAINERS = 1 << 11, /* what is forwarded for them is redirected by nf_tables */
+  FLAG_GUARD = 1 << 12, /* what is opened to the data plane's own ports is refused */
 };
 
 struct ports {
@@ -85,7 +78,7 @@ struct network_key {
   struct address address;
 };
 
-enum { EXCLUDED_DESTINATIONS = 0, EXCLUDED_SOURCES = 2 }; /* one more for IPv6 */
+enum { EXCLUDED_DESTINATIONS = 0, EXCLUDED_SOURCES = 2, LOCAL_NETWORKS = 4 }; /* one more for IPv6 */
 
 struct user_key {
   u32 prefix;
@@ -97,13 +90,28 @@ struct user {
   u32 dns;       /* queries over UDP are excluded */
 };
 
-/* The rules of agent/decide.py. */
+#define MAX_MARKS 32
+
+/* Sockets whose mark has `value` in the bits of `mask` are left alone. One that stands for none has a value outside its
+ * mask. */
+struct mark {
+  u32 value;
+  u32 mask;
+};
+
+struct marks {
+  struct mark mark[MAX_MARKS];
+};
+
+/* The rules of agent/tpctl/spec/decide.py. */
 enum rule {
   RULE_NONE,
-  RULE_S1, RULE_I3, RULE_I4, RULE_I5, RULE_I5_PASS, RULE_I6, RULE_I7, RULE_P2,
+  RULE_G1_INBOUND, RULE_G1_OUTBOUND,
+  RULE_S1, RULE_D1, RULE_L1, RULE_I3, RULE_I4, RULE_I5, RULE_I5_PASS, RULE_I6, RULE_I7, RULE_P2,
   RULE_D0, RULE_X1, RULE_X2, RULE_D2, RULE_D3, RULE_D4, RULE_X4,
   RULE_O0, RULE_O1, RULE_O2, RULE_O3, RULE_O4, RULE_O5, RULE_O6, RULE_O7, RULE_O7_PASS,
   RULE_BYPASSED_INBOUND, RULE_REFUSED_INBOUND, RULE_BYPASSED_OUTBOUND, RULE_BYPASSED_DNS,
+  RULE_M1,
   RULES
 };
 
@@ -131,6 +139,7 @@ BPF_TABLE("array", int, struct ports, ports, PORT_LISTS);
 BPF_F_TABLE("lpm_trie", struct network_key, u32, networks, NETWORKS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct user_key, struct user, users, USERS, BPF_F_NO_PREALLOC);
 BPF_TABLE("hash", struct address, u32, servers, SERVERS);
+BPF_TABLE("array", int, struct marks, marks, 1);
 BPF_TABLE("percpu_array", int, u64, counters, RULES * FAMILIES);
 
 /* From here on: what the kernel's traffic fills. These maps outlive a change of policy. */

@@ -1,1 +1,1 @@
-../agent/persist/units/kuma-dp.service.d
+../agent/tpctl/persist/units/kuma-dp.service.d

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import hypothesis
 import pytest
 
-from agent import state
-from tests.netns.lab import TOUCHED
+from tests import features, isolation
+from tests.legacy_ways import without_python_iptables
 
 # How long an example takes, or its generation, says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("tpctl", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -19,11 +21,42 @@ hypothesis.settings.load_profile("tpctl")
 # Root takes configurations only from files that nobody else may change, and tests write many.
 os.umask(0o022)
 
+_LONGEST = ("vm", "crash", "equivalence", "swap", "torture", "soak")
+"""Folders."""
+
+with contextlib.suppress(PermissionError):  # without the right to it, nothing is tested that needs it
+    isolation.own_run()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-userspace` asks for."""
+    parser.addoption("--without-python-iptables", action="store_true", help="as on a host that does not have it")
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_records_left() -> Iterator[None]:
-    """Namespaces vanish with what is installed in them; the records of those that tests used go too."""
+def _python_iptables(request: pytest.FixtureRequest) -> Iterator[None]:
+    with without_python_iptables() if request.config.getoption("--without-python-iptables") else nullcontext():
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first: several files run at a time, and no long one shall be what is left at the end."""
+    items.sort(
+        key=lambda item: next((at for at, name in enumerate(_LONGEST) if name in item.path.parts), len(_LONGEST))
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine's kernel refuses."""
+    features.skip_without(item)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    """One that opens connections as fast as it can would slow down all that follow a test that failed."""
+    before = set(multiprocessing.active_children())
     yield
-    for key in TOUCHED:
-        shutil.rmtree(state.DIRECTORY / key, ignore_errors=True)
-        (state.DIRECTORY / f"{key}.lock").unlink(missing_ok=True)
+    for child in set(multiprocessing.active_children()) - before:
+        child.kill()
+        child.join()

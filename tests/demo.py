@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from agent.decide import Connection
-from agent.errors import TpctlError
-from agent.policy import RESERVED, Address, Family
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Bridge, Layout, member
-from agent.rehearsal.sockets import Answer
 from tests.demo_relay import DIAL_SECONDS, Relay
 from tests.netns.lab import PROXY_USER, run, snapshot, tpctl
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Bridge, Layout, member
+from tpctl.rehearsal.sockets import Answer
+from tpctl.spec.connection import Connection
+from tpctl.spec.policy import RESERVED, Address, Family
+from tpctl.system.errors import TpctlError
 
 CLIENT_NETWORKS = (ip_network("10.20.0.0/24"), ip_network("fd20::/64"))
 CLIENT_LINK = "clients0"

@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.lab import PROXY_USER
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST
 
 RELAY_SECONDS = 60.0
 """It compiles a program for the kernel first, which takes long on a busy machine."""
@@ -25,7 +26,7 @@ class Relay:
 
     def __init__(self, lab: Lab, resolv_conf: Path, log: Path) -> None:
         self.log = log
-        argv = [sys.executable, "-m", "agent.cli.main", "relay", "--user", PROXY_USER, "--access-log"]
+        argv = [sys.executable, "-m", "tpctl.cli.main", "relay", "--user", PROXY_USER, "--access-log"]
         argv += ["--log-format", "json", "--resolv-conf", str(resolv_conf), "--drain-timeout", "1"]
         with lab.inside(HOST), log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -30,18 +30,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import agent
-from agent.engine_options import EngineOptions
-from agent.engines import registry
-from agent.engines.base import Engine
-from agent.errors import TpctlError
-from agent.policy import Dns, DnsCapture, Inbound, Policy, PortRange
-from agent.rehearsal.cgroup import OwnPlace, own_place
-from agent.rehearsal.namespaces import write_sysctls
+import tpctl
 from tests.bench.wrk import CONNECTIONS, PORT, WORKLOADS, Figures, Standing, Workload, measure, server
-from tests.netns import relay_net
-from tests.netns.relay_net import HOST, PEER, RELAY_UID, Net
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import HOST, PEER, RELAY_UID, Net
 from tests.netns.test_envoy import running_envoy
+from tpctl.engines import registry
+from tpctl.engines.base import Engine
+from tpctl.rehearsal.cgroup import OwnPlace, enter, own_groups, own_place
+from tpctl.rehearsal.namespaces import write_sysctls
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Inbound, Policy, PortRange
+from tpctl.system.errors import TpctlError
 
 ROUNDS = 5
 EXPECTED = 1.10
@@ -135,8 +135,11 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 @contextlib.contextmanager
-def standing(contender: Contender) -> Iterator[Standing]:
-    """Its namespaces, engine, data plane and servers, in a cgroup of their own, for the length of the block."""
+def standing(contender: Contender, home: Path) -> Iterator[Standing]:
+    """Its namespaces, engine, data plane and servers, in a cgroup of their own, for the length of the block.
+
+    That cgroup lies below `home`, beside those of the others: in one below theirs, their programs would run, too.
+    """
     net = Net()
     with own_place() as place, contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpctl-bench-")))
@@ -152,6 +155,9 @@ def standing(contender: Contender) -> Iterator[Standing]:
         stack.enter_context(server(net, net.host, HOST[socket.AF_INET], folder / "host"))
         stack.enter_context(server(net, net.peer, PEER[socket.AF_INET], folder / "peer"))
         require_redirection(net, contender.plane is not None)
+        if place.cgroup.parent != home:
+            raise AssertionError(f"{place.cgroup} does not lie right below {home}")
+        enter(home)
         yield Standing(net, place.cgroup, folder)
 
 
@@ -159,7 +165,8 @@ def measure_all(rounds: int, contenders: Sequence[Contender], chosen: Sequence[W
     """Everything. Each round is there and back again, so that nobody always follows the same one."""
     for _ in range(rounds):
         with contextlib.ExitStack() as stack:
-            ready = [(contender, stack.enter_context(standing(contender))) for contender in contenders]
+            home = stack.enter_context(own_groups()).home
+            ready = [(contender, stack.enter_context(standing(contender, home))) for contender in contenders]
             for workload in chosen:
                 for order in (ready, reversed(ready))[: workload.slices]:
                     for contender, at in order:
@@ -198,7 +205,7 @@ def main() -> int:
         return 2
     contenders = [Contender(engine, plane) for plane in DATA_PLANES for engine in ENGINES]
     contenders.append(Contender(NONE, None))  # compared with both
-    print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}, ", end="")
+    print(f"tpctl {tpctl.__version__}, Python {platform.python_version()}, Linux {platform.release()}, ", end="")
     print(f"{os.cpu_count()} processors; {rounds} rounds, {CONNECTIONS} connections at a time")
     print(f"median (lowest-highest) of all measurements; ratios to {IPTABLES} at the same time")
     started = time.monotonic()

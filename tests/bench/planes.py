@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tests.bench.stream import raise_descriptor_limit
 from tests.bench.wrk import PORT, START_SECONDS, inside
-from tests.netns import relay_net
-from tests.netns.relay_net import PEER, RELAY_USER, Net
+from tests.netns.envoy.scene import running as envoy_by_tpctl
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import PEER, RELAY_USER, Net
 from tests.netns.test_envoy import running_envoy
 
 STREAM_PORT = 9000
@@ -39,6 +40,18 @@ listen outbound
     option transparent
 """
 """Asks for the original destination (option transparent), and splices."""
+
+_BY_TPCTL = f"""
+workers: {WORKERS}
+listeners:
+  - {{listen: "[::]:15006 ipv6only=off", direction: inbound}}
+  - {{listen: "[::]:15001 ipv6only=off", direction: outbound, services: [SERVICES]}}
+"""
+BY_TPCTL = {
+    "envoy-tcp": _BY_TPCTL.replace("SERVICES", ""),
+    "envoy-http": _BY_TPCTL.replace("SERVICES", f"{{port: {PORT}, protocol: http}}"),
+}
+"""Files for Envoy. They pass everything on; with the second, requests are read."""
 
 NGINX = f"""
 load_module modules/ngx_stream_module.so;
@@ -89,6 +102,8 @@ def plane(net: Net, name: str, folder: Path) -> Iterator[None]:
             stack.enter_context(relay_net.relay(net, folder, *options))
         elif name == "envoy":
             stack.enter_context(running_envoy(net, folder / "envoy.log", concurrency=WORKERS))
+        elif name in BY_TPCTL:
+            stack.enter_context(envoy_by_tpctl(net, folder, BY_TPCTL[name]))
         elif name == "haproxy":
             configuration = folder / "haproxy.cfg"
             configuration.write_text(HAPROXY)

@@ -27,18 +27,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import agent
-from agent.errors import TpctlError
-from agent.rehearsal.cgroup import enter, own_groups
-from agent.rehearsal.namespaces import write_sysctls
+import tpctl
 from tests.bench import relay_report
 from tests.bench.engines import SYSCTLS, progress
 from tests.bench.planes import SERVER, STREAM_PORT, plane, wait_for_listener
 from tests.bench.relay_report import CELLS, ON_REQUEST, PLANES, Cell, Figures, Results
 from tests.bench.stream import raise_descriptor_limit
 from tests.bench.wrk import PORT, REPORT, inside, server, used_seconds
-from tests.netns import relay_net
-from tests.netns.relay_net import Net
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import Net
+from tpctl.rehearsal.cgroup import enter, own_groups
+from tpctl.rehearsal.namespaces import write_sysctls
+from tpctl.system.errors import TpctlError
 
 ROUNDS = 3
 SECONDS = 2
@@ -206,7 +206,7 @@ def main() -> int:
         return 2
     # HAProxy and Envoy hold both ends of every connection in one process.
     options.idle = min(options.idle, (raise_descriptor_limit() - _SPARE_DESCRIPTORS) // 2)
-    versions = f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}"
+    versions = f"tpctl {tpctl.__version__}, Python {platform.python_version()}, Linux {platform.release()}"
     print(f"{versions}, {os.cpu_count()} processors; {options.rounds} rounds")
     started, results = time.monotonic(), Results()
     try:

@@ -11,8 +11,8 @@ from tests.bench.engines import spread
 from tests.bench.picture import Panel, picture
 
 PLANES = ("relay", "haproxy", "envoy", "nginx", "none")
-ON_REQUEST = ("sockmap",)
-"""The relay with --accelerate sockmap."""
+ON_REQUEST = ("sockmap", "envoy-tcp", "envoy-http")
+"""The relay with --accelerate sockmap; Envoy as `tpctl envoy` configures it, without and with requests read as HTTP."""
 PEERS = ("haproxy", "envoy", "nginx")
 
 
@@ -103,7 +103,7 @@ def _table(results: Results, cell: Cell) -> None:
     widths = (24, 18, 24, 18, 24, 18)
     tail = "" if cell.streams else f"{'p50 ms':>9}{'p99 ms':>9}"
     print(f"\n{cell.name}")
-    print(f"  {'':<8}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)) + tail)
+    print(f"  {'':<11}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)) + tail)
     forms = {"rate": "{:.2f}" if cell.streams else "{:.0f}"}
     for plane in results.planes(cell):
         words = []
@@ -118,7 +118,7 @@ def _table(results: Results, cell: Cell) -> None:
         line = "".join(f"{word:>{width}}" for word, width in zip(words, widths, strict=True))
         if not cell.streams:
             line += "".join(f"{results.middle(plane, cell, what):>9.2f}" for what in ("median", "slow"))
-        print(f"  {plane:<8}{line}")
+        print(f"  {plane:<11}{line}")
 
 
 def _goals(results: Results, cell: Cell) -> list[str]:

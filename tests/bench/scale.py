@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from multiprocessing.connection import Connection as Pipe
 
-import agent
-from agent import lifecycle
-from agent.engine_options import EngineOptions
-from agent.policy import Outbound, Policy, PortRange
+import tpctl
 from tests.swap.scene import outbound, prepared_namespaces
 from tests.swap.swaps import IPTABLES_LEGACY, IPTABLES_NFT, NFTABLES, name
 from tests.swap.traffic import APP, FAMILIES, PROXY, Child, Route
+from tpctl.change import lifecycle, removal
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Outbound, Policy, PortRange
 
 NETWORKS = 5000
 PORT_RANGES = 2000
@@ -113,7 +113,7 @@ def standing(contender: Contender) -> Iterator[Contender]:
             server.process.join(10)
         finally:
             with host.inside():
-                lifecycle.uninstall()
+                removal.uninstall()
 
 
 def _client(route: Route) -> Callable[[Pipe], None]:
@@ -141,7 +141,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("error: network namespaces need root", file=sys.stderr)
         return 2
-    print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}")
+    print(f"tpctl {tpctl.__version__}, Python {platform.python_version()}, Linux {platform.release()}")
     exclusions = f"{given.networks} CIDRs, {given.port_ranges} port ranges"
     pairs = [
         (

@@ -17,8 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import agent
-from agent.engine_options import EngineOptions
+import tpctl
 from tests.swap.scene import scene
 from tests.swap.swaps import (
     ENGINES,
@@ -30,11 +29,15 @@ from tests.swap.swaps import (
     between,
     inside,
     name,
+    roll_back_to_kumactl,
     swap,
     swap_kumactl,
 )
+from tpctl.spec.engine_options import EngineOptions
 
 SWAPS = 200
+ROLLBACKS = 20
+"""From each engine to kumactl's rules, at most: most of the time of each goes by before and after it."""
 CONNECTIONS = 50_000
 """Over which the numbers are to hold; more swaps than asked for are made until there were as many, within limits."""
 LONGEST_SECONDS = 60.0
@@ -75,6 +78,20 @@ def swaps_from_kumactl(options: EngineOptions, times: int) -> Iterator[Row]:
         yield label, rest
 
 
+def rollbacks_to_kumactl(options: EngineOptions, times: int) -> Iterator[Row]:
+    """Installs over kumactl's rules are rolled back; between the rollbacks everything stands still."""
+    with scene() as made:
+        applications = made.applications()
+        starts = itertools.islice(itertools.cycle(KUMACTL), times)
+        for number, (variant, full) in enumerate(starts):
+            target = Target.of(POLICIES[number // len(KUMACTL) % len(POLICIES)], options)
+            label = f"{name(options)} rolled back to kumactl ({variant})"
+            yield label, roll_back_to_kumactl(made, applications, variant, full, target)
+        rest = Outcome()
+        rest.tally.reasons = applications.stop().reasons
+        yield label, rest
+
+
 def kinds(times: int) -> Iterator[Callable[[], Iterator[Row]]]:
     """Every kind of swap, `times` swaps each."""
     for options in ENGINES:
@@ -82,6 +99,8 @@ def kinds(times: int) -> Iterator[Callable[[], Iterator[Row]]]:
     yield lambda: swaps_between(times)
     for options in ENGINES:
         yield lambda options=options: swaps_from_kumactl(options, max(len(KUMACTL), times // len(ENGINES)))  # type: ignore[misc]
+    for options in ENGINES:
+        yield lambda options=options: rollbacks_to_kumactl(options, min(times, ROLLBACKS))  # type: ignore[misc]
 
 
 def measure(kind: Callable[[], Iterator[Row]]) -> dict[str, Outcome]:
@@ -101,14 +120,14 @@ def row(label: str, total: Outcome) -> str:
     tally = total.tally
     each = 1000 * total.seconds / max(total.swaps, 1)
     return (
-        f"{label:<36}{total.swaps:>7}{each:>9.0f}{tally.connections:>13}{tally.leaked:>8}{tally.failed:>8}"
+        f"{label:<44}{total.swaps:>7}{each:>9.0f}{tally.connections:>13}{tally.leaked:>8}{tally.failed:>8}"
         f"{len(total.cut):>5}{1000 * tally.slowest:>13.0f}"
     )
 
 
 def report(times: int) -> bool:
     """Make the swaps and print the table; hands back whether all of them were flawless."""
-    columns = f"{'swap':<36}{'swaps':>7}{'ms each':>9}{'connections':>13}"
+    columns = f"{'swap':<44}{'swaps':>7}{'ms each':>9}{'connections':>13}"
     print(f"{columns}{'leaked':>8}{'failed':>8}{'cut':>5}{'slowest ms':>13}")
     everything = Outcome()
     for kind in kinds(times):
@@ -135,7 +154,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("error: network namespaces need root", file=sys.stderr)
         return 2
-    print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}")
+    print(f"tpctl {tpctl.__version__}, Python {platform.python_version()}, Linux {platform.release()}")
     started = time.monotonic()
     flawless = report(times)
     print(f"{'nothing leaked, failed or was cut' if flawless else 'NOT flawless'}; {time.monotonic() - started:.0f} s")

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.rehearsal.cgroup import enter
-from tests.netns import relay_net
-from tests.netns.relay_net import HOST, PEER, Net
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import HOST, PEER, Net
+from tpctl.rehearsal.cgroup import enter
 
 CONNECTIONS = 32
 """Open at a time: enough that nobody waits for the client."""

@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.rehearsal.cgroup import own_place
 from tests.crash import at_once
 from tests.crash.campaign import FAILURES, HANGS, KILLS, MOST_POINTS, Trial, campaign, summary
 from tests.crash.commands import COMMANDS, ROLLED_BACK
 from tests.crash.healing import UNINSTALL
 from tests.crash.scene import FLAVOURS, Scene, scene
 from tests.crash.way_back import ways_back
+from tpctl.rehearsal.cgroup import own_place
 
 ROW = "{:26} {:14} {:>6} {:>5} {:>5} {:>7} {:>6} {:>5} {:>7}"
 

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.decide import decide
-from agent.policy import Policy
-from agent.policy_document import from_document
-from agent.rehearsal.cgroup import OwnPlace, own_place
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, Layout
-from agent.rehearsal.rehearse import expectation
 from tests.crash.scene import FLAVOURS, PROXY_FLAGS, Host, Scene
 from tests.netns.lab import run
+from tpctl.rehearsal.cgroup import OwnPlace, own_place
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, Layout
+from tpctl.rehearsal.rehearse import expectation
+from tpctl.spec.decide import decide
+from tpctl.spec.document import from_document
+from tpctl.spec.policy import Policy
 
 _ENGINES = ("nftables", "iptables nft", "iptables legacy")
 _FOREIGN_ROUNDS = 200
@@ -87,7 +87,7 @@ def _run(scene: Scene, commands: Sequence[tuple[str, ...]]) -> Outcome:
     with scene.lab.inside(HOST):
         foreign = subprocess.Popen([*scene.host.beside(), "sh", "-c", _FOREIGN])
         running = [
-            (argv, subprocess.Popen([*scene.host.beside(), sys.executable, "-m", "agent.cli.main", *argv],
+            (argv, subprocess.Popen([*scene.host.beside(), sys.executable, "-m", "tpctl.cli.main", *argv],
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
             for argv in commands
         ]  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 
@@ -26,14 +26,23 @@ def is_detached(process: int) -> bool:
         return False
 
 
-def lives(group: int) -> bool:
-    """Whether anybody of a process group still runs; its leader is asked first."""
-    return _found(Path(f"/proc/{group}")) is not None or any(found == group for _, _, found in _running())
+def attached(but: Container[int]) -> list[int]:
+    """Whom this process and its descendants have started, `but` some: all but guardians. The oldest come first.
+
+    A program that tpctl starts has a process group of its own, and whoever has lost its parent is a child of this one.
+    """
+    running = sorted(_running())
+    found: list[int] = []
+    generation = {os.getpid()}
+    while generation:
+        generation = {one for one, parent in running if parent in generation and one not in but}
+        found += sorted(one for one in generation if not is_detached(one))
+    return found
 
 
 def children() -> list[int]:
     """Whom this process has started, and whom it got from those."""
-    return [process for process, parent, _ in _running() if parent == os.getpid()]
+    return [process for process, parent in _running() if parent == os.getpid()]
 
 
 def detached() -> list[int]:
@@ -42,7 +51,7 @@ def detached() -> list[int]:
 
 
 def end(processes: Iterable[int]) -> None:
-    """Kill them, as far as they are still there; a negative number is a whole group (kill(2))."""
+    """Kill them, as far as they are still there."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -71,18 +80,18 @@ def leave(seconds: float) -> list[str]:
     return said
 
 
-def _running() -> Iterator[tuple[int, int, int]]:
-    """Every process that has not ended, its parent and its group."""
+def _running() -> Iterator[tuple[int, int]]:
+    """Every process that has not ended, and its parent."""
     return (one for one in map(_found, Path("/proc").glob("[0-9]*")) if one)
 
 
-def _found(folder: Path) -> tuple[int, int, int] | None:
+def _found(folder: Path) -> tuple[int, int] | None:
     """A process by its folder (proc_pid_stat(5)); None when it has ended."""
     try:
-        state, parent, group, *_ = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, parent, *_ = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else (int(folder.name), int(parent), int(group))
+    return None if state in "ZX" else (int(folder.name), int(parent))
 
 
 def _command_line(process: int) -> str:

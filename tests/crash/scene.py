@@ -17,15 +17,18 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
-from agent.decide import Connection, decide
-from agent.policy import Family, Policy
-from agent.policy_document import from_document
-from agent.rehearsal.cgroup import OwnPlace
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout, seat
-from agent.rehearsal.rehearse import expectation
 from tests.crash.server import Fault
-from tests.netns.lab import APP, PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot
+from tests.hidden import ROOT_DIRECTORY, hide
+from tests.netns.lab import APP, PROXY, PROXY_USER, run, snapshot
+from tpctl.record import state
+from tpctl.rehearsal.cgroup import OwnPlace
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, Layout, seat
+from tpctl.rehearsal.rehearse import expectation
+from tpctl.spec.connection import Connection
+from tpctl.spec.decide import decide
+from tpctl.spec.document import from_document
+from tpctl.spec.policy import Family, Policy
 
 PROXY_FLAGS = ("--kuma-dp-user", PROXY_USER)
 OLD = ("install", *PROXY_FLAGS, "--exclude-inbound-ports", "22,7001", "--exclude-outbound-ports", "22,7002")
@@ -42,17 +45,17 @@ FLAVOURS: Mapping[str, tuple[str, ...]] = {
     "iptables nft, firewalld": ("--engine", "iptables", "--iptables-mode", "nft", "--store-firewalld"),
     "iptables legacy, firewalld": ("--engine", "iptables", "--iptables-mode", "legacy", "--store-firewalld"),
 }
-_SETTING = """
+_SETTING = f"""
 set -e
 mount --make-rprivate /
-for mounted in $(awk '$3 == "cgroup2" { print $2 }' /proc/self/mounts); do umount -l "$mounted"; done
+for mounted in $(awk '$3 == "cgroup2" {{ print $2 }}' /proc/self/mounts); do umount -l "$mounted"; done
 mount --bind "$1/firewalld" /etc/firewalld
 mount --bind "$1/pins" /sys/fs/bpf
-mount -t tmpfs none /run
+{hide("/run")}
 mkdir /run/cgroup
 mount -t cgroup2 none /run/cgroup
-mount -t tmpfs none /tmp
-mount -t tmpfs none /var/cache
+{hide("/tmp", "mode=1777")}
+{hide("/var/cache")}
 touch /run/nothing
 mount --bind /run/nothing /proc/1/mountinfo
 eval "$2"
@@ -217,7 +220,7 @@ class Scene:
     def held(self) -> dict[str, str]:
         """Everything that a command could leave behind, in the kernel and in files."""
         with self.lab.inside(HOST):
-            kernel = snapshot(counters=False)
+            kernel = {**snapshot(counters=False), **_routes()}
         files = self.host.files("/run", "/tmp", "/sys/fs/bpf", "/etc/firewalld")
         return {**kernel, **{path: text for path, text in files.items() if _counts(path)}}
 
@@ -265,7 +268,8 @@ class Scene:
         with self.lab.inside(HOST):
             for tool in ("iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"):
                 for table, chain in (("nat", "OUTPUT"), ("nat", "PREROUTING"), ("raw", "OUTPUT"),
-                                     ("raw", "PREROUTING"), ("mangle", "PREROUTING")):  # fmt: skip
+                                     ("raw", "PREROUTING"), ("mangle", "PREROUTING"), ("filter", "INPUT"),
+                                     ("filter", "OUTPUT")):  # fmt: skip
                     run([tool, "-t", table, "-A", chain, "-p", "udp", "--dport", "9", "-j", "ACCEPT"])
             run(["nft", "-f", "-"], stdin=_FOREIGN)
 
@@ -281,8 +285,21 @@ def scene(flavour: str, place: OwnPlace, folder: Path) -> Iterator[Scene]:
             host.close()
 
 
+def _routes() -> dict[str, str]:
+    """Routing rules and routes of all tables in the current namespace, by the command that shows them."""
+    asked = (
+        ("ip", version, *what) for version in ("-4", "-6") for what in (("rule",), ("route", "show", "table", "all"))
+    )
+    return {" ".join(argv): run(argv).stdout for argv in asked}
+
+
 def _counts(path: str) -> bool:
-    """Locks stay behind where they are other programs' too, and the control groups are the kernel's."""
+    """Locks stay behind where they are other programs' too, and the control groups are the kernel's.
+
+    That a change was taken back is told until the next one.
+    """
+    if path.endswith(state.TRACE):
+        return False
     return not path.startswith(("/run/cgroup", "/run/mount", "/run/xtables.lock", "/run/ebtables.lock"))
 
 

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.crash import notify, points, processes
+from tests.hidden import CODE
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LONGEST_RUN_SECONDS = 300.0
 _LOOK_SECONDS = 0.02
 _STUBBORN = -999
+_attending: set[int] = set()
+"""Processes of this server's own, that answer guardians."""
 KILL_CALLER, KILL_ALL, FAIL_ONCE, FAIL_FROM = "kill the caller", "kill all", "fail once", "fail from there"
 HANG = "hang"
 CONFIRM_WITHIN = "--confirm-within"
@@ -79,13 +82,16 @@ class Run:
         elif fault.how == KILL_CALLER:
             processes.end([call.process])
         elif fault.how == KILL_ALL:
-            processes.end([*processes.detached(), -self.group])
+            # First who would take notice of another one's end; again, for who was started meanwhile.
+            processes.end([*processes.detached(), self.group, *processes.attached(_attending)])
+            processes.end(processes.attached(_attending))
         elif fault.how != HANG:  # without an answer the call never comes back
             notify.refuse(listener, call, fault.errno)
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
     """Run the command once; hands back its exit code, what it printed, and the points."""
+    _attending.intersection_update(processes.children())
     streams = [os.memfd_create(name) for name in ("out", "err")]
     told, telling = os.pipe()
     waiting, go = os.pipe()
@@ -123,8 +129,8 @@ def _command(request: dict[str, Any], streams: list[int], telling: int, waiting:
         os.writev(telling, [str(listener).encode()])  # not write(2), which would wait for the listener
         os.read(waiting, 1)
         os.close(listener)
-        from agent import child, runner
-        from agent.cli.main import main
+        from tpctl.cli.main import main
+        from tpctl.system import child, runner
 
         if request.get("patience"):
             runner.run.__kwdefaults__.update(timeout=request["patience"])  # type: ignore[union-attr]
@@ -153,14 +159,14 @@ def _supervise(listener: int, this: Run, *, leaves_somebody: bool) -> bool:
         while True:
             left = max(0.0, deadline - time.monotonic())
             events = poll.poll(1000 * (min(_LOOK_SECONDS, left) if leaves_somebody else left) if by_itself else 2000)
-            if not events and leaves_somebody and left and not processes.lives(this.group):
+            if not events and leaves_somebody and left and not processes.attached(_attending):
                 _attend(listener)
                 return by_itself
             if not events and not by_itself:
                 return False
             if not events and not left:
                 by_itself = False
-                processes.end([-this.group])
+                processes.end(processes.attached(_attending))
             if not events:
                 continue
             (_, event), *_ = events
@@ -176,7 +182,8 @@ def _supervise(listener: int, this: Run, *, leaves_somebody: bool) -> bool:
 
 def _attend(listener: int) -> None:
     """Let a process answer whoever is left that everything may happen; without a listener every call would fail."""
-    if os.fork():
+    if answers := os.fork():
+        _attending.add(answers)
         return
     try:
         poll = select.poll()
@@ -197,10 +204,11 @@ def _reap(child: int) -> int:
 
 
 def listing(roots: list[str]) -> dict[str, str]:
-    """Every file below the roots, with its content, and every folder, as this process sees them."""
+    """Every file below the roots, with its content, and every folder, as this process sees them; without our code."""
     found: dict[str, str] = {}
     for root in roots:
-        for folder, _, files in os.walk(root):
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if Path(folder, name) not in CODE]
             found[f"{folder}/"] = ""
             for name in files:
                 with contextlib.suppress(OSError):
@@ -226,15 +234,15 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def preload() -> None:
     """Import what any command may import: a fork then begins where a process that did so by itself would be."""
-    import agent
+    import tpctl
 
-    for module in pkgutil.walk_packages(agent.__path__, "agent."):
+    for module in pkgutil.walk_packages(tpctl.__path__, "tpctl."):
         importlib.import_module(module.name)
     with contextlib.suppress(Exception):
-        from agent.engines.iptables import legacy
+        from tpctl.engines.iptables import libiptc
 
-        legacy.load()
-    for name in ("nftables", "pyroute2.iproute", "pyroute2.netlink.nfnetlink.nfctsocket", "structlog", "yaml"):
+        libiptc.load()
+    for name in ("nftables", "structlog", "yaml"):
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module(name)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.rehearsal.cgroup import own_place
 from tests.crash.at_once import at_once
+from tpctl.rehearsal.cgroup import own_place
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup", "interception", "legacy")]
 
 COMMANDS = 20
 

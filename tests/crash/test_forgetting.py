@@ -10,16 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.host import conntrack
-from agent.policy import Family
-from agent.rehearsal.cgroup import own_place
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER_ADDRESS
 from tests.crash.points import FORGETTING
 from tests.crash.scene import Done, Scene, scene
 from tests.crash.server import FAIL_ONCE, KILL_CALLER, Fault
 from tests.netns.lab import run
+from tpctl.host import conntrack
+from tpctl.rehearsal.cgroup import own_place
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER_ADDRESS
+from tpctl.spec.policy import Family
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup", "interception", "legacy", "conntrack")]
 
 PORTS = (41001, 41002)
 

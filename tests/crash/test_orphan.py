@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.rehearsal.cgroup import own_place
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, Layout
 from tests.crash.scene import Host, Scene
 from tests.crash.test_scenarios import NAMES, WRAPPER
+from tpctl.rehearsal.cgroup import own_place
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, Layout
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup", "interception", "legacy")]
 
 SLOWLY = "touch /run/begun; sleep 3"
 
@@ -35,7 +35,7 @@ def test_the_next_command_waits_for_what_a_killed_one_has_started(tmp_path: Path
             programs = ",".join(f"{name}:/run/scripts/{name}" for name in NAMES)
             with lab.inside(HOST):
                 install = subprocess.Popen(
-                    [*host.beside(), sys.executable, "-m", "agent.cli.main", "install", "--kuma-dp-user", "nobody",
+                    [*host.beside(), sys.executable, "-m", "tpctl.cli.main", "install", "--kuma-dp-user", "nobody",
                      "--engine", "iptables", "--iptables-executables", programs],
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )  # fmt: skip

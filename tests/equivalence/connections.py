@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address, ip_address
 from random import Random
 
-from agent.decide import Connection, Direction, State
-from agent.policy import DNS_PORT, PASSTHROUGH6, Address, Family, Policy, Protocol
-from agent.rehearsal.cgroup import BELOW
-from agent.rehearsal.choices import can_answer_clients, redirected_ports
-from agent.rehearsal.layout import (
+from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
+from tpctl.rehearsal.cgroup import BELOW
+from tpctl.rehearsal.choices import can_answer_clients, data_plane_ports, redirected_ports
+from tpctl.rehearsal.layout import (
     HOST_ADDRESS,
     HOST_LINK_LOCAL,
     LOOPBACK,
@@ -21,11 +20,13 @@ from agent.rehearsal.layout import (
     gateway,
     member,
 )
-from tests.equivalence.policies import ADDRESSES, PORTS, UIDS
+from tpctl.spec.connection import Connection, Direction, State
+from tpctl.spec.policy import DNS_PORT, PASSTHROUGH6, Address, Family, Policy, Protocol
 
 _OWN = tuple(map(ip_address, ("127.0.0.1", "127.0.0.2", "127.0.0.53", "::1")))
 _PASSTHROUGH: dict[Family, Address] = {Family.IPV4: ip_address("127.0.0.6"), Family.IPV6: PASSTHROUGH6}
 _APPLICATION = 1000
+_MARKS = (0x80000, 0x8ABCD, 0x180000, 51820, 51821, 1, 3, 0x40, 0x41, 0x42, 2**32 - 1 & ~0x1000)
 
 
 class Cast:
@@ -42,6 +43,7 @@ class Cast:
         self.remotes: list[Address] = [*ADDRESSES, *(s for s in servers if not layout.is_local(s))]
         self.own: list[Address] = [*HOST_ADDRESS.values(), *_OWN, *(s for s in servers if layout.is_local(s))]
         self.link_local: list[IPv6Address] = [PEER_LINK_LOCAL] if links else []
+        self.own_ports = sorted(data_plane_ports(policy))
         self.groups: list[str | None] = []
         if policy.cgroup:
             inside = policy.cgroup.path
@@ -51,7 +53,7 @@ class Cast:
         """One connection of the host, the peer or a container, to somebody else."""
         family = random.choice(list(Family))
         protocol = random.choice(list(Protocol))
-        port = random.choice((*PORTS, 53, 53, 53))
+        port = random.choice((*PORTS, *self.own_ports, 53, 53, 53))
         return (
             self._leaves(random, family, protocol, port)
             if random.random() < 0.6
@@ -69,6 +71,10 @@ class Cast:
         elif self._may_dial_for_a_client(connection) and random.random() < 0.5:
             source = random.choice(_of(family, self.remotes))
             connection = dataclasses.replace(connection, source=source, local_source=False)
+        elif connection.interface != LOOPBACK and random.random() < 0.15:
+            connection = dataclasses.replace(connection, device=connection.interface)
+        if random.random() < 0.3:
+            connection = dataclasses.replace(connection, mark=random.choice(_MARKS))
         return dataclasses.replace(connection, cgroup=random.choice(self.groups)) if self.groups else connection
 
     def _may_dial_for_a_client(self, connection: Connection) -> bool:
@@ -89,6 +95,8 @@ class Cast:
         origin = self.layout.locate(source)
         remotes = self.remotes if source in self.members else []
         targets = [HOST_ADDRESS[family], *_of(family, [*self.members, *self.gateways, *remotes])]
+        if family is Family.IPV4 and random.random() < 0.15:
+            targets = _of(family, _OWN)
         return self.layout.arriving(
             source, random.choice([each for each in targets if self.layout.locate(each) != origin]), protocol, port
         )
@@ -107,7 +115,7 @@ class Cast:
                 layout.arriving(remote, HOST_ADDRESS[family], Protocol.TCP, arriving_port),
                 dataclasses.replace(layout.outgoing(Protocol.TCP, remote, leaving_port, _APPLICATION), cgroup=inside),
                 *(
-                    layout.arriving(each, remote, Protocol.TCP, port)
+                    layout.arriving(each, self._beyond(each, remote), Protocol.TCP, port)
                     for each in _of(family, self.members)
                     for port in (leaving_port, DNS_PORT)
                 ),
@@ -116,6 +124,15 @@ class Cast:
         invalid = [dataclasses.replace(each, state=State.INVALID) for each in found]
         # A packet that cannot be placed is only made, and only dropped, where it arrives.
         return [*midstream, *(each for each in invalid if each.direction is Direction.INBOUND)]
+
+    def _beyond(self, source: Address, remote: Address) -> Address:
+        """Whom a container sends such a segment: by an excluded interface this host itself.
+
+        What an invalid segment meets is told by the reset that comes for it, which is invalid too: coming from
+        elsewhere it would be dropped on its way back.
+        """
+        behind = self.layout.bridge_of(source)
+        return HOST_ADDRESS[Family.of(remote)] if behind and self.policy.excludes(behind[0].name) else remote
 
 
 def random_connections(policy: Policy, layout: Layout, seed: int, count: int) -> list[Connection]:

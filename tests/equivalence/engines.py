@@ -1,6 +1,6 @@
 """The door through which an engine joins the suite: a name, and how to get the engine ready in a host's namespace.
 
-The suite asks nothing else of an engine than what `agent.engines.base.Engine` has: `plan` and `apply`. An engine that
+The suite asks nothing else of an engine than what `tpctl.engines.base.Engine` has: `plan` and `apply`. An engine that
 needs more around it than a namespace (a cgroup for the processes that open sockets, say) gives a `surroundings`, and
 one that refuses some policies says by `possible` what is left of them.
 """
@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent.engine_options import EngineOptions
-from agent.engines.base import Engine
-from agent.engines.registry import select
-from agent.policy import Policy, Redirection, WhenProxyDown
-from agent.rehearsal.cgroup import OwnPlace, own_place
+from tests.legacy_ways import without_python_iptables
+from tpctl.engines.base import Engine
+from tpctl.engines.registry import select
+from tpctl.rehearsal.cgroup import OwnPlace, own_place
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Policy, Redirection, WhenProxyDown
 
 
 def as_it_is(policy: Policy) -> Policy:
@@ -47,9 +48,10 @@ def by_ebpf(policy: Policy) -> Policy:
     return replace(
         policy,
         virtual_networks=() if bypass else policy.virtual_networks,
+        exclude_interfaces=(),
         log_level=None,
         inbound=replace(policy.inbound, mode=Redirection.REDIRECT),
-    )
+    ).through("ebpf")
 
 
 def ebpf_door(*, chooses_sockets: bool | None = None) -> Door:
@@ -71,6 +73,11 @@ DOORS = {
         Door("nftables", _through(EngineOptions(engine="nftables"))),
         Door("iptables-nft", _through(EngineOptions(engine="iptables", iptables_mode="nft"))),
         Door("iptables-legacy", _through(EngineOptions(engine="iptables", iptables_mode="legacy"))),
+        Door(
+            "iptables-legacy-restore",
+            _through(EngineOptions(engine="iptables", iptables_mode="legacy")),
+            without_python_iptables,
+        ),
         ebpf_door(),
     )
 }

@@ -13,21 +13,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from agent import loopback, routing
-from agent.decide import Action, Connection, State, decide
-from agent.engines.base import Engine
-from agent.policy import Cgroup, Family, Policy, Protocol
-from agent.rehearsal import lab as laboratory
-from agent.rehearsal.cgroup import OwnGroups, own_groups
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, Staging, member, stage
-from agent.rehearsal.probes import Probe, probes
-from agent.rehearsal.rehearse import attempt
 from tests.equivalence.connections import random_connections, stateful_connections
 from tests.equivalence.engines import Door
 from tests.equivalence.paste import as_code
 from tests.equivalence.segments import Running, is_answered
 from tests.equivalence.surroundings import IDLE_PORTS, Surroundings
+from tpctl.change import loopback, routing
+from tpctl.engines.base import Engine
+from tpctl.rehearsal import lab as laboratory
+from tpctl.rehearsal.cast import Probe
+from tpctl.rehearsal.cgroup import OwnGroups, own_groups
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, LOOPBACK, PEER_ADDRESS, Layout, Staging, member, stage
+from tpctl.rehearsal.probes import probes
+from tpctl.rehearsal.rehearse import SILENT_OUTCOME, attempt
+from tpctl.spec.connection import Connection, State
+from tpctl.spec.decide import decide
+from tpctl.spec.policy import Cgroup, Family, Policy, Protocol
+from tpctl.spec.verdict import Action
 
 NEGATIVE_SECONDS = laboratory.NEGATIVE_SECONDS
 CONFIRM_SECONDS = 5.0
@@ -217,7 +220,7 @@ class Bench:
                     policy,
                     probe.connection,
                     probe.label,
-                    str(result.expected or "silence"),
+                    str(result.expected or SILENT_OUTCOME[result.verdict.action]),
                     f"{result.answer}{'' if result.original_kept else ', its destination lost'}",
                     f"{result.verdict.rule}, zone {result.verdict.zone}: {result.verdict.reason}",
                 )

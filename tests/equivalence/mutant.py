@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from agent.policy import Address, DnsCapture, Family, Policy, contains
-from agent.rehearsal.layout import member
+from tpctl.rehearsal.layout import member
+from tpctl.spec.policy import Address, DnsCapture, Family, Policy, contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Spot:
     """The place of a mistake, in words that both engines share."""
 
     rule: str
-    """The rule's name in `agent.decide` (o3, z4), or the comment of one that has none."""
+    """The rule's name in `tpctl.spec.decide` (o3, z4), or the comment of one that has none."""
     part: str
     """Which part of it: "rule", "SYN", "local", "owner", "port", "source", "destination", "in", "out", ..."""
     family: Family | None = None
@@ -52,6 +52,7 @@ def name_of(comment: str) -> str:
     return comment.removeprefix("tpctl/").partition(":")[0]
 
 
+_INBOUND_RULES = {"i0", "i3 to i7", "i3", "i4", "i5", "i6", "i7", "to the inbound listener"}
 Judge = Callable[[Policy, str, Spot], str | None]
 
 
@@ -66,7 +67,7 @@ def _logging(_: Policy, kind: str, spot: Spot) -> str | None:
 
 def _switched_off(policy: Policy, kind: str, spot: Spot) -> str | None:
     if not policy.inbound.enabled:
-        if {spot.rule, spot.other} & {"i0", "i3", "i4", "i5", "i6", "i7", "to the inbound listener"}:
+        if {spot.rule, spot.other} & _INBOUND_RULES:
             return "inbound redirection is off: nothing is redirected there anyway"
         if spot.rule == "o3":
             return "inbound redirection is off: o3 leads nowhere"
@@ -160,7 +161,7 @@ def _transparent(policy: Policy, kind: str, spot: Spot) -> str | None:
     if answers and spot.rule == "t1" and (spot.part == "local source" or spot.other) and kind != "negate":
         return "the answers to this host's own addresses stay here anyhow, and no packet meets both rules"
     if spot.rule.startswith("there is no inbound listener") and kind != "negate":
-        return "the data plane of a rehearsal always listens; tests/netns/test_tproxy.py has one that does not"
+        return "the data plane of a rehearsal always listens; tests/netns/engines/test_tproxy.py has one that does not"
     if spot.rule == "i2" and "TPROXY" in spot.chain.upper() and kind == "off by one":
         return "out of reach: no address of this host lies in between"
     if spot.rule.startswith("answers to a client") and spot.part in ("direction", "family"):
@@ -173,7 +174,73 @@ def _transparent(policy: Policy, kind: str, spot: Spot) -> str | None:
     return None
 
 
+def _loopback_from_outside(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if "l1" not in (spot.rule, spot.other) and not spot.rule.startswith("set this_host"):
+        return None
+    if spot.part in ("in", "interface") and kind != "negate":
+        return "nothing arrives there over loopback for these addresses"
+    if spot.part == "destination" and kind in ("negate", "drop a condition"):
+        return None
+    if spot.family is Family.IPV6 or "0.0.0.0" in spot.text:
+        return "out of reach: no socket sends that to another host; tests/netns/test_loopback_from_outside.py does"
+    if not policy.inbound.enabled and (spot.chain == "TPCTL_ARRIVING" or not policy.networks(Family.IPV4)):
+        return "inbound redirection is off: nothing is redirected there anyway"
+    if kind == "off by one" and spot.other == "wider":
+        return "out of reach: nobody has, or sends to, an address that lies in between"
+    return None
+
+
+def _bound_elsewhere(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if spot.rule not in ("d1", "redirected, but bound to another interface") or spot.part in ("out", "interface"):
+        return None
+    return "every interface of a rehearsal leads to loopback; tests/netns/test_bound_sockets.py has one that does not"
+
+
+def _answering_anyway(policy: Policy, kind: str, spot: Spot) -> str | None:
+    if not {spot.rule, spot.other} & {"d5", "redirected DNS queries"}:
+        return None
+    return "the data plane of a rehearsal sees to it itself; tests/netns/test_bound_sockets.py has one that does not"
+
+
+def _own_ports(policy: Policy, kind: str, spot: Spot) -> str | None:
+    """What of g1 only broadcasts, connections that run, and rules of others could show."""
+    if "g1" not in (spot.rule, spot.other):
+        return None
+    chain = spot.chain.lower()
+    if chain == "tpctl_arriving" and policy.inbound.include_ports:
+        return "what it spares is not redirected there anyway"
+    if "fe80::/10" in spot.text and chain in ("guard", "tpctl_guard"):
+        return "only a host with several links can show it; tests/netns/test_own_ports.py has one"
+    if kind == "negate":
+        return None
+    if spot.part in ("SYN", "state"):
+        return "it spares connections that run; tests/netns/test_own_ports.py has some"
+    if spot.part == "local" and chain in ("guard_input", "input"):
+        return "out of reach: nobody sends broadcasts, and whatever else gets there is for this host"
+    if kind == "drop a condition" and spot.part == "out" and "tcp" in spot.text and _takes_all(policy):
+        return "whatever an application opens elsewhere is redirected, and so translated"
+    leaves_to_guard = chain.startswith("prerouting") or chain == "tpctl_arriving"
+    some = not policy.inbound.enabled or policy.inbound.include_ports
+    if leaves_to_guard and (some or spot.part == "local"):
+        vnets = chain == "prerouting_first" and policy.virtual_networks
+        return None if vnets else "what it spares is not redirected there anyway"
+    if kind == "swap two rules":
+        return "no packet meets both rules" if {spot.rule, spot.other} & {"l1", "e1"} else None
+    return None
+
+
+def _takes_all(policy: Policy) -> bool:
+    """Whether every connection that applications open elsewhere is redirected."""
+    outbound = policy.outbound
+    some = outbound.include_ports or outbound.exclude_ports or outbound.exclude_destinations or outbound.exclude_uids
+    return outbound.enabled and not some and not policy.cgroup
+
+
 _JUDGES: tuple[Judge, ...] = (
+    _own_ports,
+    _bound_elsewhere,
+    _answering_anyway,
+    _loopback_from_outside,
     _logging,
     _switched_off,
     _held_twice,

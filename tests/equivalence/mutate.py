@@ -14,20 +14,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.errors import TpctlError
-from agent.policy import Policy
 from tests.equivalence import mutations_iptables, mutations_nftables
 from tests.equivalence.connections import stateful_connections
 from tests.equivalence.engines import DOORS, Door
 from tests.equivalence.harness import Bench
 from tests.equivalence.mutant import Mutant, spread
 from tests.equivalence.mutation_policies import POLICIES
+from tpctl.spec.policy import Policy
+from tpctl.system.errors import TpctlError
 
 REQUIRED = 0.95
 _MAKERS: dict[str, Any] = {
     "nftables": mutations_nftables.mutants,
     "iptables-nft": mutations_iptables.mutants,
     "iptables-legacy": mutations_iptables.mutants,
+    "iptables-legacy-restore": mutations_iptables.mutants,
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
 
-from agent.policy import (
+from tests.equivalence.policies import SERVICE
+from tpctl.spec.exclusions import Interfaces, Mark
+from tpctl.spec.policy import (
     ALL_PORTS,
     Dns,
     DnsCapture,
@@ -20,7 +22,6 @@ from agent.policy import (
     UidRange,
     VirtualNetwork,
 )
-from tests.equivalence.policies import SERVICE
 
 _DOCKER = (VirtualNetwork("docker0", ip_network("10.44.0.0/24")), VirtualNetwork("docker0", ip_network("fd44::/64")))
 _BRIDGES = (VirtualNetwork("br+", ip_network("172.30.0.0/16")), VirtualNetwork("br+", ip_network("fd01::/64")))
@@ -112,4 +113,23 @@ _TPROXY_FIRST = Policy(
     virtual_networks=_BRIDGES,
 )
 
-POLICIES = (_EXCLUSIONS, _INCLUSIONS, _INBOUND_OFF, _OUTBOUND_OFF, _PLAIN, _ONE_SERVICE, _TPROXY, _TPROXY_FIRST)
+_LEFT_ALONE = Policy(
+    proxy_uid=5678,
+    inbound=Inbound(exclude_ports=(PortRange(22),)),
+    outbound=Outbound(exclude_marks=(Mark(0x80000, 0xFF0000), Mark(51820))),
+    dns=Dns(DnsCapture.ALL, tcp=True),
+    virtual_networks=_BRIDGES,
+    exclude_interfaces=(Interfaces("tun0"), Interfaces("br1+")),
+    drop_invalid=True,
+)
+POLICIES = (
+    _EXCLUSIONS,
+    _INCLUSIONS,
+    _INBOUND_OFF,
+    _OUTBOUND_OFF,
+    _PLAIN,
+    _ONE_SERVICE,
+    _TPROXY,
+    _TPROXY_FIRST,
+    _LEFT_ALONE,
+)

@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
 from typing import Any
 
-from agent.engines.iptables.engine import IptablesPlan
-from agent.engines.iptables.parts import FamilyRules, Jump, TableRules
-from agent.engines.iptables.rule import Criterion, Match, Option, Rule
-from agent.policy import MAX_PORT, Family, Policy
-from agent.rehearsal.cgroup import BELOW
 from tests.equivalence.mutant import Mutant, Spot, name_of, unseen
+from tpctl.engines.iptables.parts import FamilyRules, Jump, TableRules
+from tpctl.engines.iptables.plan import IptablesPlan
+from tpctl.engines.iptables.rule import Criterion, Match, Option, Rule
+from tpctl.rehearsal.cgroup import BELOW
+from tpctl.spec.policy import MAX_PORT, Family, Policy
 
 _CRITERIA = {"source": "source", "destination": "destination", "in_interface": "in", "out_interface": "out"}
 _PARTS = {"uid-owner": "owner", "tcp-flags": "SYN", "dst-type": "local", "ctstate": "state", "path": "cgroup"}
 _PARTS |= {"src-type": "local source", "mark": "connection mark", "ctdir": "direction"}
-_PORTS = ("dport", "dports", "sport")
+_PORTS = ("dport", "dports", "sport", "ctorigdstport")
 _SWAPPED_TARGETS = {
     "TPCTL_INBOUND_REDIRECT": "TPCTL_OUTBOUND_REDIRECT",
     "TPCTL_OUTBOUND_REDIRECT": "TPCTL_INBOUND_REDIRECT",
@@ -116,9 +116,10 @@ def _changes(rule: Rule) -> Iterator[Change]:
     for option in rule.target_options:
         if option.name == "zone":
             yield "wrong zone", "zone", "", _with(rule, Option("zone", (str(3 - int(option.values[0])),)))
-        if option.name in ("to-ports", "on-port"):
-            for values in _numbers(option.values[0]):
-                yield "wrong port", "listener", "", _with(rule, Option(option.name, (values,)))
+        if option.name in ("to-ports", "on-port", "to-destination"):
+            colon = ":" * option.values[0].startswith(":")
+            for values in _numbers(option.values[0].removeprefix(":")):
+                yield "wrong port", "listener", "", _with(rule, Option(option.name, (f"{colon}{values}",)))
         if option.name == "set-xmark":
             yield "wrong mark", "mark", "", _with(rule, Option("set-xmark", ("0x4000/0x4000",)))
     if rule.target in _SWAPPED_TARGETS:
@@ -174,6 +175,10 @@ def _match(match: Match) -> Iterator[tuple[str, str, Match | None]]:
         if option.name == "path":
             for path in other_groups(option.values[0]):
                 yield "wrong cgroup", part, _replaced(match, place, dataclasses.replace(option, values=(path,)))
+        if match.name == "mark":
+            bits, slash, mask = option.values[0].partition("/")
+            wrong = f"{int(bits, 16) ^ 0x40000:#x}{slash}{mask}"
+            yield "wrong mark", "mark", _replaced(match, place, dataclasses.replace(option, values=(wrong,)))
         if option.name in _NUMBERED:
             for values in _numbers(option.values[0]):
                 yield "off by one", part, _replaced(match, place, dataclasses.replace(option, values=(values,)))

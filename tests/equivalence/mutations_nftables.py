@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator
 from ipaddress import ip_network
 
-from agent.engines.nftables import cgroup
-from agent.engines.nftables.engine import NftablesPlan
-from agent.engines.nftables.parts import SYN
-from agent.engines.nftables.table import Chain, Rule, Set, Table
-from agent.policy import Cgroup, Family, Policy
 from tests.equivalence.mutant import Mutant, Spot, name_of, unseen
 from tests.equivalence.mutations_iptables import off_by_one, other_groups, shifted
+from tpctl.engines.nftables import cgroup
+from tpctl.engines.nftables.engine import NftablesPlan
+from tpctl.engines.nftables.parts import SYN
+from tpctl.engines.nftables.table import Chain, Rule, Set, Table
+from tpctl.spec.policy import Cgroup, Family, Policy
 
 _CONDITIONS = {
     "SYN": re.escape(SYN),
@@ -26,11 +26,12 @@ _CONDITIONS = {
     "owner": r"meta skuid (?!vmap)\S+",
     "family": r"meta nfproto ipv[46]",
     "in": r'iifname (?:!= )?"[^"]*"',
-    "out": r'oifname "[^"]*"',
+    "out": r'oifname (?:!= )?"[^"]*"',
     "port": r"(?:tcp|udp) [ds]port @?\w+",
     "source": r"ip6? saddr (?:!= )?\S+",
     "destination": r"ip6? daddr (?:!= )?\S+",
-    "state": r"ct state invalid",
+    "state": r"ct state (?:invalid|new)",
+    "mark": r"meta mark (?:& 0x\w+ == )?0x\w+",
     "cgroup": r'socket cgroupv2 level \d+ "[^"]*"',
 }
 _NEEDED = "port"
@@ -51,7 +52,7 @@ def mutants(plan: NftablesPlan, policy: Policy) -> Iterator[Mutant]:
 
 
 def _for_another(plan: NftablesPlan, right: Cgroup, wrong: Cgroup) -> Mutant:
-    """All rules are for the same group: nft finds only one by its path (`agent.engines.nftables.cgroup`)."""
+    """All rules are for the same group: nft finds only one by its path (`tpctl.engines.nftables.cgroup`)."""
     chains = tuple(
         dataclasses.replace(
             chain,
@@ -126,7 +127,7 @@ def _changes(rule: Rule) -> Iterator[Change]:
     if zone:
         wrong = rule.action.replace(zone.group(), f"ct zone set {3 - int(zone[1])}")
         yield "wrong zone", "zone", "", dataclasses.replace(rule, action=wrong)
-    port = re.search(r"(?:redirect|tproxy) to :(\d+)", rule.action)
+    port = re.search(r"(?:redirect to |tproxy to | daddr):(\d+)", rule.action)
     if port:
         for number in shifted(port[1]):
             wrong = rule.action.replace(f":{port[1]}", f":{number}")
@@ -144,12 +145,15 @@ def _of_condition(rule: Rule, part: str, found: re.Match[str]) -> Iterator[Chang
         match = " ".join((rule.match[: found.start()] + new + rule.match[found.end() :]).split())
         return dataclasses.replace(rule, match=match)
 
-    if part != _NEEDED or "redirect" not in rule.action:
+    if part != _NEEDED or not re.search("redirect to :| daddr:", rule.action):
         yield "drop a condition", part, "", instead("")
     if part in ("owner", "local", "local source", "source", "destination", "family"):
         yield "negate", part, "", instead(_negated(text))
     if part in ("in", "out"):
         yield "wrong interface", "interface", "", instead(re.sub('"[^"]*"', '"other9"', text))
+    if part == "mark":
+        head, _, bits = text.rpartition(" ")
+        yield "wrong mark", part, "", instead(f"{head} {int(bits, 16) ^ 0x40000:#x}")
     number = re.search(r"(?<=[ ])(\d+)$", text)
     if part in ("port", "owner") and number:
         for wrong in shifted(number[1]):
@@ -202,8 +206,10 @@ def _nft_only(policy: Policy, kind: str, spot: Spot, table: Table) -> str | None
         texts = [rule.render(comments=False) for chain in table.chains if chain.name == twin for rule in chain.rules]
         if spot.text in texts and kind in ("drop a rule", "wrong interface", "swap two rules"):
             return "asked at both priorities: only rules of others in between could tell"
-        if spot.text in texts and kind == "negate":
+        if spot.text in texts and (kind == "negate" or {spot.rule, spot.other} & {"l1", "e1"}):
             return "asked at both priorities: only rules of others in between could tell"
+    if spot.rule == "g1" and spot.chain.startswith("prerouting_last") and kind == "drop a condition":
+        return "asked at both priorities: only rules of others in between could tell"
     if spot.part == "family" and kind == "drop a condition":
         if re.search(r"ip6? [sd]addr", spot.text):
             return "the address says the family too"

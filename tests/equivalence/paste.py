@@ -9,7 +9,7 @@ from typing import Any
 
 
 def as_code(value: Any) -> str:
-    """An expression that evaluates to the value, in the names of agent.policy, agent.decide and ipaddress."""
+    """An expression that evaluates to the value, in the names of tpctl.spec.policy, tpctl.spec.decide and ipaddress."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, IPv4Address | IPv6Address):

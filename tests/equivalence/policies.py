@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 
-from agent.policy import (
+from tpctl.spec.exclusions import Interfaces, Mark
+from tpctl.spec.policy import (
     ALL_PORTS,
     MAX_UID,
     Address,
@@ -49,7 +50,10 @@ SERVERS = (
     NameServer(ip_address("fe80::54"), "eth0"),
 )
 SERVICE = Cgroup("app.slice/app.service", 1)
-"""One of the rehearsal's own takes its place (`agent.rehearsal.layout.stage`)."""
+"""One of the rehearsal's own takes its place (`tpctl.rehearsal.layout.stage`)."""
+MARKS = (Mark(0x80000, 0xFF0000), Mark(51820), Mark(1), Mark(0x40, 0x41))
+"""None needs the bit that brings TPROXY's answers back (0x1000)."""
+INTERFACES = tuple(Interfaces(pattern) for pattern in ("tun0", "wg+", "br0", "br1+", "docker0", "d+", "eth+", "wan0"))
 VNETS: tuple[tuple[VirtualNetwork, ...], ...] = (
     (VirtualNetwork("br+", ip_network("172.30.0.0/16")),),
     (VirtualNetwork("br+", ip_network("fd01::/64")),),
@@ -109,6 +113,7 @@ outbounds = st.builds(
     exclude_ports=few_ports,
     exclude_destinations=subsets(NETWORKS, 2),
     exclude_uids=st.lists(uid_exclusions, max_size=3).map(tuple),
+    exclude_marks=st.one_of(st.just(()), subsets(MARKS, 3)),
     insert=st.booleans(),
 )
 dnses = st.builds(
@@ -127,7 +132,9 @@ policies = st.builds(
     outbound=outbounds,
     dns=dnses,
     virtual_networks=subsets(VNETS, 2).map(lambda groups: tuple(vnet for group in groups for vnet in group)),
+    exclude_interfaces=st.one_of(st.just(()), subsets(INTERFACES, 2)),
     drop_invalid=usually_off,
+    guard_ports=usually_on,
     log_level=st.sampled_from([None, None, 7]),
     cgroup=st.sampled_from([None, None, None, SERVICE]),
 )

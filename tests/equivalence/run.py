@@ -10,14 +10,14 @@ from functools import partial
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from agent.decide import Connection
-from agent.policy import Policy
-from agent.rehearsal.layout import LOOPBACK, Layout
-from agent.rehearsal.probes import Probe
 from tests.equivalence.engines import Door
 from tests.equivalence.harness import Bench, Disagreement, Score, usual
 from tests.equivalence.policies import policies
 from tests.equivalence.shrink import shrunk
+from tpctl.rehearsal.cast import Probe
+from tpctl.rehearsal.layout import LOOPBACK, Layout
+from tpctl.spec.connection import Connection
+from tpctl.spec.policy import Policy
 
 CONNECTIONS = 30
 """Random connections for each policy, besides its probes."""

@@ -7,10 +7,10 @@ import socket
 import struct
 import time
 
-from agent.decide import Connection
-from agent.policy import Family
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.sockets import AF
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.sockets import AF
+from tpctl.spec.connection import Connection
+from tpctl.spec.policy import Family
 
 _FIN_ACK = 0x11
 _RST = 0x04

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from agent.policy import Policy
+from tpctl.spec.policy import Policy
 
 _KEPT = ("proxy_uid", "families")
 

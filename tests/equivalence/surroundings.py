@@ -10,9 +10,9 @@ import socket
 import struct
 from typing import Any
 
-from agent.policy import DNS_PORT, RESERVED, DnsCapture, Family, Policy
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST
+from tpctl.spec.policy import DNS_PORT, RESERVED, DnsCapture, Family, Policy
 
 IDLE_PORTS = range(18000, 19000)
 """Connections from these source ports are kept from conntrack while `idle` says so."""

@@ -9,15 +9,16 @@ import os
 
 import pytest
 
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST
 from tests.equivalence.engines import DOORS
 from tests.equivalence.harness import Bench
 from tests.equivalence.run import drawn, run
+from tests.extent import share
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup")]
 
-POLICIES = int(os.environ.get("TPCTL_POLICIES", "40"))
+POLICIES = int(os.environ.get("TPCTL_POLICIES", share(24, 40)))
 _SEED = 1
 _INSPECTED = 6
 

@@ -6,17 +6,18 @@ import ipaddress
 
 import pytest
 
-from agent import decide, policy
-from agent.policy import DnsCapture, Family, Inbound, Policy, PortRange
 from tests.equivalence import engines, mutate, shrink
 from tests.equivalence.mutation_policies import POLICIES
 from tests.equivalence.paste import as_code
+from tpctl.spec import decide, policy
+from tpctl.spec.policy import DnsCapture, Family, Inbound, Policy, PortRange
 
 _MUTANTS = 12
 _ALLOWED_SURVIVORS = 1
 
 
 @pytest.mark.root
+@pytest.mark.needs("cgroup")
 @pytest.mark.parametrize("name", ["nftables", "iptables-nft"])
 def test_broken_engines_are_found_out(name: str) -> None:
     tally = mutate.challenge(engines.DOORS[name], _MUTANTS)

@@ -6,12 +6,19 @@ A disagreement that `make test-equivalence` prints is pasted here as one more pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from agent.decide import Connection, Direction, State
-from agent.policy import (
+from tests.equivalence.engines import DOORS
+from tests.equivalence.harness import Bench, relocated
+from tests.equivalence.policies import SERVICE
+from tpctl.rehearsal.cast import Probe
+from tpctl.rehearsal.cgroup import BELOW
+from tpctl.spec.connection import Connection, Direction, State
+from tpctl.spec.exclusions import Interfaces, Mark
+from tpctl.spec.policy import (
     ALL_PORTS,
     MAX_UID,
     Dns,
@@ -28,16 +35,21 @@ from agent.policy import (
     UidRange,
     VirtualNetwork,
 )
-from agent.rehearsal.cgroup import BELOW
-from agent.rehearsal.probes import Probe
-from tests.equivalence.engines import DOORS
-from tests.equivalence.harness import Bench, relocated
-from tests.equivalence.policies import SERVICE
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup")]
 
 _BRIDGE = (VirtualNetwork("br+", ip_network("172.30.0.0/16")), VirtualNetwork("br+", ip_network("fd01::/64")))
 _LISTED = Dns(DnsCapture.LISTED, servers=(NameServer(ip_address("10.0.0.53")), NameServer(ip_address("127.0.0.53"))))
+_OWN_PORTS = Policy(
+    proxy_uid=5678,
+    outbound=Outbound(
+        exclude_uids=(
+            UidExclusion(Protocol.TCP, (PortRange(8080, 8090),), UidRange(65537)),
+            UidExclusion(Protocol.TCP, (PortRange(9443),), UidRange(256, 258)),
+            UidExclusion(Protocol.TCP, (PortRange(22), PortRange(3306)), UidRange(0)),
+        )
+    ),
+)
 
 
 def _leaves(
@@ -64,6 +76,22 @@ _MANY_PORTS = tuple(PortRange(port, port + 1) for port in range(2000, 2100, 4))
 _HOST4, _HOST6, _PEER4 = "198.19.255.2", "fd74:7063:746c::2", "198.19.255.1"
 
 PINNED: dict[str, tuple[Policy, Connection]] = {
+    "an interface whose letters have the last bits of another one's, in IPv6": (
+        Policy(proxy_uid=5678, exclude_interfaces=(Interfaces("eth+"),)),
+        _leaves(Protocol.TCP, _HOST6, "2001:db8:10::10", 8080, 1000, "uplink0"),
+    ),
+    "arrives by such an interface": (
+        Policy(proxy_uid=5678, exclude_interfaces=(Interfaces("eth+"),)),
+        _arrives(Protocol.TCP, "2001:db8:10::10", _HOST6, 8080, "uplink0"),
+    ),
+    "the query of a marked socket leaves in the zone of its answer": (
+        Policy(proxy_uid=5678, outbound=Outbound(exclude_marks=(Mark(0x80000, 0xFF0000),)), dns=_LISTED),
+        replace(_leaves(Protocol.UDP, _HOST4, "10.0.0.53", 53, 1000), mark=0x8ABCD),
+    ),
+    "a bridge that is excluded from a virtual network": (
+        Policy(proxy_uid=5678, exclude_interfaces=(Interfaces("br0"),), dns=_LISTED, virtual_networks=_BRIDGE),
+        _arrives(Protocol.UDP, "172.30.0.2", "10.0.0.53", 53, "br0", local=False),
+    ),
     "a link-local name server is not captured: the kernel loses what is redirected": (
         Policy(
             proxy_uid=5678,
@@ -159,6 +187,22 @@ PINNED: dict[str, tuple[Policy, Connection]] = {
             outbound=Outbound(exclude_uids=(UidExclusion(Protocol.TCP, _MANY_PORTS, UidRange(1000, 1001)),)),
         ),
         _leaves(Protocol.TCP, _HOST6, "2001:db8:10::10", _MANY_PORTS[14].first, 1001),
+    ),
+    "users with ports of their own: one that is excluded, by a range of ports": (
+        _OWN_PORTS,
+        _leaves(Protocol.TCP, _HOST4, "203.0.113.10", 8085, 65537),
+    ),
+    "users with ports of their own: another one's port": (
+        _OWN_PORTS,
+        _leaves(Protocol.TCP, _HOST6, "2001:db8:10::10", 8085, 257),
+    ),
+    "users with ports of their own: the last of a range": (
+        _OWN_PORTS,
+        _leaves(Protocol.TCP, _HOST6, "2001:db8:10::10", 9443, 258),
+    ),
+    "users with ports of their own: the one after a range": (
+        _OWN_PORTS,
+        _leaves(Protocol.TCP, _HOST4, "203.0.113.10", 9443, 259),
     ),
     "capture of everything: the data plane's own query": (
         Policy(proxy_uid=5678, dns=Dns(DnsCapture.ALL)),

@@ -15,21 +15,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent import config, confirm, dry_run, state
-from agent.before import Before
-from agent.config_values import BadValueError
-from agent.engine_options import EngineOptions
-from agent.engines.iptables import saved
-from agent.engines.iptables.change import Delete, change, restore_text
-from agent.engines.iptables.engine import IptablesPlan
-from agent.engines.iptables.parts import TableRules
-from agent.errors import InputError
-from agent.options import OPTIONS
-from agent.persist import direct_xml
-from agent.policy import Policy
-from agent.relay import activation, notify
 from tests.fuzz.relay import Target
-from tests.unit.test_state import RECORD
+from tests.unit.record.test_state import RECORD
+from tpctl.change import confirm
+from tpctl.change.before import Before
+from tpctl.config import load as config
+from tpctl.config.options import OPTIONS
+from tpctl.config.values import BadValueError
+from tpctl.engines import direct, preview
+from tpctl.engines.iptables import saved
+from tpctl.engines.iptables.change import Delete, change, restore_text
+from tpctl.engines.iptables.parts import TableRules
+from tpctl.engines.iptables.plan import IptablesPlan
+from tpctl.persist import direct_xml
+from tpctl.record import state
+from tpctl.relay.process import activation, notify
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Policy
+from tpctl.system.errors import InputError
 
 MAX_LINE = 2000
 
@@ -80,7 +83,7 @@ def feed_environment(data: bytes) -> None:
     before = dict(os.environ)
     try:
         os.environ.update({name: value for name, value in environ.items() if name in _READ})
-        from agent.host import ssh
+        from tpctl.host import ssh
 
         ssh.port_of(environ.get("SSH_CONNECTION", ""))
         notify.watchdog_interval()
@@ -96,7 +99,7 @@ def feed_record(data: bytes) -> None:
     if isinstance(found, state.State):
         assert state.of_document(json.loads(json.dumps(state.document_of(found)))).policy == found.policy
         IptablesPlan.of_policy(found.policy, found.options).render()
-        dry_run.ruleset(found.policy, EngineOptions(engine="iptables"))
+        preview.ruleset(found.policy, EngineOptions(engine="iptables"))
     _read(data, confirm._of_document)
 
 
@@ -111,19 +114,19 @@ def feed_direct_xml(data: bytes) -> None:
     try:
         rest = direct_xml.without_ours(data)
         assert direct_xml.without_ours(rest) == rest
-        assert direct_xml.without_ours(direct_xml.with_plan(rest, _plan())) in (rest, _opened(rest))
+        assert direct_xml.without_ours(direct_xml.with_rules(rest, _rules())) in (rest, _opened(rest))
     except direct_xml.UnreadableError:
         return
 
 
 def _opened(content: bytes) -> bytes:
     """An empty <direct/> is opened when something is put into it."""
-    return direct_xml.without_ours(direct_xml.with_plan(content, _plan()))
+    return direct_xml.without_ours(direct_xml.with_rules(content, _rules()))
 
 
 @functools.cache
-def _plan() -> IptablesPlan:
-    return IptablesPlan.of_policy(Policy(5678), EngineOptions())
+def _rules() -> direct.DirectRules:
+    return direct.of_policy(Policy(5678), EngineOptions())
 
 
 def feed_listing(data: bytes) -> None:

@@ -8,17 +8,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agent.config_values import BadValueError
-from agent.errors import InputError
-from agent.input_files import UnusableFileError
-from agent.relay.config_file import settings_of
-from agent.relay.listen import read_listen
-from agent.relay.original_destination import Destination
-from agent.relay.proxy_protocol import SIGNATURE, Header, HeaderReader, MalformedHeaderError, Tlv, build, parse
-from agent.yaml_text import parse_yaml
 from tests.fuzz.mutate import mutations
-from tests.unit.test_relay_config import FULL
+from tests.unit.envoy.examples import EVERYTHING
+from tests.unit.relay.settings.examples import FULL
+from tpctl.config.values import BadValueError
+from tpctl.config.yaml_text import parse_yaml
+from tpctl.envoy.documents import Places
+from tpctl.envoy.render import render
+from tpctl.envoy.settings import settings_of as envoy_settings_of
+from tpctl.relay.connections.proxy_protocol import (
+    SIGNATURE,
+    Header,
+    HeaderReader,
+    MalformedHeaderError,
+    Tlv,
+    build,
+    parse,
+)
+from tpctl.relay.loop.original_destination import Destination
+from tpctl.relay.settings.file import settings_of
+from tpctl.relay.settings.listen import read_listen
+from tpctl.system.errors import InputError
+from tpctl.system.input_files import UnusableFileError
 
+ENVOY = EVERYTHING.replace("jwks_file: {there}/jwks.json", "jwks_uri: https://keys.test/")
+"""Without a file that is read."""
 MAX_GROWTH = 32 * 1024 * 1024
 """Bytes by which the process may grow during a run."""
 
@@ -63,6 +77,13 @@ def feed_config(data: bytes) -> None:
         settings_of(parse_yaml(data.decode("utf-8", "replace")), "r.yaml")
 
 
+def feed_envoy(data: bytes) -> None:
+    """The same for Envoy: what is read can be rendered."""
+    with contextlib.suppress(InputError, UnusableFileError):
+        found = envoy_settings_of(parse_yaml(data.decode("utf-8", "replace")), "e.yaml")
+        assert render(found, Places()).files()
+
+
 ENDS = (Destination("192.0.2.1", 4), Destination("2001:db8::1", 65535, 10))
 HEADERS = [
     build(Header(version, local, source, destination, tlvs))
@@ -79,6 +100,7 @@ LISTENS = [
 TARGETS = (
     Target("PROXY protocol", feed_proxy_protocol, [*HEADERS, SIGNATURE, b"PROXY ", b"PROXY UNKNOWN\r\n"]),
     Target("listen", feed_listen, LISTENS),
+    Target("Envoy's configuration", feed_envoy, [ENVOY.format(there="/nonexistent").encode()]),
     Target("configuration", feed_config, [FULL.encode(), b"listeners: [{listen: '*:1', direction: dns}]"]),
 )
 

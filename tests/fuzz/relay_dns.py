@@ -10,15 +10,15 @@ import dns.message
 import dns.rrset
 import dns.update
 
-from agent.config_values import BadValueError
-from agent.relay import dns_message
-from agent.relay.dns_message import Rcode
-from agent.relay.dns_tcp_upstream import framed, take_frame
-from agent.relay.dns_zone import UDP_PAYLOAD, Zone
-from agent.relay.dns_zone_file import parse_hosts, parse_yaml_zone
-from agent.relay.resolvers import MAX_ATTEMPTS, MAX_TIMEOUT_SECONDS
-from agent.relay.resolvers import parse as parse_resolv_conf
 from tests.fuzz.relay import Target
+from tpctl.config.values import BadValueError
+from tpctl.relay.dns import message as dns_message
+from tpctl.relay.dns.message import Rcode
+from tpctl.relay.dns.resolvers import MAX_ATTEMPTS, MAX_TIMEOUT_SECONDS
+from tpctl.relay.dns.resolvers import parse as parse_resolv_conf
+from tpctl.relay.dns.tcp_upstream import framed, take_frame
+from tpctl.relay.dns.zone import UDP_PAYLOAD, Zone
+from tpctl.relay.dns.zone_file import parse_hosts, parse_yaml_zone
 
 _RECORDS = (
     ("A", "192.0.2.1"), ("MX", "10 x.mesh."), ("TXT", '"abc"'), ("SOA", "a. b. 1 2 3 4 5"), ("SRV", "0 0 1 a."),

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.netns import relay_net
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs root when there is none."""
-    if os.geteuid() == 0:
-        return
-    needs_root = pytest.mark.skip(reason="needs root: network namespaces are made")
-    for item in items:
-        if item.get_closest_marker("root"):
-            item.add_marker(needs_root)
+from tests.netns.relay import net as relay_net
 
 
 @pytest.fixture(params=["nft", "legacy"])

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from agent.rehearsal.namespaces import Namespace
-from tests.netns.lab import ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY, hide
+from tpctl.rehearsal.namespaces import Namespace
 
 START_SECONDS = 120.0
-DAEMONS = """
+DAEMONS = f"""
 mount --make-rprivate /
-mount -t tmpfs none /run
+{hide("/run")}
 mkdir /run/dbus
 mount --bind "$1" /etc/firewalld
 dbus-daemon --system --nofork --nopidfile > "$1/bus.log" 2>&1 & echo $! > "$1/pids"
@@ -46,7 +46,7 @@ class Firewall:
 
     def tpctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run the real command there."""
-        return self.run([sys.executable, "-m", "agent.cli.main", *arguments], check=check)
+        return self.run([sys.executable, "-m", "tpctl.cli.main", *arguments], check=check)
 
     @property
     def log(self) -> str:

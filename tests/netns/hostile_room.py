@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY, hide
+from tests.netns.lab import PROXY_USER
 
 NOBODY = 65534
-SETTING = """
+SETTING = f"""
 set -e
 mount --make-rprivate /
-mount -t tmpfs -o mode=755 none /run
-mount -t tmpfs -o mode=755 none /var/cache
+{hide("/run")}
+{hide("/var/cache")}
 ip link set lo up
 echo ready
 exec cat
@@ -37,7 +38,7 @@ class Room:
 
     def tpctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The real command."""
-        return self.run(sys.executable, "-m", "agent.cli.main", *arguments)
+        return self.run(sys.executable, "-m", "tpctl.cli.main", *arguments)
 
     def install(self, *flags: str) -> subprocess.CompletedProcess[str]:
         """`tpctl install` of something small."""
@@ -59,7 +60,7 @@ class Room:
 
     def key(self) -> str:
         """The name of its network namespace in /run/tpctl."""
-        code = "from agent.state import namespace_key; print(namespace_key())"
+        code = "from tpctl.record.state import namespace_key; print(namespace_key())"
         return self.run(sys.executable, "-c", code).stdout.strip()
 
     def rules(self) -> str:

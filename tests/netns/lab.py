@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
-from agent import state
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST
-from agent.rehearsal.namespaces import Namespace
+from tests.hidden import ROOT_DIRECTORY
+from tests.schemas import validated
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST
+from tpctl.rehearsal.namespaces import Namespace
 
-ROOT_DIRECTORY = Path(__file__).resolve().parents[2]
 PROXY_USER = "nobody"
 PROXY = 65534
 APP = 1000
 ROOT = 0
-
-TOUCHED: set[str] = set()
-"""The namespaces in which the command was run, by the names of their records."""
 
 Inside = AbstractContextManager[None]
 
@@ -37,16 +34,18 @@ def run(argv: Sequence[str], *, stdin: str = "", check: bool = True) -> subproce
 
 
 def tpctl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the real command in the current namespace."""
-    TOUCHED.add(state.namespace_key())
-    return run([sys.executable, "-m", "agent.cli.main", *arguments], check=check)
+    """Run the real command in the current namespace. What it prints as JSON has to be what the schema says."""
+    done = run([sys.executable, "-m", "tpctl.cli.main", *arguments], check=check)
+    if "--json" in arguments:
+        validated(done.stdout)
+    return done
 
 
 UNPRIVILEGED = """
 import importlib, os, pkgutil, sys
-import agent
+import tpctl
 # A checkout under /root cannot be read later on.
-for module in pkgutil.walk_packages(agent.__path__, "agent."):
+for module in pkgutil.walk_packages(tpctl.__path__, "tpctl."):
     importlib.import_module(module.name)
 os.setgroups([])
 os.setgid({uid})
@@ -61,7 +60,7 @@ def unprivileged(code: str) -> subprocess.CompletedProcess[str]:
 
 def tpctl_unprivileged(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command as an ordinary user."""
-    return unprivileged(f"sys.argv = ['tpctl', *{list(arguments)}]\nfrom agent.cli.main import main\nmain()\n")
+    return unprivileged(f"sys.argv = ['tpctl', *{list(arguments)}]\nfrom tpctl.cli.main import main\nmain()\n")
 
 
 @contextmanager
@@ -81,17 +80,42 @@ def without_dates(text: str) -> str:
     return re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
 
 
-def snapshot(*, counters: bool) -> dict[str, str]:
-    """Everything of netfilter in the current namespace, by the command that shows it."""
+def snapshot(*, counters: bool, policies: bool = True) -> dict[str, str]:
+    """Everything of netfilter in the current namespace, by the command that shows it.
+
+    Without ``policies``, what the built-in chains count is left out: on an interface that is up the kernel sends
+    by itself (MLD reports, router solicitations), which no test can hold back.
+    """
     flags = ["-c"] if counters else []
     shown = {tool: without_dates(run([tool, *flags]).stdout) for tool in SAVES}
     if not counters:
         shown = {tool: re.sub(r"\[\d+:\d+\]", "", text) for tool, text in shown.items()}
+    if not policies:
+        shown = {tool: re.sub(r"^(:\S+ [A-Z]+) \[\S+\]", r"\1", text, flags=re.M) for tool, text in shown.items()}
     ruleset = run(["nft", "list", "ruleset"]).stdout
     # nft prints counters in the rules of iptables-nft, which the saves above compare.
     shown["nft"] = without_dates(ruleset if counters else re.sub(r"packets \d+ bytes \d+", "", ruleset))
-    shown["addresses"] = run(["ip", "-o", "address", "show", "dev", "lo"]).stdout
+    shown["nft"] = re.sub(r"(?<= \{\n)\t.*?(?=\n\}\n)", _in_order_of_name, shown["nft"], flags=re.S)
+    shown["addresses"] = loopback_addresses()
     return shown
+
+
+def loopback_addresses() -> str:
+    """The addresses of lo, a line each. A new one is tentative until a worker of the kernel has come by: left out."""
+    return run(["ip", "-o", "address", "show", "dev", "lo"]).stdout.replace(" tentative", "")
+
+
+def _in_order_of_name(table: re.Match[str]) -> str:
+    """The chains and sets of a table. nft lists them in the order in which they were made, which means nothing."""
+    return "\n\n".join(sorted(table[0].split("\n\n")))
+
+
+def checksum(data: bytes) -> int:
+    """Of an IP header, or of what TCP and UDP cover, with a zero in its place (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent import child
-from agent.errors import ApplyError
 from tests.netns.lab import bare_namespace, run
+from tpctl.system import child
+from tpctl.system.errors import ApplyError
 
 pytestmark = pytest.mark.root
 
@@ -47,7 +47,7 @@ def busy() -> Iterator[subprocess.Popen[bytes]]:
 def tpctl(*arguments: str, code: int = 0) -> str:
     """Run the command; it must end with `code`, and soon."""
     done = subprocess.run(
-        [sys.executable, "-m", "agent.cli.main", *arguments],
+        [sys.executable, "-m", "tpctl.cli.main", *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -66,7 +66,9 @@ def test_every_command_ends(busy: subprocess.Popen[bytes], engine: tuple[str, ..
     tpctl("install", *_FLAGS, *engine)
     status = tpctl("status", code=3)
     assert status.count("problem: nothing listens") == 2, status
-    assert "problem" not in status.replace("problem: nothing listens", ""), status
+    verdict, _, rest = status.partition("\n")
+    assert verdict.endswith("; 2 problems, see below")
+    assert "problem" not in rest.replace("problem: nothing listens", ""), status
     tpctl("install", *_FLAGS, "--exclude-outbound-ports", "3306", *engine)
     tpctl("uninstall")
     assert tpctl("status") == "installed: nothing\n"

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
-from agent.engine_options import EngineOptions
-from agent.engines.nftables.engine import NftablesEngine
-from agent.engines.nftables.nft import NftError
-from agent.engines.nftables.nft import find as find_nft
-from agent.errors import HostError
-from agent.host import cgroups
-from agent.policy import Dns, DnsCapture, Family, Inbound, Outbound, Policy, PortRange, Protocol
-from agent.rehearsal.cgroup import BELOW, OwnGroups, group, own_groups
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER_ADDRESS, Layout
-from agent.rehearsal.rehearse import rehearse
+from tests.netns.engines.ebpf_command import OWN_ROOT
 from tests.netns.lab import APP, PROXY, PROXY_USER, bare_namespace, run, snapshot, tpctl
-from tests.netns.test_ebpf_command import OWN_ROOT
 from tests.netns.test_lifecycle import ENGINES
+from tpctl.engines.nftables.engine import NftablesEngine
+from tpctl.engines.nftables.nft import NftError
+from tpctl.engines.nftables.nft import find as find_nft
+from tpctl.host import cgroups
+from tpctl.rehearsal.cgroup import BELOW, OwnGroups, group, own_groups
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER_ADDRESS, Layout
+from tpctl.rehearsal.rehearse import rehearse
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Family, Inbound, Outbound, Policy, PortRange, Protocol
+from tpctl.system.errors import HostError
 
 pytestmark = pytest.mark.root
 
@@ -177,6 +177,7 @@ def test_a_service_that_does_not_run(service: Service, engine: str) -> None:
         assert not any(mark in text for text in snapshot(counters=False).values() for mark in ("TPCTL", "tpctl"))
 
 
+@pytest.mark.needs("legacy")
 def test_the_engine_is_changed(service: Service) -> None:
     for engine in (*RULES, RULES[0]):
         install(service, engine)
@@ -204,7 +205,7 @@ def test_where_the_hierarchy_is_mounted_elsewhere(service: Service, engine: str,
         mount -t cgroup2 none {tmp_path}
         exec "$@"
     """
-    command = [sys.executable, "-m", "agent.cli.main"]
+    command = [sys.executable, "-m", "tpctl.cli.main"]
     flags = ["install", "--kuma-dp-user", PROXY_USER, "--cgroup", service.path, *ENGINES[engine]]
     with service.lab.inside(HOST):
         tpctl("uninstall")
@@ -223,7 +224,7 @@ def test_in_a_control_group_namespace(service: Service, engine: str, tmp_path: P
     flags = ["install", "--kuma-dp-user", PROXY_USER, "--cgroup", service.directory.name, *ENGINES[engine]]
     with service.lab.inside(HOST):
         tpctl("uninstall")
-        run([*inside, sys.executable, "-m", "agent.cli.main", *flags])
+        run([*inside, sys.executable, "-m", "tpctl.cli.main", *flags])
     assert service.answers() == [REDIRECTED, REDIRECTED]
 
 
@@ -284,7 +285,7 @@ def test_a_rehearsal_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     script = (
         "import os, signal\n"
-        "from agent.rehearsal.cgroup import own_place\n"
+        "from tpctl.rehearsal.cgroup import own_place\n"
         "with own_place() as place:\n"
         "    print(place.cgroup, flush=True)\n"
         "    assert str(place.pins) in open('/proc/thread-self/mounts').read()\n"
@@ -302,3 +303,13 @@ def test_a_rehearsal_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             time.sleep(0.01)
         with own_groups():
             assert not left.exists()
+
+
+def test_a_group_whose_number_another_namespace_of_processes_has_taken_is_passed_over() -> None:
+    with own_groups() as first:
+        prefix, _, number = first.home.name.rpartition("-")
+        taken = first.home / f"{prefix}-{int(number) + 1}"
+        taken.mkdir()
+        with own_groups() as second:
+            assert second.home == first.home / f"{prefix}-{int(number) + 2}"
+        taken.rmdir()

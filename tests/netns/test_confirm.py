@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from agent import confirm, state
-from agent.policy import Policy
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, Layout
-from tests.netns.lab import PROXY, PROXY_USER, ROOT_DIRECTORY, run, snapshot, tpctl
-from tests.netns.test_kumactl_defects import KUMA_RULES
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.kumactl_host import KUMA_RULES
+from tests.netns.lab import PROXY, PROXY_USER, run, snapshot, tpctl
+from tpctl.change import confirm
+from tpctl.record import state
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, Layout
+from tpctl.spec.policy import Policy
 
 pytestmark = pytest.mark.root
 
@@ -102,7 +105,24 @@ def test_a_change_that_nobody_confirms_is_taken_back(lab: Lab, engine: tuple[str
         assert str(lab.dial(connection)) == "host:15006"
         until(lambda: not state.path().parent.exists())  # which goes last
         assert snapshot(counters=False) == before
+        trace = status()["takenBack"]
+        assert (trace["command"], trace["now"]) == ("install", "nothing")
+        assert "taken back  the install, " in tpctl("status").stdout
         assert str(lab.dial(connection)) == "host:8080"
+
+
+def test_what_is_told_of_a_rollback_ends_with_the_next_change(lab: Lab) -> None:
+    with lab.inside(HOST):
+        for then in ("install", "uninstall"):
+            tpctl(*INSTALL, "--confirm-within", "1s")
+            until(lambda: status()["takenBack"])
+            tpctl(*(INSTALL if then == "install" else (then,)))
+            assert status()["takenBack"] is None
+            tpctl("uninstall")
+        assert list(state.DIRECTORY.glob(f"{state.namespace_key()}*")) == []
+        tpctl(*INSTALL, "--confirm-within", "600s")
+        tpctl("rollback")  # who asks for it knows of it
+        assert status()["takenBack"] is None
 
 
 def test_a_confirmed_change_stays(lab: Lab, engine: tuple[str, ...]) -> None:
@@ -180,7 +200,7 @@ def test_a_killed_install_is_taken_back(lab: Lab, engine: tuple[str, ...], delay
     """Killed at any moment, with its terminal and all its session."""
     with lab.inside(HOST):
         before = snapshot(counters=False)
-        argv = [sys.executable, "-m", "agent.cli.main", *INSTALL, *engine, *SHORT]
+        argv = [sys.executable, "-m", "tpctl.cli.main", *INSTALL, *engine, *SHORT]
         process = subprocess.Popen(
             argv, cwd=ROOT_DIRECTORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -273,6 +293,15 @@ def test_a_guardian_that_is_gone_is_a_problem(lab: Lab) -> None:
         assert not status()["installed"]
 
 
+def opened(process: Path) -> set[str]:
+    """What a process has open, by its folder in /proc."""
+    found = set()
+    for one in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(one.readlink()))
+    return found
+
+
 def test_a_guardian_owns_nothing_of_the_session(lab: Lab) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *LONG)
@@ -284,7 +313,8 @@ def test_a_guardian_owns_nothing_of_the_session(lab: Lab) -> None:
         assert session not in (os.getsid(0), pid)
         assert (folder / "cwd").readlink() == Path("/")
         assert (folder / "ns" / "net").readlink() == Path("/proc/thread-self/ns/net").readlink()
-        assert {str(one.readlink()) for one in (folder / "fd").iterdir()} <= {"/dev/null"}
+        # While it starts, it reads modules.
+        until(lambda: opened(folder) <= {"/dev/null"})
         tpctl("uninstall")
         until(lambda: not guardians(pending.token))
 

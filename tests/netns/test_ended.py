@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.host import conntrack
-from agent.host.conntrack import Entry
-from agent.policy import Family
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout
 from tests.netns.lab import APP, PROXY, PROXY_USER, ROOT, run, tpctl
+from tpctl.host import conntrack
+from tpctl.host.conntrack import Entry
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout
+from tpctl.spec.policy import Family
 
 pytestmark = pytest.mark.root
 

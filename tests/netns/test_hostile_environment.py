@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.hidden import ROOT_DIRECTORY
 from tests.netns.hostile_room import Room, ok, room
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
+from tests.netns.lab import PROXY_USER
 
 pytestmark = pytest.mark.root
 
@@ -88,8 +89,9 @@ def test_nothing_of_the_callers_path_libraries_or_directory_is_run(
     (planted / "libxt_comment.so").symlink_to(tmp_path / "here.so.1")
     environment = {
         "PATH": str(planted), "LD_PRELOAD": str(preloaded), "BASH_ENV": str(planted / "profile"),
-        "ENV": str(planted / "profile"), "PYTHONPATH": str(ROOT_DIRECTORY), "IFS": "/", "TMPDIR": str(planted),
-        "XTABLES_LIBDIR": str(planted), "IPTABLES_LIBDIR": str(planted), "PYTHON_IPTABLES_XTABLES_VERSION": "1",
+        "ENV": str(planted / "profile"), "PYTHONPATH": str(ROOT_DIRECTORY / "agent"), "IFS": "/",
+        "TMPDIR": str(planted), "XTABLES_LIBDIR": str(planted), "IPTABLES_LIBDIR": str(planted),
+        "PYTHON_IPTABLES_XTABLES_VERSION": "1",
         "IPTABLES_LIB_DIR": str(planted), "BCC_KERNEL_SOURCE": str(planted), "CPATH": str(planted),
         "SSH_CONNECTION": "'; touch x", "NOTIFY_SOCKET": str(planted / "notify"), "LISTEN_FDS": "999999",
         "LISTEN_PID": "self", "LC_ALL": "xx_XX", "LANG": "../../x", "COLUMNS": "-1", "HOME": "/nonexistent",
@@ -97,7 +99,7 @@ def test_nothing_of_the_callers_path_libraries_or_directory_is_run(
 
     def tpctl(*words: str) -> subprocess.CompletedProcess[str]:
         # -P: as the installed command, which does not look for its modules in the working directory.
-        argv = [sys.executable, "-P", "-m", "agent.cli.main", *words]
+        argv = [sys.executable, "-P", "-m", "tpctl.cli.main", *words]
         return host.run(*argv, environment=environment, folder=planted)
 
     flags = ["--kuma-dp-user", PROXY_USER, "--ip-family-mode", "ipv4", "--redirect-all-dns-traffic"]
@@ -128,6 +130,12 @@ COMMENTS = (
     "$(touch /run/owned); `touch /run/owned`; ' || true #",
     "it's \\\" \\\\ ünïcode \u202e",
     "KUMA_MESH_OUTBOUND and kuma/mesh/transparent/proxy/",
+    "-",
+    "--",
+    "-j",
+    "--comment",
+    "!",
+    "",
     "x" * 255,
 )
 
@@ -144,10 +152,13 @@ def foreign(host: Room, variant: str) -> None:
     list(zip(("legacy", "nft", "legacy"), ENGINES, strict=True)),
     ids=[engine[0] for engine in ENGINES],
 )
+@pytest.mark.needs("legacy")
 def test_rules_of_others_whose_comments_look_like_ours_stay_in_place(variant: str, engine: tuple[str, ...]) -> None:
     with room() as host:
         foreign(host, variant)
         listing = f"iptables-{variant}-save"
+        for table in ("filter", "nat", "mangle", "raw"):  # a legacy table that was once used stays, empty
+            ok(host.run(listing, "-t", table))
         before = [line for line in ok(host.run(listing)).splitlines() if not line.startswith(("#", ":"))]
         assert len(before) > len(COMMENTS)
         for flags in ((), ("--exclude-inbound-ports", "22")):
@@ -158,6 +169,22 @@ def test_rules_of_others_whose_comments_look_like_ours_stay_in_place(variant: st
         assert after == before
         assert not host.path("/run/owned").exists()
         assert "nothing to do" in ok(host.tpctl("uninstall"))
+
+
+@pytest.mark.parametrize(("variant", "engine"), [("nft", ENGINES[1]), ("legacy", ENGINES[2])], ids=["nft", "legacy"])
+def test_whatever_the_comment_of_a_rule_among_ours_it_is_read_and_goes(variant: str, engine: tuple[str, ...]) -> None:
+    """Somebody has put rules into our chain, and jumps to it beside ours."""
+    with room() as host:
+        for flags in (("--exclude-inbound-ports", "22"), ()):
+            ok(host.install(*engine[1:], *flags))
+            for comment in COMMENTS:
+                said = ["-p", "tcp", "--dport", "7", "-m", "comment", "--comment", comment]
+                ok(host.run(f"iptables-{variant}", "-t", "nat", "-A", "TPCTL_OUTBOUND", *said, "-j", "RETURN"))
+                ok(host.run(f"iptables-{variant}", "-t", "nat", "-A", "OUTPUT", *said, "-j", "TPCTL_OUTBOUND"))
+            drift = json.loads(host.tpctl("status", "--json").stdout)["drift"]
+            assert len(drift) >= len(COMMENTS), drift
+        ok(host.tpctl("uninstall"))
+        assert "-A" not in ok(host.run(f"iptables-{variant}-save"))
 
 
 NFT = """

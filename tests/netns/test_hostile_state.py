@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from agent import state
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST
-from tests.netns import test_ebpf_command
+from tests.netns.engines import test_ebpf_command
+from tests.netns.engines.ebpf_command import Host as EbpfHost
 from tests.netns.hostile_room import NOBODY, Room, ok, room
 from tests.netns.lab import PROXY_USER, UNPRIVILEGED
-from tests.netns.test_ebpf_command import Host as EbpfHost
+from tpctl.record import state
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST
 
 ebpf_lab, ebpf_host = test_ebpf_command.lab, test_ebpf_command.host
 
@@ -116,14 +116,24 @@ def test_what_is_planted_is_not_followed_and_goes(host: Room, plant: Callable[[P
 
 
 @pytest.mark.usefixtures("victim")
-def test_a_link_in_place_of_the_whole_directory_is_named(host: Room) -> None:
+def test_a_link_in_place_of_the_whole_directory_is_named_and_does_not_bar_the_way_out(host: Room) -> None:
+    before = host.rules()
+    ok(host.install("--engine", "nftables"))
     top = host.path("/run/tpctl")
+    top.rename(top.with_name("aside"))
     top.symlink_to("/run/victim")
-    for done in (host.install(), host.tpctl("uninstall")):
-        assert done.returncode == 1
-        assert "/run/tpctl is a symbolic link; remove it" in done.stderr
-        assert done.stderr.count("\n") == 1
+    refused = host.install()
+    assert refused.returncode == 1
+    assert "/run/tpctl is a symbolic link; remove it. Nothing was changed" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    done = host.tpctl("uninstall")
+    assert "/run/tpctl is a symbolic link; remove it; it was done without" in done.stderr
+    assert ok(done)
+    assert host.rules() == before
     top.unlink()
+    top.with_name("aside").rename(top)
+    ok(host.tpctl("uninstall"))
+    assert not top.exists()
 
 
 @pytest.mark.parametrize(("owner", "mode"), [(NOBODY, 0o755), (0, 0o777), (NOBODY, 0o700), (0, 0o775)])
@@ -206,7 +216,7 @@ def test_an_unprivileged_tpctl_changes_nothing(host: Room) -> None:
     rules = host.rules()
     for words in (["install", "--kuma-dp-user", "nobody"], ["uninstall"], ["uninstall", "--flush", "--yes"],
                   ["apply"], ["confirm"], ["rollback"]):  # fmt: skip
-        code = f"sys.argv = ['tpctl', *{words}]\nfrom agent.cli.main import main\nmain()\n"
+        code = f"sys.argv = ['tpctl', *{words}]\nfrom tpctl.cli.main import main\nmain()\n"
         done = host.run(sys.executable, "-c", UNPRIVILEGED.format(uid=NOBODY) + code)
         assert done.returncode == 2, (words, done.stdout, done.stderr)
         assert "root" in done.stderr
@@ -265,6 +275,7 @@ def test_uninstall_cleans_whatever_has_become_of_the_record(host: Room, engine: 
         assert not host.path("/run/tpctl").exists(), name
 
 
+@pytest.mark.needs("ebpf")
 def test_uninstall_cleans_the_programs_of_a_damaged_record(ebpf_lab: Lab, ebpf_host: EbpfHost) -> None:
     with ebpf_lab.inside(HOST):
         done = ebpf_host.tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "ebpf")

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent import confirm, loopback, state
-from agent.policy import Policy, PortRange
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, Layout
+from tests.netns.kumactl_host import KUMA_RULES
 from tests.netns.lab import PROXY, PROXY_USER, run, snapshot, tpctl
-from tests.netns.test_kumactl_defects import KUMA_RULES
+from tpctl.change import confirm, loopback
+from tpctl.record import state
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, Layout
+from tpctl.spec.policy import Policy, PortRange
 
 pytestmark = pytest.mark.root
 

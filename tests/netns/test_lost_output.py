@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from shlex import quote
 
 import pytest
 
@@ -13,14 +14,15 @@ from tests.netns.lab import PROXY_USER
 
 pytestmark = pytest.mark.root
 
-INSTALL = f"{sys.executable} -m agent.cli.main install --kuma-dp-user {PROXY_USER} --ip-family-mode ipv4"
-UNINSTALL = f"{sys.executable} -m agent.cli.main uninstall"
-STATUS = f"{sys.executable} -m agent.cli.main status"
+TPCTL = f"{quote(sys.executable)} -m tpctl.cli.main"
+INSTALL = f"{TPCTL} install --kuma-dp-user {PROXY_USER} --ip-family-mode ipv4"
+UNINSTALL = f"{TPCTL} uninstall"
+STATUS = f"{TPCTL} status"
 UNPRINTED = "cannot be printed: No space left on device"
 BROKEN = """
 import sys
-from agent import ended
-from agent.cli import main
+from tpctl.change import ended
+from tpctl.cli import main
 
 def broken() -> None:
     raise {error}

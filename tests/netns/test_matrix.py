@@ -9,11 +9,16 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from agent import loopback
-from agent.decide import Connection
-from agent.engine_options import EngineOptions
-from agent.engines.registry import select
-from agent.policy import (
+from tests.netns.lab import APP, PROXY, ROOT, installed, run
+from tpctl.change import loopback
+from tpctl.engines.registry import select
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout, stage
+from tpctl.rehearsal.probes import probes
+from tpctl.rehearsal.rehearse import attempt, rehearse
+from tpctl.spec.connection import Connection
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import (
     ALL_PORTS,
     Dns,
     DnsCapture,
@@ -28,11 +33,6 @@ from agent.policy import (
     UidRange,
     VirtualNetwork,
 )
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout, stage
-from agent.rehearsal.probes import probes
-from agent.rehearsal.rehearse import attempt, rehearse
-from tests.netns.lab import APP, PROXY, ROOT, installed, run
 
 pytestmark = pytest.mark.root
 
@@ -65,8 +65,8 @@ def matrix(family: Family) -> dict[str, tuple[Connection, str]]:
     rows = {
         "peer to host:8080": (arrive(family, 8080), IN),
         "peer to the excluded host:22": (arrive(family, 22), "host:22"),
-        "peer to the inbound listener itself": (arrive(family, 15006), IN),
-        "peer to the outbound listener itself": (arrive(family, 15001), IN),
+        "peer to the inbound listener itself": (arrive(family, 15006), "refused"),
+        "peer to the outbound listener itself": (arrive(family, 15001), "refused"),
         "peer to host udp": (arrive(family, 8080, "udp"), "host:8080"),
         "app to remote": (leave(family, 443, APP), OUT),
         "root to remote": (leave(family, 443, ROOT), OUT),

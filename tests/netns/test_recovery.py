@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.engine_options import EngineOptions
-from agent.engines.iptables.engine import IptablesPlan
-from agent.persist import direct_xml, systemd
-from agent.policy import Dns, DnsCapture, Policy
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY, bare_namespace, run, snapshot, tpctl
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.lab import PROXY_USER, bare_namespace, run, snapshot, tpctl
+from tpctl.engines import direct
+from tpctl.persist import direct_xml, neighbours, systemd, watch
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Policy
 
 pytestmark = pytest.mark.root
 
@@ -27,11 +28,13 @@ BLOCKS = dict(BLOCK.findall((ROOT_DIRECTORY / "docs" / "operations.md").read_tex
 
 
 @pytest.mark.parametrize("engine", list(FLAGS))
+@pytest.mark.needs("legacy")
 def test_by_hand(engine: str) -> None:
     with bare_namespace() as space, space.inside():
         for tool in ("iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"):
             # Somebody else's rules; and tables that exist, for those of iptables-nft do not go by hand.
-            for table, chain in (("nat", "OUTPUT"), ("nat", "PREROUTING"), ("raw", "OUTPUT"), ("mangle", "PREROUTING")):
+            nat = ("nat", "OUTPUT"), ("nat", "PREROUTING")
+            for table, chain in (*nat, ("raw", "OUTPUT"), ("mangle", "PREROUTING"), ("filter", "INPUT")):
                 run([tool, "-t", table, "-A", chain, "-p", "udp", "--dport", "9", "-j", "ACCEPT"])
         before = snapshot(counters=False)
         tpctl("install", "--kuma-dp-user", PROXY_USER, "--redirect-all-dns-traffic", "--drop-invalid-packets",
@@ -60,7 +63,7 @@ def test_what_brings_answers_back_goes_by_hand() -> None:
         tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "nftables", "--inbound-mode", "tproxy")
         assert "proto 158" in routing()
         run(["nft", "add", "table", "inet", "tpctl_answers"])  # as if connections had outlived the mode
-        script = BLOCKS["nftables"] + BLOCKS["tproxy"]
+        script = BLOCKS["nftables"] + BLOCKS["tproxy"] + BLOCKS["routes"]
         subprocess.run(["sh", "-ec", script], check=True, capture_output=True)
         after, tables = routing(), run(["nft", "list", "tables"]).stdout
         tpctl("uninstall")
@@ -70,8 +73,9 @@ def test_what_brings_answers_back_goes_by_hand() -> None:
 
 def test_every_unit_is_removed_by_hand() -> None:
     text = (ROOT_DIRECTORY / "docs" / "operations.md").read_text()
-    (block,) = re.findall(r"So that nothing comes back:\n\n```sh\n(.*?)```", text, re.DOTALL)
-    for unit in (systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, systemd.DROP_IN):
+    (block,) = re.findall(r"```sh\n(systemctl disable tpctl.*?)```", text, re.DOTALL)
+    units = (systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, systemd.DROP_IN, *watch.UNITS, neighbours.SERVICE)
+    for unit in units:
         assert f"/etc/systemd/system/{unit}" in block
 
 
@@ -81,9 +85,9 @@ def test_direct_xml_by_hand(tmp_path: Path) -> None:
         b'<?xml version="1.0" encoding="utf-8"?>\n<direct>\n  <chain ipv="ipv4" table="nat" chain="SITE"/>\n'
         b'  <rule ipv="ipv4" table="nat" chain="SITE" priority="0">-j RETURN</rule>\n</direct>\n'
     )
-    plan = IptablesPlan.of_policy(Policy(5678, dns=Dns(DnsCapture.ALL), drop_invalid=True), EngineOptions())
+    rules = direct.of_policy(Policy(5678, dns=Dns(DnsCapture.ALL), drop_invalid=True), EngineOptions())
     file = tmp_path / "direct.xml"
-    file.write_bytes(direct_xml.with_plan(content, plan))
+    file.write_bytes(direct_xml.with_rules(content, rules))
     (command,) = [line for line in BLOCKS["firewalld"].splitlines() if line.startswith("sed")]
     subprocess.run(["sh", "-ec", command.replace("/etc/firewalld/direct.xml", str(file))], check=True)
     assert file.read_bytes() == content

@@ -10,20 +10,24 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
 
-from agent.policy import Family
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
-from tests.netns.lab import PROXY_USER, ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY, hide
+from tests.netns.lab import PROXY_USER
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
+from tpctl.spec.policy import Family
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not shutil.which("sshd"), reason="no sshd here")]
 
-INSTALL = f"{sys.executable} -m agent.cli.main install --kuma-dp-user {PROXY_USER}"
-UNINSTALL = f"{sys.executable} -m agent.cli.main uninstall"
-STATUS = f"{sys.executable} -m agent.cli.main status --json"
+HERE = f"cd {quote(str(ROOT_DIRECTORY))}"
+TPCTL = f"{quote(sys.executable)} -m tpctl.cli.main"
+INSTALL = f"{TPCTL} install --kuma-dp-user {PROXY_USER}"
+UNINSTALL = f"{TPCTL} uninstall"
+STATUS = f"{TPCTL} status --json"
 AS_SUDO = "env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE_SECONDS = 120.0
 CONFIGURATION = """\
@@ -35,7 +39,7 @@ UsePAM no
 PermitRootLogin yes
 PidFile none
 """
-SERVER = 'mount --make-rprivate / && mount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -D -e -f "$1"'
+SERVER = f'set -e; mount --make-rprivate /\n{hide("/run")}\nmkdir /run/sshd; exec /usr/sbin/sshd -D -e -f "$1"'
 
 
 class Session:
@@ -67,7 +71,7 @@ class Server:
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """A session of its own for one command."""
         with self.lab.inside(PEER):
-            words = [*self.client, f"cd {ROOT_DIRECTORY} && {command}"]
+            words = [*self.client, f"{HERE} && {command}"]
             return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
 
     def answers(self) -> bool:
@@ -126,7 +130,7 @@ def test_with_no_exclusion_and_no_data_plane_the_operator_stays_in(server: Serve
         assert idle.is_alive()
         done = server.run(f"{prefix} {INSTALL} --engine {engine}")
         assert done.returncode == 0, done.stderr
-        assert "this ssh session came in by port 22" in done.stderr
+        assert "this ssh session uses port 22" in done.stderr
         assert "nothing listens on tcp port 15006" in done.stderr
         assert idle.is_alive()
         assert server.answers()
@@ -141,12 +145,15 @@ def test_with_no_exclusion_and_no_data_plane_the_operator_stays_in(server: Serve
 def test_locked_out_and_let_in_again(server: Server) -> None:
     """The guard declined, no data plane, and the session cut: the host takes the change back."""
     with server.session() as idle:
-        words = [*server.client, f"cd {ROOT_DIRECTORY} && {INSTALL} --no-ssh-guard --confirm-within 20s && sleep 100"]
+        words = [
+            *server.client,
+            f"{HERE} && {INSTALL} --no-ssh-guard --confirm-within 20s && sleep 100",
+        ]
         with server.lab.inside(PEER):
             cut = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         with cut:
             assert cut.stdout
-            until(lambda: "take it away" in cut.stdout.readline() if cut.stdout else False)
+            until(lambda: "remove it" in cut.stdout.readline() if cut.stdout else False)
             cut.kill()
         assert not server.answers()
         assert idle.is_alive()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,30 +15,32 @@ from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+import click
 import pytest
 
-from agent import state
-from agent.decide import Action
-from agent.engine_options import EngineOptions
-from agent.errors import HostError
-from agent.policy import Dns, DnsCapture, Family, NameServer, Policy, PortRange, Protocol, VirtualNetwork
-from agent.rehearsal import rehearse as rehearsing
-from agent.rehearsal.lab import NEGATIVE_SECONDS, Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout, stage
-from agent.rehearsal.namespaces import Namespace
+from tests.hidden import ROOT_DIRECTORY
 from tests.netns.lab import (
     APP,
     PROXY,
     PROXY_USER,
-    ROOT_DIRECTORY,
     bare_namespace,
     run,
     snapshot,
     tpctl,
     tpctl_unprivileged,
 )
+from tests.terminal import on_terminal
+from tpctl.record import state
+from tpctl.rehearsal import rehearse as rehearsing
+from tpctl.rehearsal.lab import NEGATIVE_SECONDS, Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout, stage
+from tpctl.rehearsal.namespaces import Namespace
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Family, NameServer, Policy, PortRange, Protocol, VirtualNetwork
+from tpctl.spec.verdict import Action
+from tpctl.system.errors import HostError
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup")]
 SECONDS = 120.0
 """What takes so long waits for something; on an idle machine it is a second or two."""
 THIS_NAMESPACE = Path("/proc/thread-self/ns/net")
@@ -65,6 +68,7 @@ def test_a_given_policy(variant: str) -> None:
         "iptables",
         "--iptables-mode",
         variant,
+        "--all",
     )
     assert time.monotonic() - started < SECONDS
     lines = report.splitlines()
@@ -72,6 +76,29 @@ def test_a_given_policy(variant: str) -> None:
     assert "tcp 198.19.255.2:22" in excluded
     assert "the port is excluded (i6)" in excluded
     assert "ended as they should" in lines[-1]
+
+
+def test_a_summary_of_what_went_well() -> None:
+    report = verify("--kuma-dp-user", PROXY_USER, "--exclude-inbound-ports", "22", "--engine", "iptables")
+    lines = report.splitlines()
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        [f"IPv{family}", direction] for family in (4, 6) for direction in ("inbound", "outbound")
+    ]
+    assert all(re.search(r"\d+ probes: \d+ redirected, \d+ passed", line) for line in lines[:-1])
+    counted = sum(int(line.split()[2]) for line in lines[:-1])
+    assert lines[-1] == f"all {counted} probes ended as they should: given policy, iptables (nft)"
+
+
+def test_lines_fit_the_terminal() -> None:
+    argv = [sys.executable, "-m", "tpctl.cli.main", "verify", "--kuma-dp-user", PROXY_USER, "--all"]
+    argv += ["--exclude-inbound-ports", "22"]
+    with bare_namespace() as space, space.inside():
+        said = on_terminal(argv, {"COLUMNS": "72"})
+    lines = click.unstyle(said).splitlines()
+    assert len(lines) > 60
+    assert max(map(len, lines)) <= 72
+    assert "ok     IPv4 inbound ssh" in lines
+    assert "       203.0.113.10 to tcp 198.19.255.2:22: pass" in lines
 
 
 def test_json(variant: str, tmp_path: Path) -> None:
@@ -85,7 +112,7 @@ def test_json(variant: str, tmp_path: Path) -> None:
     by_label = {probe["label"]: probe for probe in report["probes"]}
     query = by_label["IPv6 DNS to 2001:db8::53"]
     assert (query["to"], query["expected"], query["rule"]) == ("[2001:db8::53]:53", "redirect 15053", "d3")
-    assert query["answerer"] == query["answerer_expected"] == "host:15053"
+    assert query["answerer"] == query["answererExpected"] == "host:15053"
     assert all(probe["ok"] for probe in report["probes"])
 
 
@@ -132,8 +159,8 @@ def test_a_kernel_that_does_something_else_is_found_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The policy that is judged excludes a port, the one that is carried out does not: exit code 3."""
-    from agent.cli import verify as verify_command
-    from agent.engines import registry
+    from tpctl.cli import verify as verify_command
+    from tpctl.engines import registry
 
     original = registry.select
 
@@ -153,7 +180,7 @@ def test_a_kernel_that_does_something_else_is_found_out(
     arguments += ["--failures", "--engine", "iptables"]
     assert verify_command.command.main(arguments, standalone_mode=False) == 3
     lines = capsys.readouterr().out.splitlines()
-    wrong = [line for line in lines if "WRONG" in line]
+    wrong = [line for line in lines if "WRONG" in line and "probes:" not in line]
     assert wrong
     assert all(":22 " in line or ":5000 " in line or ":5003 " in line for line in wrong)
     assert "host:15006 answered" in wrong[0]
@@ -170,9 +197,9 @@ def test_the_kernel_removes_everything_after_a_kill() -> None:
     """The namespaces are held by file descriptors of the process alone."""
     script = (
         "import os, signal\n"
-        "from agent import state\n"
-        "from agent.rehearsal.lab import Lab\n"
-        "from agent.rehearsal.layout import HOST, Layout\n"
+        "from tpctl.record import state\n"
+        "from tpctl.rehearsal.lab import Lab\n"
+        "from tpctl.rehearsal.layout import HOST, Layout\n"
         "lab = Lab(Layout())\n"
         "with lab.inside(HOST):\n"
         "    print(state.namespace_key(), flush=True)\n"

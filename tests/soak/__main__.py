@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import agent
+import tpctl
 from tests.soak.run import soak
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("error: network namespaces need root", file=sys.stderr)
         return 2
-    print(f"tpctl {agent.__version__}, Python {platform.python_version()}, Linux {platform.release()}", flush=True)
+    print(f"tpctl {tpctl.__version__}, Python {platform.python_version()}, Linux {platform.release()}", flush=True)
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="tpctl-soak-") as folder:
         outcome = soak(minutes * 60, Path(folder), tell=lambda line: print(line, flush=True))
     print(outcome)

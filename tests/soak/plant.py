@@ -14,14 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.policy import Family
-from agent.rehearsal.cgroup import OwnPlace, own_place
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout
-from agent.rehearsal.namespaces import write_sysctls
 from tests.crash.scene import FLAVOURS, PROXY_FLAGS, Host
-from tests.netns.lab import APP, PROXY_USER, ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.lab import APP, PROXY_USER
 from tests.soak.traffic import Applications, Servers, Way, Window
+from tpctl.rehearsal.cgroup import OwnPlace, own_place
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, PEER_ADDRESS, Layout
+from tpctl.rehearsal.namespaces import write_sysctls
+from tpctl.spec.policy import Family
 
 ENGINES = ("nftables", "iptables nft", "ebpf", "iptables legacy")
 POLICIES = (
@@ -81,7 +82,7 @@ class Relay:
         before = len(self._events("ready"))
         argv = ["relay", "--config", str(self._folder / "relay.yaml"), "--user", PROXY_USER, "--log-format", "json"]
         with self._lab.inside(HOST), self._log.open("ab") as log:
-            argv = [*self._host.beside(), sys.executable, "-m", "agent.cli.main", *argv]
+            argv = [*self._host.beside(), sys.executable, "-m", "tpctl.cli.main", *argv]
             self._started.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         self.pid = self._started[-1].pid
         self._wait("ready", before)
@@ -185,7 +186,7 @@ class Plant:
 
     def tpctl(self, *argv: str, exits: Sequence[int] = (0,)) -> str:
         """Run the command; what it printed. Raises FaultError when it ends otherwise than with one of `exits`."""
-        return self._run([sys.executable, "-m", "agent.cli.main", *argv], exits)
+        return self._run([sys.executable, "-m", "tpctl.cli.main", *argv], exits)
 
     def shell(self, script: str) -> str:
         """Run a script on the host, beside the command."""

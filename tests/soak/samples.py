@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.engines.ebpf import installed, syscall
-from agent.engines.nftables.drain import PORTS
-from agent.rehearsal.layout import HOST
 from tests.netns.lab import run
 from tests.soak.plant import Plant
+from tpctl.bpf import syscall
+from tpctl.engines.ebpf import installed
+from tpctl.engines.nftables.drain import PORTS
+from tpctl.rehearsal.layout import HOST
 
 Sample = Mapping[str, int]
 
@@ -109,7 +110,7 @@ def _descriptors(pid: int) -> dict[str, int]:
 
 
 def _rules(plant: Plant) -> int:
-    """Lines of every listing, less tables of others, and what stays until connections have ended (agent.draining)."""
+    """Lines of every listing, less tables of others, and what stays until connections have ended."""
     with plant.lab.inside(HOST):
         tools = ("iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save")
         text = "".join(run([tool]).stdout for tool in tools)

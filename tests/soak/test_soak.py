@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.rehearsal.layout import HOST
+from tests.extent import takes_long
 from tests.netns.lab import APP
 from tests.soak.plant import REMOTES, Plant, plant
 from tests.soak.run import soak
 from tests.soak.samples import Verdict, judge
 from tests.soak.traffic import ECHO, PORT, THROUGH, Window, _exactly
+from tpctl.rehearsal.layout import HOST
 
 SECONDS = 20.0
 LEAST = 5
@@ -29,6 +30,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.root
+@pytest.mark.needs("cgroup", "interception")
 def test_some_seconds_of_it(folder: Path) -> None:
     outcome = soak(SECONDS, folder, engines=("nftables", "iptables nft"), least=LEAST)
     assert not outcome.faults, str(outcome)
@@ -38,7 +40,11 @@ def test_some_seconds_of_it(folder: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("before", ["nftables", "iptables nft", "iptables legacy"])
+@pytest.mark.needs("ebpf", "interception")
+@pytest.mark.parametrize(
+    "before",
+    ["iptables legacy", pytest.param("nftables", marks=takes_long), pytest.param("iptables nft", marks=takes_long)],
+)
 def test_connections_through_the_relay_outlive_a_change_to_ebpf_and_back(folder: Path, before: str) -> None:
     """eBPF programs translate nothing, so what keeps the kernel's NAT alive for them has to stay."""
     with plant(folder) as made:

@@ -20,10 +20,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from agent.rehearsal.namespaces import Namespace
-from tests.netns.dns_net import answer_to, query
-from tests.netns.relay_net import pattern
+from tests.netns.relay.dns_net import answer_to, query
+from tests.netns.relay.net import pattern
 from tests.swap.traffic import Child
+from tpctl.rehearsal.namespaces import Namespace
 
 PORT = 8080
 THROUGH, PAST = b"P", b"R"

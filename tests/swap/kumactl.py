@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.policy import RESERVED, Family
 from tests.swap.traffic import PROXY
+from tpctl.spec.policy import RESERVED, Family
 
 DNS_PORT = 15053
 _CHAINS = ("KUMA_MESH_INBOUND", "KUMA_MESH_OUTBOUND", "KUMA_MESH_INBOUND_REDIRECT", "KUMA_MESH_OUTBOUND_REDIRECT")

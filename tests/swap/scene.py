@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from agent import lifecycle
-from agent.engine_options import EngineOptions
-from agent.policy import Family, Policy
-from agent.rehearsal.cgroup import OwnPlace, own_place
-from agent.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
-from agent.rehearsal.namespaces import Namespace, write_sysctls
-from agent.rehearsal.topology import build
 from tests.netns.lab import run
 from tests.swap import kumactl
 from tests.swap.traffic import APP, FAMILIES, INBOUND, OUTBOUND, PROXY, REAL, REAL_PORT, Applications, Route, Servers
+from tpctl.change import lifecycle, removal, rollback
+from tpctl.rehearsal.cgroup import OwnPlace, own_place
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, PEER, Layout
+from tpctl.rehearsal.namespaces import Namespace, write_sysctls
+from tpctl.rehearsal.topology import build
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Family, Policy
 
 REMOTES = {socket.AF_INET: "203.0.113.10", socket.AF_INET6: "2001:db8:10::10"}
 HOST_ADDRESSES = {
@@ -85,15 +85,22 @@ class Scene:
         arriving = [(self.peer, 0, inbound(family)) for family in FAMILIES]
         return Applications([*leaving, *arriving])
 
-    def install(self, policy: Policy, options: EngineOptions) -> lifecycle.InstallReport:
-        """`tpctl install` on the host."""
+    def install(
+        self, policy: Policy, options: EngineOptions, confirm_within: float | None = None
+    ) -> lifecycle.InstallReport:
+        """`tpctl install` on the host; with `confirm_within` (seconds) it can be rolled back."""
         with self.host.inside():
-            return lifecycle.install(policy, kept_to(self._place, options))
+            return lifecycle.install(policy, kept_to(self._place, options), confirm_within=confirm_within)
+
+    def roll_back(self) -> rollback.Outcome | None:
+        """`tpctl rollback` on the host."""
+        with self.host.inside():
+            return rollback.take_back()
 
     def install_kumactl(self, variant: str, *, full: bool) -> None:
         """Take everything of tpctl away, and leave what kumactl would have installed. Not without a gap."""
         with self.host.inside():
-            lifecycle.uninstall()
+            removal.uninstall()
             for family, tool in ((Family.IPV4, "iptables"), (Family.IPV6, "ip6tables")):
                 command = [f"{tool}-{variant}-restore", "--noflush", "--wait=5"]
                 run(command, stdin=kumactl.ruleset(family, full=full))
@@ -101,7 +108,7 @@ class Scene:
     def uninstall(self) -> None:
         """`tpctl uninstall` on the host."""
         with self.host.inside():
-            lifecycle.uninstall()
+            removal.uninstall()
 
     def close(self) -> None:
         """End the servers, and take everything away that was installed."""

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 
-from agent.engine_options import EngineOptions
-from agent.policy import (
+from tests.swap.scene import REMOTES, Scene, inbound, outbound
+from tests.swap.traffic import APP, FAMILIES, PROXY, REAL, REAL_PORT, Applications, Kept, Tally
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import (
     ALL_PORTS,
     Dns,
     DnsCapture,
@@ -22,8 +24,6 @@ from agent.policy import (
     UidRange,
     VirtualNetwork,
 )
-from tests.swap.scene import REMOTES, Scene, inbound, outbound
-from tests.swap.traffic import APP, FAMILIES, PROXY, REAL, REAL_PORT, Applications, Kept, Tally
 
 NFTABLES = EngineOptions(engine="nftables")
 IPTABLES_NFT = EngineOptions(engine="iptables", iptables_mode="nft")
@@ -36,6 +36,8 @@ _EACH_AFTER_EACH = (
 )  # fmt: skip
 """For a start with nftables."""
 
+NEVER_SECONDS = 3600.0
+"""Until a change is taken back by itself: a rollback comes before."""
 AT_LEAST = 20
 """So many connections come with each swap; on an idle machine there are a hundred times as many."""
 
@@ -197,6 +199,43 @@ def swap_kumactl(made: Scene, applications: Applications, variant: str, full: bo
     outcome = Outcome()
     cut = broken(kept)
     applications.pause()
+    outcome.add(seconds, applications.tally() - before, cut)
+    for group in kept:
+        group.close()
+    return outcome
+
+
+def roll_back_to_kumactl(made: Scene, applications: Applications, variant: str, full: bool, target: Target) -> Outcome:
+    """The way back of an install over what kumactl left, while applications run.
+
+    Connections of before (for `full` ones: else conntrack may be idle meanwhile) and after the install go on.
+    """
+    made.install_kumactl(variant, full=full)
+    kept = keep(made, direct=False) if full else []
+    made.install(target.policy, target.options, NEVER_SECONDS)
+    return _rolled_back(made, applications, [*kept, *keep(made, direct=False)])
+
+
+def roll_back_to(made: Scene, applications: Applications, first: Target, target: Target) -> Outcome:
+    """The way back of an install over another one of tpctl's, while applications run."""
+    made.install(first.policy, first.options)
+    kept = keep(made, direct=False)
+    made.install(target.policy, target.options, NEVER_SECONDS)
+    return _rolled_back(made, applications, [*kept, *keep(made, direct=False)])
+
+
+def _rolled_back(made: Scene, applications: Applications, kept: Sequence[Kept]) -> Outcome:
+    before = applications.tally()
+    applications.resume()
+    time.sleep(0.01)  # some connections are made by the rules that go
+    started = time.monotonic()
+    done = made.roll_back()
+    seconds = time.monotonic() - started
+    assert done, "there was nothing to roll back"
+    time.sleep(0.01)
+    cut = broken(kept)
+    applications.pause()
+    outcome = Outcome()
     outcome.add(seconds, applications.tally() - before, cut)
     for group in kept:
         group.close()

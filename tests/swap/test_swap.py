@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -9,10 +10,6 @@ from typing import Any
 
 import pytest
 
-from agent.engine_options import EngineOptions
-from agent.engines.ebpf import place
-from agent.engines.ebpf.installed import Switch
-from agent.engines.ebpf.programs import Program
 from tests.swap.scene import Scene, outbound, scene
 from tests.swap.swaps import (
     AT_LEAST,
@@ -29,13 +26,19 @@ from tests.swap.swaps import (
     inside,
     keep,
     name,
+    roll_back_to,
+    roll_back_to_kumactl,
     swap,
     swap_kumactl,
     timed_install,
 )
 from tests.swap.traffic import APP, FAMILIES, REAL, Applications
+from tpctl.bpf.programs import Program
+from tpctl.engines.ebpf import place
+from tpctl.engines.ebpf.installed import Switch
+from tpctl.spec.engine_options import EngineOptions
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup")]
 
 SWAPS = int(os.environ.get("TPCTL_SWAPS", "18"))
 CONNECTIONS = AT_LEAST * SWAPS
@@ -70,18 +73,46 @@ def test_swaps_inside_an_engine(options: EngineOptions) -> None:
         flawless(run(made, Target(POLICIES[0], options), inside(options, SWAPS)))
 
 
+@pytest.mark.needs("ebpf", "legacy")
 def test_swaps_between_engines() -> None:
     with scene() as made:
         flawless(run(made, Target(POLICIES[0], NFTABLES), between(SWAPS)))
 
 
 @engine
+@pytest.mark.needs("legacy")
 def test_swaps_from_kumactl(options: EngineOptions) -> None:
     with scene() as made:
         applications = made.applications()
         total = Outcome()
         for number, (variant, full) in enumerate(KUMACTL):
             outcome = swap_kumactl(made, applications, variant, full, Target.of(POLICIES[number], options))
+            total.add(outcome.seconds, outcome.tally, outcome.cut)
+        total.tally.reasons = applications.stop().reasons
+        flawless(total)
+        assert total.tally.connections > 0
+
+
+@engine
+def test_rollbacks_to_kumactl(options: EngineOptions) -> None:
+    with scene() as made:
+        applications = made.applications()
+        total = Outcome()
+        for number, (variant, full) in enumerate(KUMACTL):
+            outcome = roll_back_to_kumactl(made, applications, variant, full, Target.of(POLICIES[number], options))
+            total.add(outcome.seconds, outcome.tally, outcome.cut)
+        total.tally.reasons = applications.stop().reasons
+        flawless(total)
+        assert total.tally.connections > 0
+
+
+def test_rollbacks_between_engines() -> None:
+    with scene() as made:
+        applications = made.applications()
+        total = Outcome()
+        targets = [Target(POLICIES[0], NFTABLES), *between(len(ENGINES))]
+        for first, target in itertools.pairwise(targets):
+            outcome = roll_back_to(made, applications, first, target)
             total.add(outcome.seconds, outcome.tally, outcome.cut)
         total.tally.reasons = applications.stop().reasons
         flawless(total)
@@ -158,6 +189,7 @@ def test_connections_through_kumactls_redirect_outlive_an_uninstall(variant: str
             group.close()
 
 
+@pytest.mark.needs("ebpf")
 def test_the_hosts_own_connections_are_known_before_arriving_ones_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the last program is there, the old rules redirect what the host opens: to itself, from its own address."""
     with scene() as made:
@@ -176,6 +208,7 @@ def test_the_hosts_own_connections_are_known_before_arriving_ones_are_taken(monk
             group.close()
 
 
+@pytest.mark.needs("ebpf")
 def test_an_uninstall_finds_ebpf_programs_though_the_host_has_no_bpf_file_system(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from agent import lifecycle
-from agent.engine_options import EngineOptions
-from agent.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy, PortRange
-from agent.rehearsal.cgroup import own_place
-from agent.rehearsal.namespaces import Namespace
 from tests.swap.scene import kept_to, prepared_namespaces
 from tests.swap.swaps import AT_LEAST, ENGINES, NFTABLES, Target, between, inside, name
 from tests.swap.traffic import ANSWER_SECONDS, APP, PROXY, Child
+from tpctl.change import lifecycle, removal
+from tpctl.rehearsal.cgroup import own_place
+from tpctl.rehearsal.namespaces import Namespace
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy, PortRange
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup")]
 
 _fork = get_context("fork")
 
@@ -100,7 +100,7 @@ def uninstalled_at_the_end(host: Namespace) -> Iterator[None]:
         yield
     finally:
         with host.inside():
-            lifecycle.uninstall()
+            removal.uninstall()
 
 
 def answers(first: Target, targets: list[Target]) -> Counter[str]:
@@ -143,5 +143,6 @@ def test_queries_during_swaps_inside_an_engine(options: EngineOptions) -> None:
     flawless(answers(Target(POLICIES[0], options), inside(options, SWAPS, POLICIES)))
 
 
+@pytest.mark.needs("ebpf", "legacy")
 def test_queries_during_swaps_between_engines() -> None:
     flawless(answers(Target(POLICIES[0], NFTABLES), between(SWAPS, POLICIES)))

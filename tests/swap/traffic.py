@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from agent.rehearsal.namespaces import Namespace
+from tpctl.rehearsal.namespaces import Namespace
 
 APP, PROXY = 1000, 65534
 REAL_PORT = 8080

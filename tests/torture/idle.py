@@ -7,10 +7,10 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-from tests.netns import relay_net
-from tests.netns.certificates import Pki
-from tests.netns.relay_net import HOST4, PEER4, Net, Relay
-from tests.netns.test_relay_listeners import configured
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.certificates import Pki
+from tests.netns.relay.net import HOST4, PEER4, Net, Relay
+from tests.netns.relay.test_listeners import configured
 from tests.torture.test_relay_torture import DECRYPTED, DECRYPTS, ENCRYPTED, ENCRYPTS, family, resident, rest
 
 Pairs = list[tuple[socket.socket, socket.socket]]

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.relay.acceleration import ENOUGH
-from agent.relay.pump import MAX_PIPES
-from tests.netns import relay_net
-from tests.netns.certificates import Pki
-from tests.netns.relay_net import HOST4, PEER4, Net, Relay
-from tests.netns.test_relay_listeners import configured
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.certificates import Pki
+from tests.netns.relay.net import HOST4, PEER4, Net, Relay
+from tests.netns.relay.test_listeners import configured
 from tests.torture.peers import clients, server
+from tpctl.relay.connections.acceleration import ENOUGH
+from tpctl.relay.connections.pump import MAX_PIPES
 
 pytestmark = pytest.mark.root
 CONNECTIONS = int(os.environ.get("TORTURE_CONNECTIONS", "300"))

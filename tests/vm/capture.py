@@ -20,7 +20,8 @@ _WORLD = {
     "nftables": "nft --stateless list ruleset",
     "legacy IPv4": "iptables-legacy-save | grep -v '^#' | sed 's/\\[.*//'",
     "legacy IPv6": "ip6tables-legacy-save | grep -v '^#' | sed 's/\\[.*//'",
-    "addresses": "{ ip -oneline address show scope global; ip -oneline address show dev lo; } | sed 's/valid_lft.*//'",
+    "addresses": "{ ip -oneline address show scope global; ip -oneline address show dev lo; } "
+    "| sed 's/ tentative//; s/valid_lft.*//'",
     "policy routing": "ip rule; ip -6 rule; ip route show table all type local; ip route show default",
     "files": "find /etc/systemd /etc/firewalld /etc/tpctl /run/tpctl /usr/lib/systemd/system "
     "! -type d ! -name '*.old' -exec md5sum {} + 2>/dev/null | sort -k2",

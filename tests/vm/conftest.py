@@ -1,4 +1,4 @@
-"""A machine for each release that is asked for: one of bookworm, or what VM_RELEASES lists (`make test-vm`: all).
+"""A machine for each release that VM_RELEASES lists (`make test-vm`: all), or one of bookworm (`make test-all`).
 
 With VM_PROVIDER=vagrant, Vagrant runs them (docs/vagrant.md).
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.extent import IS_WHOLE
+from tests.vm import evidence
 from tests.vm.images import Recipe, image
 from tests.vm.machine import Machine
 from tests.vm.vagrant import VagrantMachine
@@ -29,6 +32,8 @@ _NEEDED = ("qemu-system-x86_64", "mmdebstrap", "ssh")
 
 def _obstacle() -> str:
     """Why no machine can be had here; nothing when one can."""
+    if not IS_WHOLE and "VM_RELEASES" not in os.environ:
+        return "takes long: part of make test-all and make test-vm"
     if os.geteuid():
         return "needs root: disk images are built"
     missing = [program for program in _NEEDED if not shutil.which(program)]
@@ -39,7 +44,7 @@ def _obstacle() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without root no image can be built, and without qemu nothing is booted."""
+    """Skip what is not asked for, or cannot be had: root builds images, and qemu boots them."""
     if obstacle := _obstacle():
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -48,6 +53,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if hasattr(getattr(item, "module", None), "SERVICE_PORT"):
                 item.add_marker(pytest.mark.skip(reason="reaches the machine through qemu's user network"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """While the machine still is as the failed test left it, it is asked why."""
+    report = yield
+    machine = getattr(item, "funcargs", {}).get("machine")
+    if report.failed and call.when != "teardown" and isinstance(machine, Machine):
+        name = re.sub(r"\W+", "-", item.name)
+        report.sections.append(("the machine", evidence.keep(machine, name)))
+    return report
 
 
 @pytest.fixture(scope="session")

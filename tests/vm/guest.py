@@ -32,9 +32,9 @@ def prepare() -> None:
 
 def compare(count: int) -> None:
     """Say how many connections ended elsewhere than `decide()` says, under so many random policies."""
-    from agent.policy import WhenProxyDown
     from tests.equivalence import harness, run
     from tests.equivalence.engines import ebpf_door
+    from tpctl.spec.policy import WhenProxyDown
 
     for patience in ("NEGATIVE_SECONDS", "CONFIRM_SECONDS", "HASTY_SECONDS"):
         setattr(harness, patience, _SECONDS)
@@ -59,7 +59,7 @@ def compare(count: int) -> None:
 def main() -> None:
     """Compare, say so on the console, and switch the machine off."""
     prepare()
-    sys.path[:0] = ["/checkout", "/packages"]
+    sys.path[:0] = ["/checkout", "/checkout/agent", "/packages"]
     try:
         compare(int(os.environ["TPCTL_POLICIES"]))  # the kernel makes variables of its command line's unknown words
     except BaseException:  # noqa: BLE001 - the console is all there is

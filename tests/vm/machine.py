@@ -31,6 +31,8 @@ _SETTINGS = (
     "systemd.default_timeout_start_sec=900 nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
 )
 _PORTS = (20000, 32768)
+_CAPTURED_BYTES = 96
+"""Of each packet: Ethernet's, IP's and TCP's headers with their options."""
 _PRIVATE = stat.S_IFREG | 0o600
 
 
@@ -114,6 +116,11 @@ class Machine:
         """What the machine said on its serial console."""
         return (self.folder / "console").read_text(errors="replace")
 
+    @property
+    def capture(self) -> Path:
+        """What went through its network card since the last `go_back`: a file of pcap-savefile(5)."""
+        return self.folder / "capture.pcap"
+
     def run(self, command: str, *, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a shell command as root, over a connection that such commands share."""
         return self._ssh([*self._shared], command, check=check, stdin=stdin)
@@ -183,6 +190,11 @@ class Machine:
         self._hang_up()
         self._cut_sessions()
         self._monitor(f"loadvm {name}")
+        self._monitor("object_del capture")
+        self._monitor(f"object_add {self._capturing()}")
+
+    def _capturing(self) -> str:
+        return f"filter-dump,id=capture,netdev=net,file={self.capture},maxlen={_CAPTURED_BYTES}"
 
     def _command(self) -> list[str]:
         forwards = "".join(f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for there, here in self.forwarded.items())
@@ -193,7 +205,8 @@ class Machine:
             "-append", f"root=/dev/vda {_SETTINGS}",
             "-drive", f"file={self.image.disk},format=raw,if=virtio,snapshot=on",
             "-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile=",
-            "-device", "virtio-rng-pci", "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off",
+            "-object", self._capturing(), "-device", "virtio-rng-pci",
+            "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off",
         ]  # fmt: skip
 
     def _ssh(

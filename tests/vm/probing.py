@@ -14,13 +14,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from agent.policy import Policy
-from agent.policy_document import from_document
-from agent.rehearsal.lab import Lab
-from agent.rehearsal.layout import HOST, seat, stage
-from agent.rehearsal.namespaces import Namespace
-from agent.rehearsal.probes import probes
-from agent.rehearsal.rehearse import Result, attempt
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, seat, stage
+from tpctl.rehearsal.namespaces import Namespace
+from tpctl.rehearsal.probes import probes
+from tpctl.rehearsal.rehearse import Result, attempt
+from tpctl.spec.document import from_document
+from tpctl.spec.policy import Policy
 
 SSHD = (HOST, 22)
 """Its place is taken; that it is reached, the tests see by themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ from tests.vm.throttle import SIZE, Download, Upload, content
 
 pytestmark = [pytest.mark.root, in_the_matrix]
 
+TURNS = int(os.environ.get("VM_TURNS", "2"))
+"""How often the first start of all is tried, each time on a machine that has not had one."""
 CONTENT = "/srv/content"
 MAKE = f"""
 block = b"".join(number.to_bytes(4, "big") for number in range(65536))
@@ -88,3 +91,25 @@ def test_transfers_and_sessions_outlive_every_change(served: Machine) -> None:
         assert digest in served.said(f"cat /tmp/{name}")
     assert idle.is_alive()
     idle.cut()
+
+
+@pytest.mark.parametrize("turn", range(TURNS))
+def test_the_session_lives_that_starts_it_for_the_first_time(served: Machine, turn: int) -> None:
+    """With the first rules the kernel begins to track connections, and knows none of those that run."""
+    write_config(served, f"{FLAGS} --engine nftables")
+    served.tpctl("persist --systemd")
+    served.run("systemctl start tpctl-relay")
+    session = served.session()
+    with Download(served.forwarded[SERVICE_PORT]) as arriving, fetched(served, f"turn-{turn}") as leaving:
+        served.wait_for(lambda: arriving.moved > 0, "nothing arrives")
+        session.send("systemctl start tpctl && echo started || echo failed")
+        assert session.process.stdout
+        assert session.process.stdout.readline() == "started\n"
+        assert session.is_alive()
+        assert served.run("true").returncode == 0, "the connection that other commands share"
+        assert not arriving.failure
+        assert not leaving.failure
+        arriving.finish()
+        leaving.finish()
+    assert session.is_alive()
+    session.cut()

@@ -1,6 +1,6 @@
 """The checkout as it would be released: `python -m tests.vm.wheel FOLDER` leaves its wheel in a folder.
 
-No network is needed where the environment has what builds wheels (python3-wheel of the distribution).
+No network is needed: `make dev` installs the setuptools that builds it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from importlib import util
 from pathlib import Path
 
 from tests.vm.initramfs import CHECKOUT
@@ -24,10 +23,8 @@ def wheel(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as source:
         for name in PART_OF_THE_PACKAGE:
             subprocess.run(["cp", "-a", str(CHECKOUT / name), source], check=True)
-        words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-        if util.find_spec("wheel"):
-            words += ["--no-index", "--no-build-isolation"]
-        subprocess.run([*words, source], check=True)
+        words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+        subprocess.run([*words, "--wheel-dir", str(folder), source], check=True)
     return next(folder.glob("tpctl-*.whl"))
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 
-from agent.host.sockets import Ends, Listener, connections, listeners, parse_connections, parse_listeners, process_uid
-from agent.policy import Protocol
+from tpctl.host.sockets import Ends, Listener, connections, listeners, parse_connections, parse_listeners, process_uid
+from tpctl.spec.policy import Protocol
 
 PATIENCE_SECONDS = 30.0
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -45,7 +47,7 @@ def test_parse_connections() -> None:
     assert list(parse_connections("")) == []
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.needs("ipv6"))])
 def test_both_ends_of_a_connection_are_seen_until_it_is_over(address: str) -> None:
     """The server's socket is one of IPv6 for both: an IPv4 client's address is seen as that, not as a mapped one."""
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
@@ -78,7 +80,10 @@ def test_takes(bound: str, asked: str, taken: bool) -> None:
     assert Listener(Protocol.UDP, ip_address(bound), 53, 0, 1).takes(ip_address(asked)) is taken
 
 
-@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+@pytest.mark.parametrize(
+    ("family", "host"),
+    [(socket.AF_INET, "127.0.0.1"), pytest.param(socket.AF_INET6, "::1", marks=pytest.mark.needs("ipv6"))],
+)
 def test_the_running_kernel(family: socket.AddressFamily, host: str) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
         for one, protocol in ((tcp, Protocol.TCP), (udp, Protocol.UDP)):
@@ -87,9 +92,27 @@ def test_the_running_kernel(family: socket.AddressFamily, host: str) -> None:
                 one.listen()
             inode = os.fstat(one.fileno()).st_ino
             expected = Listener(protocol, ip_address(host), one.getsockname()[1], os.geteuid(), inode)
-            assert expected in listeners(protocol)
+            found = [replace(seen, v6only=False, transparent=None, cookie=None) for seen in listeners(protocol)]
+            assert expected in found
             assert process_uid(inode) == os.geteuid()
 
 
 def test_process_of_no_socket() -> None:
     assert process_uid(0) is None
+
+
+def test_a_process_cannot_tell_another_uid_by_its_name() -> None:
+    """What a carriage return in the name of a process brings about is still a part of its name."""
+    code = """
+import os, socket
+held = socket.socket()
+open("/proc/self/comm", "w").write("\\rUid:\\t9 9 9 9")
+print(os.fstat(held.fileno()).st_ino, flush=True)
+input()
+"""
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as named:
+        assert named.stdout is not None
+        found = process_uid(int(named.stdout.readline()))
+        named.communicate("\n")
+    assert found == os.geteuid()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.host import ssh
+from tpctl.host import ssh
 
 SESSION = "10.0.0.9 50000 10.0.0.5 2222"
 

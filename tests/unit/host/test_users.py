@@ -7,9 +7,9 @@ import pwd
 
 import pytest
 
-from agent.errors import HostError
-from agent.host import facts, ssh, users
-from agent.host.privilege import require_root
+from tpctl.host import facts, ssh, users
+from tpctl.host.privilege import require_root
+from tpctl.system.errors import HostError
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
 

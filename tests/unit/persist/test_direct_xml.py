@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.engine_options import EngineOptions
-from agent.engines.iptables.engine import IptablesPlan
-from agent.persist import direct_xml
-from agent.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy, VirtualNetwork
+from tpctl.engines import direct
+from tpctl.engines.iptables.plan import IptablesPlan
+from tpctl.persist import direct_xml
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Dns, DnsCapture, Inbound, NameServer, Outbound, Policy, VirtualNetwork
 
 RICH = Policy(
     proxy_uid=5678,
@@ -52,15 +53,15 @@ OTHERS = """\
 )  # fmt: skip
 def test_in_and_out_again_is_the_same_file(content: str, plan: IptablesPlan) -> None:
     before = content.encode()
-    after = direct_xml.with_plan(before, plan)
+    after = direct_xml.with_rules(before, direct.of_plan(plan))
     assert direct_xml.holds_ours(after)
     assert not direct_xml.holds_ours(before)
     assert direct_xml.without_ours(after) == before
-    assert direct_xml.with_plan(after, plan) == after
+    assert direct_xml.with_rules(after, direct.of_plan(plan)) == after
 
 
 def test_an_element_without_content_is_opened() -> None:
-    after = direct_xml.with_plan(b"<direct/>\n", PLANS[0])
+    after = direct_xml.with_rules(b"<direct/>\n", direct.of_plan(PLANS[0]))
     assert after.startswith(b"<direct>\n  <chain ipv=")
     assert direct_xml.without_ours(after) == b"<direct>\n</direct>\n"
 
@@ -81,7 +82,7 @@ def test_only_ours_go_wherever_they_stand(pieces: list[str]) -> None:
     theirs = [element for element in ElementTree.fromstring(content) if not _owned(element)]
     assert [_value(element) for element in ElementTree.fromstring(rest)] == [_value(element) for element in theirs]
     assert rest.count(b"<!-- a > b -->") == content.count(b"<!-- a > b -->")
-    assert direct_xml.without_ours(direct_xml.with_plan(rest, PLANS[0])) == rest
+    assert direct_xml.without_ours(direct_xml.with_rules(rest, direct.of_plan(PLANS[0]))) == rest
 
 
 def _owned(element: ElementTree.Element) -> bool:
@@ -95,7 +96,7 @@ def _value(element: ElementTree.Element) -> tuple[str, dict[str, str], str | Non
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_chain_and_rule_of_the_plan_is_there_in_order(plan: IptablesPlan) -> None:
-    root = ElementTree.fromstring(direct_xml.with_plan(direct_xml.EMPTY, plan))
+    root = ElementTree.fromstring(direct_xml.with_rules(direct_xml.EMPTY, direct.of_plan(plan)))
     for rules in plan.families:
         ipv = f"ipv{int(rules.family)}"
         for table in rules.tables:
@@ -113,7 +114,7 @@ def test_every_chain_and_rule_of_the_plan_is_there_in_order(plan: IptablesPlan) 
 
 
 def _arguments(text: str) -> list[str]:
-    from agent.engines.iptables.rule import split
+    from tpctl.engines.iptables.rule import split
 
     return [word for word, _ in split(text)]
 
@@ -133,4 +134,4 @@ def _stored(root: ElementTree.Element, ipv: str, table: str, chain: str) -> list
 )
 def test_what_cannot_be_read_is_refused(content: str) -> None:
     with pytest.raises(direct_xml.UnreadableError):
-        direct_xml.with_plan(content.encode("latin-1"), PLANS[0])
+        direct_xml.with_rules(content.encode("latin-1"), direct.of_plan(PLANS[0]))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import ApplyError, HostError
-from agent.persist import files
+from tpctl.persist import files
+from tpctl.system.errors import ApplyError, HostError
 
 CONTEXT = b"system_u:object_r:firewalld_etc_rw_t:s0\0"
 
@@ -58,7 +58,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path, linked: bool) -> None:
     place = tmp_path / "tpctl.service" if linked else pipe
     if linked:
         place.symlink_to(pipe)
-    with pytest.raises(ApplyError, match=r"pipe is no file; it is as it was"):
+    with pytest.raises(ApplyError, match=r"pipe is not a file; it is unchanged"):
         files.replace(place, b"new", mode=0o644)
     assert pipe.is_fifo()
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", place.name}
@@ -70,7 +70,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(file: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path if step == "replace" else os, step, fail)
-    with pytest.raises(ApplyError, match="No space left on device; it is as it was"):
+    with pytest.raises(ApplyError, match="No space left on device; it is unchanged"):
         files.replace(file, b"new", mode=0o640)
     monkeypatch.undo()
     assert file.read_text() == "old"
@@ -79,7 +79,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(file: Path, monkeypatch:
 
 def test_killed_before_the_rename_the_old_file_counts(file: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from agent.persist import files\n"
+        "import os, sys; from pathlib import Path; from tpctl.persist import files\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "files.replace(Path(sys.argv[1]), b'new', mode=0o640)"
     )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import HostError, InputError
-from agent.persist import direct_xml, outlook, systemd
 from tests.unit.persist.test_direct_xml import PLANS
+from tpctl.engines import direct
+from tpctl.persist import direct_xml, neighbours, outlook, systemd, watch
+from tpctl.system.errors import HostError, InputError
 
 MAX_EXPOSURE = 1.5
 SYSTEM = Path("/usr/lib/systemd/system")
@@ -21,12 +22,21 @@ analyzed = pytest.mark.skipif(
 )
 
 
+def program(root: Path, name: str, text: str = "") -> None:
+    """A file that can be executed."""
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+    (root / name).chmod(0o755)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A host with systemd and a configuration."""
     units = tmp_path / "usr/lib/systemd/system"
     units.mkdir(parents=True)
     (units / "multi-user.target").write_text("[Unit]\n")
+    for name in ("usr/bin/tpctl", "opt/tpctl/bin/tpctl"):
+        program(tmp_path, name)
     (tmp_path / "etc/tpctl").mkdir(parents=True)
     (tmp_path / "etc/tpctl/config.yaml").write_text("kumaDPUser: kuma-dp\n")
     return tmp_path
@@ -52,7 +62,7 @@ def test_nothing_is_written_through_a_link(root: Path, tmp_path: Path) -> None:
     with pytest.raises(HostError) as refused:
         systemd.install(root, command="/usr/bin/tpctl")
     assert "tpctl.service is a symbolic link, not a unit file of tpctl's: remove it first" in str(refused.value)
-    assert "run `systemctl unmask tpctl-relay.service` first" in str(refused.value)
+    assert f"run `systemctl --root={root} unmask tpctl-relay.service` first" in str(refused.value)
     assert tree(root) == before
 
 
@@ -77,18 +87,41 @@ def test_installed_enabled_and_taken_away_again(root: Path, kuma: bool) -> None:
     done = systemd.install(root, command="/opt/tpctl/bin/tpctl")
     assert systemd.is_enabled(root)
     assert systemd.has_drop_in(root) is kuma
-    assert len(done) == 4 + kuma
+    assert len(done) == 9 + kuma
     units = "".join(text for name, text in tree(root).items() if name not in before)
     assert "ExecStart=/opt/tpctl/bin/tpctl install --config /etc/tpctl/config.yaml" in units
     assert ("ExecStartPre=+/opt/tpctl/bin/tpctl install" in units) is kuma
     assert "/usr/bin/tpctl" not in units
     assert systemd.install(root, command="/opt/tpctl/bin/tpctl") == ()
     assert systemd.install(root, command="/usr/bin/tpctl")
-    assert len(systemd.remove(root, dry_run=True)) == 4 + kuma
+    there = 8 + kuma + len(neighbours.links())
+    assert len(systemd.remove(root, dry_run=True)) == there
     assert systemd.is_enabled(root)
-    assert len(systemd.remove(root)) == 4 + kuma
+    assert len(systemd.remove(root)) == there
     assert tree(root) == before
     assert systemd.remove(root) == ()
+
+
+def watched(root: Path) -> list[str]:
+    text = (root / systemd.UNITS / watch.PATH).read_text()
+    return [line.removeprefix("PathChanged=") for line in text.splitlines() if line.startswith("PathChanged=")]
+
+
+def test_the_list_of_name_servers_is_watched_and_what_it_leads_to(root: Path) -> None:
+    systemd.install(root, command="/usr/bin/tpctl")
+    assert watched(root) == ["/etc/resolv.conf"]
+    assert (root / systemd.UNITS / watch.LINK).is_symlink()
+    (root / "etc/resolv.conf").symlink_to("../run/resolve/stub.conf")
+    (root / "run/resolve").mkdir(parents=True)
+    (root / "run/resolve/stub.conf").symlink_to("/run/resolve/own.conf")
+    systemd.install(root, command="/usr/bin/tpctl")
+    files = ["/etc/resolv.conf", "/run/resolve/stub.conf", "/run/resolve/own.conf"]
+    assert watched(root) == [*files, "/etc", "/run/resolve"], "links may be replaced"
+    (root / "run/resolve/own.conf").symlink_to("/etc/resolv.conf")  # in a circle
+    systemd.install(root, command="/usr/bin/tpctl")
+    assert watched(root) == [*files, "/etc", "/run/resolve"]
+    systemd.install(root, command="/usr/bin/tpctl", resolv_conf="/srv/a b/100%.conf")
+    assert watched(root) == ["/srv/a b/100%%.conf"]
 
 
 def test_what_a_killed_one_was_writing_goes(root: Path) -> None:
@@ -135,6 +168,46 @@ def test_a_command_in_a_home_is_within_reach_of_the_relay(root: Path) -> None:
     assert "ProtectHome=yes" in systemd.unit_text(systemd.RELAY, "/opt/bin/tpctl")
 
 
+ODD_NAMES = ["a b", "50%t", "a;b", "ünï", "$HOME", "a=b", "~"]
+
+
+@analyzed
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_command_may_lie_anywhere(tmp_path: Path, name: str) -> None:
+    """systemd itself reads the path out of the unit."""
+    command = tmp_path / name / "tpctl"
+    command.parent.mkdir()
+    for unit in (systemd.SERVICE, watch.SERVICE, systemd.RELAY, systemd.DROP_IN):
+        file = tmp_path / "tried.service"
+        text = systemd.unit_text(unit, str(command))
+        file.write_text(text if "ExecStart=" in text else f"{text}\nExecStart=/bin/true\n")
+        command.unlink(missing_ok=True)
+        assert f"{command} is not executable" in verify(file)
+        command.write_text("#!/bin/sh\n")
+        command.chmod(0o755)
+        assert "not executable" not in verify(file)
+
+
+def verify(unit: Path) -> str:
+    """What systemd-analyze says of a unit file."""
+    argv = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120).stderr
+
+
+@pytest.mark.parametrize("command", ["/tmp/venv/bin/tpctl", "/var/tmp/tpctl", "/run/user/0/venv/bin/tpctl"])
+def test_a_command_that_units_do_not_see_is_refused(command: str) -> None:
+    with pytest.raises(HostError, match="install tpctl elsewhere"):
+        systemd.install(command=command)
+
+
+def test_a_path_that_no_unit_file_can_hold_is_refused(root: Path) -> None:
+    before = tree(root)
+    for name in ("a\nExecStart=x", "\udcff", "it's", 'a"b', "back\\slash"):
+        with pytest.raises(HostError, match="cannot name"):
+            systemd.install(root, command=f"/opt/{name}/tpctl")
+    assert tree(root) == before
+
+
 def test_the_path_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = tmp_path / "tpctl"
     command.touch()
@@ -150,13 +223,13 @@ def test_what_the_next_boot_does(root: Path) -> None:
     (root / "usr/lib/systemd/system/kuma-dp.service").write_text("[Service]\n")
     systemd.install(root, command="/usr/bin/tpctl")
     service, kuma = outlook.next_boot(root)
-    assert service == "tpctl.service installs what /etc/tpctl/config.yaml says"
+    assert service == f"tpctl.service installs what {root}/etc/tpctl/config.yaml says"
     assert kuma.startswith("kuma-dp.service installs")
     (root / systemd.CONFIG).unlink()
     assert "but that file is missing" in outlook.next_boot(root)[0]
     systemd.remove(root)
     (root / "etc/firewalld").mkdir()
-    (root / "etc/firewalld/direct.xml").write_bytes(direct_xml.with_plan(direct_xml.EMPTY, PLANS[0]))
+    (root / "etc/firewalld/direct.xml").write_bytes(direct_xml.with_rules(direct_xml.EMPTY, direct.of_plan(PLANS[0])))
     assert "is not enabled" in outlook.next_boot(root)[0]
     wants = root / "etc/systemd/system/multi-user.target.wants"
     (wants / "firewalld.service").symlink_to("/usr/lib/systemd/system/firewalld.service")
@@ -171,21 +244,34 @@ def machine(root: Path) -> Path:
     shutil.copytree(SYSTEM, root / "usr/lib/systemd/system", symlinks=True, dirs_exist_ok=True)
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nkuma-dp:x:5678:5678::/:/bin/false\n")
     for name in ("usr/bin/tpctl", "usr/bin/kuma-dp", "bin/kill"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text("#!/bin/sh\n")
-        (root / name).chmod(0o755)
+        program(root, name, "")
     (root / "etc/systemd/system").mkdir(parents=True)
     text = "[Service]\nUser=kuma-dp\nExecStart=/usr/bin/kuma-dp run\n"
     (root / "etc/systemd/system/kuma-dp.service").write_text(text)
-    systemd.install(root, command="/usr/bin/tpctl")
+    (root / systemd.ENVOY_CONFIG).write_text("listeners: []\n")
+    systemd.install(root, command="/usr/bin/tpctl", envoy=True)
     return root
 
 
 @analyzed
-@pytest.mark.parametrize("unit", [systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, "kuma-dp.service"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        systemd.SERVICE,
+        *watch.UNITS,
+        neighbours.SERVICE,
+        systemd.RELAY,
+        systemd.RELAY_SOCKET,
+        systemd.ENVOY,
+        "kuma-dp.service",
+    ],
+)
 def test_systemd_finds_nothing_wrong(machine: Path, unit: str) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "verify", f"--root={machine}", unit], capture_output=True, text=True, check=False
+        ["systemd-analyze", "verify", "--man=no", f"--root={machine}", unit],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "tpctl" in line or "kuma-dp" in line]
     assert (done.returncode, ours) == (0, [])
@@ -211,15 +297,19 @@ def test_systemd_finds_what_is_wrong(machine: Path) -> None:
     path = machine / "etc/systemd/system" / systemd.SERVICE
     path.write_text(path.read_text().replace("/usr/bin/tpctl install", "/usr/bin/missing install"))
     done = subprocess.run(
-        ["systemd-analyze", "verify", f"--root={machine}", systemd.SERVICE], capture_output=True, text=True, check=False
+        ["systemd-analyze", "verify", "--man=no", f"--root={machine}", systemd.SERVICE],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "/usr/bin/missing" in done.stderr
 
 
 @analyzed
-def test_the_relay_is_hardly_exposed(machine: Path) -> None:
+@pytest.mark.parametrize("unit", [systemd.RELAY, systemd.ENVOY])
+def test_a_data_plane_is_hardly_exposed(machine: Path, unit: str) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", f"--root={machine}", systemd.RELAY],
+        ["systemd-analyze", "security", "--offline=true", f"--root={machine}", unit],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     found = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", done.stdout)
@@ -227,7 +317,41 @@ def test_the_relay_is_hardly_exposed(machine: Path) -> None:
     assert float(found[1]) <= MAX_EXPOSURE
 
 
+def test_envoy_is_started_at_boot_only_if_that_was_asked_for(root: Path) -> None:
+    systemd.install(root, command="/usr/bin/tpctl")
+    assert not systemd.is_enabled(root, systemd.ENVOY)
+    with pytest.raises(InputError, match=r"envoy\.yaml does not exist"):
+        systemd.install(root, command="/usr/bin/tpctl", envoy=True)
+    (root / systemd.ENVOY_CONFIG).write_text("listeners: []\n")
+    socket = root / "etc/systemd/system/sockets.target.wants" / systemd.RELAY_SOCKET
+    socket.parent.mkdir()
+    socket.symlink_to(f"/etc/systemd/system/{systemd.RELAY_SOCKET}")
+    before = tree(root)
+    with pytest.raises(InputError, match=rf"systemctl --root={root} disable tpctl-relay\.socket` first"):
+        systemd.install(root, command="/usr/bin/tpctl", envoy=True)
+    assert tree(root) == before
+    socket.unlink()
+    done = systemd.install(root, command="/usr/bin/tpctl", envoy=True)
+    assert f"enabled {systemd.ENVOY} in {root}" in done
+    assert systemd.is_enabled(root, systemd.ENVOY)
+    assert f"{systemd.ENVOY} has Envoy serve what {root}/etc/tpctl/envoy.yaml says" in outlook.next_boot(root)
+    assert systemd.install(root, command="/usr/bin/tpctl", envoy=True) == ()
+    # The command moves: the unit is renewed without being asked for again.
+    systemd.install(root, command="/opt/tpctl/bin/tpctl")
+    unit = (root / "etc/systemd/system" / systemd.ENVOY).read_text()
+    assert "ExecStart=/opt/tpctl/bin/tpctl envoy run ${TPCTL_ENVOY_FILE}" in unit
+    systemd.remove(root)
+    assert not [name for name in tree(root) if "envoy" in name and name.startswith("etc/systemd")]
+
+
 def test_the_units_are_at_the_top_of_the_repository_too() -> None:
     top = Path(__file__).resolve().parents[3] / "systemd"
-    for name in (systemd.SERVICE, systemd.RELAY, systemd.RELAY_SOCKET, systemd.DROP_IN):
+    for name in (
+        systemd.SERVICE,
+        neighbours.SERVICE,
+        systemd.RELAY,
+        systemd.RELAY_SOCKET,
+        systemd.ENVOY,
+        systemd.DROP_IN,
+    ):
         assert (top / name).read_text() == systemd.unit_text(name, systemd.SHIPPED_COMMAND)

@@ -7,10 +7,20 @@ from ipaddress import ip_network
 
 import pytest
 
-from agent.engines.ebpf.companion import INVALID_PACKETS, TABLE, companion_of
-from agent.engines.ebpf.plan import plan_for
-from agent.errors import InputError
-from agent.policy import Cgroup, Dns, DnsCapture, Inbound, Outbound, Policy, PortRange, VirtualNetwork, WhenProxyDown
+from tpctl.engines.ebpf.companion import GUARD, INVALID_PACKETS, TABLE, companion_of
+from tpctl.engines.ebpf.plan import plan_for
+from tpctl.spec.policy import (
+    Cgroup,
+    Dns,
+    DnsCapture,
+    Inbound,
+    Outbound,
+    Policy,
+    PortRange,
+    VirtualNetwork,
+    WhenProxyDown,
+)
+from tpctl.system.errors import InputError
 
 PLAIN = Policy(5678, dns=Dns(DnsCapture.ALL))
 DOCKER = (VirtualNetwork("docker0", ip_network("172.17.0.0/16")),)
@@ -23,7 +33,26 @@ def text(policy: Policy, *, chooses_sockets: bool = True) -> str:
 
 
 def test_the_programs_alone_do_what_only_sockets_see() -> None:
-    assert companion_of(replace(PLAIN, cgroup=Cgroup("a.slice", 1)), chooses_sockets=True) is None
+    assert companion_of(PLAIN, chooses_sockets=True) is None
+    unguarded = replace(PLAIN, guard_ports=False)
+    assert companion_of(replace(unguarded, cgroup=Cgroup("a.slice", 1)), chooses_sockets=True) is None
+
+
+def test_the_programs_guard_what_they_see_and_the_table_the_rest() -> None:
+    assert "guard" not in text(replace(PLAIN, drop_invalid=True))
+    for policy, chooses_sockets in (
+        (replace(PLAIN, virtual_networks=DOCKER), True),
+        (replace(PLAIN, inbound=Inbound(enabled=False)), False),
+    ):
+        table = text(policy, chooses_sockets=chooses_sockets)
+        assert "chain guard_input" in table
+        assert "guard_own" not in table, "the programs change destinations before that"
+    elsewhere = text(replace(PLAIN, virtual_networks=DOCKER, inbound=Inbound(port=16006)))
+    assert "elements = { 15001, 15053, 16006 }" in elsewhere
+    of_one_service = text(replace(PLAIN, cgroup=Cgroup("a.slice", 1)))
+    spared, owner = (of_one_service.index(part) for part in ('socket cgroupv2 level 1 "a.slice"', "meta skuid 5678"))
+    assert spared < owner
+    assert "chain guard_output" in of_one_service
 
 
 def test_without_sk_lookup_everything_that_arrives_is_left_to_the_table() -> None:
@@ -32,7 +61,8 @@ def test_without_sk_lookup_everything_that_arrives_is_left_to_the_table() -> Non
     assert table.startswith(f"table {TABLE} {{")
     assert "i6: excluded ports" in table
     assert "hook output" not in table
-    assert companion_of(replace(PLAIN, inbound=Inbound(enabled=False)), chooses_sockets=False) is None
+    outbound_only = replace(PLAIN, inbound=Inbound(enabled=False), guard_ports=False)
+    assert companion_of(outbound_only, chooses_sockets=False) is None
     programs = [program.name for program in plan_for(excluded, chooses_sockets=False).programs]
     assert "sk_lookup" not in programs
     assert "connect4" in programs
@@ -63,11 +93,11 @@ def test_bypass_is_refused_for_what_the_table_redirects() -> None:
     assert dropping.purposes == (INVALID_PACKETS,)
     with pytest.raises(InputError, match="virtual networks"):
         plan_for(replace(bypass, virtual_networks=DOCKER))
-    with pytest.raises(InputError, match="connections that arrive"):
+    with pytest.raises(InputError, match="inbound connections"):
         plan_for(bypass, chooses_sockets=False)
 
 
 def test_the_plan_shows_the_table_and_what_for() -> None:
     shown = plan_for(replace(PLAIN, virtual_networks=DOCKER, cgroup=Cgroup("app.slice", 1))).render()
-    assert "# nf_tables, for virtual networks\n" in shown
+    assert f"# nf_tables, for virtual networks, {GUARD}\n" in shown
     assert "program connect4 on the cgroup app.slice" in shown

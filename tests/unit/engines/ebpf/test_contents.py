@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.ebpf.contents import Contents, Settings, contents_for, describe
-from agent.engines.ebpf.plan import EbpfPlan
-from agent.engines.ebpf.programs import POLICY_MAPS
-from agent.errors import InputError
-from agent.policy import (
+from tpctl.bpf.programs import POLICY_MAPS
+from tpctl.engines.ebpf.contents import Contents, Settings, contents_for, describe
+from tpctl.engines.ebpf.plan import EbpfPlan
+from tpctl.spec.policy import (
     ALL_PORTS,
     MAX_UID,
     Dns,
@@ -31,6 +30,7 @@ from agent.policy import (
     WhenProxyDown,
     includes,
 )
+from tpctl.system.errors import InputError
 
 PLAIN = Policy(5678)
 UIDS = (0, 1, 2, 999, 1000, 2**31 - 1, 2**31, MAX_UID - 1, MAX_UID)

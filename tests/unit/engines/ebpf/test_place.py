@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.engines.ebpf import place
-from agent.errors import HostError
-from agent.host import cgroups
-from agent.policy import Cgroup
+from tpctl.engines.ebpf import place
+from tpctl.host import cgroups
+from tpctl.spec.policy import Cgroup
+from tpctl.system.errors import HostError
 
 BPFFS = place.BPFFS
 Mounts = dict[tuple[str, str], list[Path]]
@@ -29,7 +29,18 @@ def test_the_usual_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_behind_the_private_sys_of_ip_netns_exec(monkeypatch: pytest.MonkeyPatch) -> None:
     seen(monkeypatch, {("1", "bpf"): [BPFFS]}, {"thread-self": {"7"}, "1": {"1"}})
+    monkeypatch.setattr(place, "of_first", lambda found: Path("/proc/1/root", *found.parts[1:]))
     assert place.bpffs() == Path("/proc/1/root/sys/fs/bpf")
+
+
+def test_behind_a_process_1_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(found: Path) -> Path:
+        raise HostError(f"{found} of this host is out of reach")
+
+    seen(monkeypatch, {("1", "bpf"): [BPFFS]}, {"thread-self": {"7"}, "1": {"1"}})
+    monkeypatch.setattr(place, "of_first", refused)
+    with pytest.raises(HostError, match=r"the BPF file system /sys/fs/bpf of this host is out of reach; use --engine"):
+        place.bpffs()
 
 
 def test_one_that_is_not_mounted_yet_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +65,7 @@ def test_a_container_that_may_not_look_at_process_1(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_directory_that_holds_no_cgroups(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match=f"{tmp_path}/gone is no directory of control groups"):
+    with pytest.raises(HostError, match=f"{tmp_path}/gone is not a directory of control groups"):
         place.find(tmp_path / "gone", tmp_path)
 
 

@@ -9,13 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.iptables.backend import classify
-from agent.engines.iptables.parts import COMMENT_PREFIX, MULTIPORT_SLOTS, port_matches
-from agent.engines.iptables.rule import parse
-from agent.engines.iptables.ruleset import rules_for
-from agent.errors import HostError, InputError
-from agent.policy import Cgroup, Dns, DnsCapture, Family, Inbound, Outbound, Policy, PortRange, Protocol, VirtualNetwork
-from agent.runner import Finished
+from tpctl.engines.iptables.backend import classify
+from tpctl.engines.iptables.parts import COMMENT_PREFIX, MULTIPORT_SLOTS, port_matches
+from tpctl.engines.iptables.rule import parse
+from tpctl.engines.iptables.ruleset import rules_for
+from tpctl.spec.policy import (
+    Cgroup,
+    Dns,
+    DnsCapture,
+    Family,
+    Inbound,
+    Outbound,
+    Policy,
+    PortRange,
+    Protocol,
+    VirtualNetwork,
+)
+from tpctl.system.errors import HostError, InputError
+from tpctl.system.runner import Finished
 
 ports = st.integers(1, 65535)
 ranges = st.builds(lambda a, b: PortRange(min(a, b), max(a, b)), ports, ports)

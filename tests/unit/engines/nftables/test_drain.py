@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.engines.nftables import drain
-from agent.host import conntrack, proc
+from tpctl.engines.nftables import drain
+from tpctl.host import conntrack, proc
 
 REDIRECTED = (
     "ipv4     2 tcp      6 431999 ESTABLISHED src=10.0.0.1 dst=203.0.113.10 sport=24658 dport=8080 "

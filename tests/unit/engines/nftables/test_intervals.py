@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, ip_address, ip_network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.engines.nftables.intervals import merged_networks, merged_ports, merged_uids, ports_by_uids
-from agent.policy import (
+from tpctl.engines.nftables.intervals import merged_networks, merged_ports, merged_uids, ports_by_uids, uids_and_ports
+from tpctl.spec.policy import (
     ALL_PORTS,
     MAX_UID,
     Family,
@@ -69,3 +69,23 @@ def test_one_lookup_of_a_uid_finds_all_its_excluded_ports(wanted: list[UidExclus
 def test_everything_excluded_is_known_as_such() -> None:
     halves = (PortRange(1, 100), PortRange(101, 65535))
     assert list(ports_by_uids([UidExclusion(Protocol.TCP, halves, UidRange(5))], Protocol.TCP)) == [(ALL_PORTS,)]
+
+
+@given(st.lists(exclusions, max_size=6), UIDS, st.sampled_from(Protocol))
+def test_users_by_ports_and_pairs_exclude_what_is_given(
+    wanted: list[UidExclusion], uid: int, protocol: Protocol
+) -> None:
+    shared, pairs = uids_and_ports(wanted, protocol)
+    for port in (1, 2, 3, 4, 5, 7, 8, 9, 65533, 65534, 65535):
+        by_ports = any(includes(ports, port) and any(uid in one for one in uids) for ports, uids in shared.items())
+        by_pair = sum(uid in user and port in ports for user, ports in pairs)
+        expected = any(x.protocol is protocol and includes(x.ports, port) and uid in x.uids for x in wanted)
+        assert by_pair <= 1, "nf_tables refuses elements that overlap"
+        assert (by_ports or bool(by_pair)) == expected
+
+
+def test_users_that_lie_in_each_other_thousands_deep_are_not_told_apart() -> None:
+    nested = [UidExclusion(Protocol.TCP, (PortRange(1 + n),), UidRange(n, 100000)) for n in range(4000)]
+    shared, pairs = uids_and_ports(nested, Protocol.TCP)
+    assert not pairs
+    assert sum(len(ports) + len(uids) for ports, uids in shared.items()) == 8000

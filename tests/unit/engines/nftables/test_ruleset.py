@@ -9,15 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from agent.engines.nftables import cgroup
-from agent.engines.nftables.engine import NftablesPlan
-from agent.engines.nftables.parts import interface
-from agent.engines.nftables.probe import EVERYTHING
-from agent.engines.nftables.ruleset import table_for
-from agent.engines.nftables.table import COMMENT_LIMIT, Rule
-from agent.errors import InputError
-from agent.host import cgroups
-from agent.policy import Cgroup, Dns, DnsCapture, Family, NameServer, Outbound, Policy, PortRange, VirtualNetwork
+from tpctl.engines.nftables import cgroup
+from tpctl.engines.nftables.engine import NftablesPlan
+from tpctl.engines.nftables.parts import interface
+from tpctl.engines.nftables.probe import EVERYTHING
+from tpctl.engines.nftables.ruleset import table_for
+from tpctl.engines.nftables.table import COMMENT_LIMIT, Rule, Table
+from tpctl.host import cgroups
+from tpctl.spec.policy import (
+    Cgroup,
+    Dns,
+    DnsCapture,
+    Family,
+    NameServer,
+    Outbound,
+    Policy,
+    PortRange,
+    Protocol,
+    UidExclusion,
+    UidRange,
+    VirtualNetwork,
+)
+from tpctl.system.errors import InputError
 
 ALL_DNS = dataclasses.replace(EVERYTHING, dns=Dns(DnsCapture.ALL, tcp=True))
 POLICIES = (Policy(1), EVERYTHING, ALL_DNS, dataclasses.replace(EVERYTHING, families=frozenset({Family.IPV4})))
@@ -37,7 +50,7 @@ def test_every_called_chain_is_defined_and_every_set_is_used(policy: Policy) -> 
     table = table_for(policy)
     text = table.render()
     called = {chain.name for chain in table.chains if chain.hook is None}
-    assert set(re.findall(r"jump (\w+)", text)) == called
+    assert set(re.findall(r"(?:jump|goto) (\w+)", text)) == called
     assert set(re.findall(r"@(\w+)", text)) == {item.name for item in table.sets}
     assert all(chain.rules for chain in table.chains)
 
@@ -51,7 +64,16 @@ def test_no_rule_negates_an_owner(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_chain_of_nat_stands_at_the_priority_of_everybody(policy: Policy) -> None:
     priorities = {chain.hook.priority for chain in table_for(policy).chains if chain.hook and chain.hook.kind == "nat"}
-    assert priorities <= {-101, -99, -98}
+    assert priorities <= {-101, -99, -98, 99}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_order_of_chains_has_no_meaning(policy: Policy) -> None:
+    """Base chains stay when a policy is replaced, the others are made again, and one that comes back is the last."""
+    hooks = [chain.hook for chain in table_for(policy).chains]
+    based = [(hook.hook, hook.priority) for hook in hooks if hook]
+    assert len(set(based)) == len(based), "of two with the same priority the kernel runs the one made last first"
+    assert None not in hooks[: len(based)], "called chains keep their place behind those that stay"
 
 
 def test_a_family_that_is_left_alone_is_in_no_match() -> None:
@@ -83,9 +105,35 @@ def test_thousands_of_exclusions_are_one_rule() -> None:
     few = table_for(Policy(1, outbound=Outbound(exclude_ports=ports[:1], exclude_destinations=networks[:1])))
     assert [len(chain.rules) for chain in many.chains] == [len(chain.rules) for chain in few.chains]
     assert {item.name.rpartition("_")[0]: len(item.elements) for item in many.sets} == {
+        "guarded_ports": 3,
+        "this_host_v4": 2,
+        "this_host_v6": 3,
         "excluded_outbound_ports": 2000,
         "excluded_destinations_v4": 2500,
     }
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_thousands_of_users_with_ports_of_their_own_are_one_rule_and_one_set(width: int) -> None:
+    def table(count: int) -> Table:
+        excluded = (
+            UidExclusion(Protocol.TCP, (PortRange(1 + n, n + width),), UidRange(1000 + 2 * n)) for n in range(count)
+        )
+        return table_for(Policy(1, outbound=Outbound(exclude_uids=tuple(excluded))))
+
+    few, many = table(2), table(8000)
+    assert [len(chain.rules) for chain in many.chains] == [len(chain.rules) for chain in few.chains]
+    assert len(many.sets) == len(few.sets)
+    assert max(len(item.elements) for item in many.sets) == 8000
+
+
+def test_ranges_of_users_with_ports_of_their_own_need_no_set() -> None:
+    excluded = tuple(
+        UidExclusion(Protocol.TCP, (PortRange(1 + n),), UidRange(1000 * n, 1000 * n + 500)) for n in range(4000)
+    )
+    assert not [
+        item for item in table_for(Policy(1, outbound=Outbound(exclude_uids=excluded))).sets if "uids" in item.name
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from agent.engines.nftables import drain
-from agent.engines.nftables.nft import Objects
-from agent.engines.nftables.scratch import blocks
-from agent.engines.nftables.table import Chain, Hook, Rule, Set, Table
-from agent.engines.nftables.transaction import preparation, replacement
+from tpctl.engines.nftables import drain
+from tpctl.engines.nftables.nft import Objects
+from tpctl.engines.nftables.scratch import blocks
+from tpctl.engines.nftables.table import Chain, Hook, Rule, Set, Table
+from tpctl.engines.nftables.transaction import preparation, replacement
 
 WANTED = Table(
     (Set("ports", "inet_service", ("22",)),),
@@ -74,6 +74,7 @@ def test_a_set_that_is_not_there_is_prepared() -> None:
         ({"range": [80, 90]}, "80-90"),
         ({"prefix": {"addr": "10.0.0.0", "len": 8}}, "10.0.0.0/8"),
         ({"elem": {"val": {"range": [80, 90]}}}, "80-90"),
+        ({"concat": [1000, {"range": [80, 90]}]}, "1000 . 80-90"),
     ],
 )
 def test_elements_are_recognized_however_they_are_listed(listed_as: object, element: str) -> None:

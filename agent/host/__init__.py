@@ -1,1 +1,0 @@
-"""Read-only facts about the host: users, resolvers, interfaces, tools, listening sockets."""

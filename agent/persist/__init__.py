@@ -1,1 +1,0 @@
-"""What makes an installation come back: firewalld's direct rules, and systemd's units."""

@@ -1,0 +1,78 @@
+"""Rules of others that act on redirected connections, and those that would not without the redirect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tpctl.arrival import journey, walk
+from tpctl.arrival.journey import Trip
+from tpctl.arrival.owners import Owner, owner_of
+from tpctl.arrival.packets import Matching, Packet
+from tpctl.arrival.remedies import keeping, remedy
+from tpctl.engines.foreign import ENDS, Place, Table, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A rule or policy of somebody else's that acts on a packet of a connection."""
+
+    place: Place
+    verdict: Verdict
+    extent: Matching
+    """How many of the packets: ALL, SOME, or PERHAPS some."""
+    packet: Packet
+
+    @property
+    def owner(self) -> Owner:
+        """Whose it looks like."""
+        return owner_of(self.place)
+
+    @property
+    def remedy(self) -> str | None:
+        """What lets such packets pass; None where it ends nothing, or is a rule of tpctl's own, which means it."""
+        if self.verdict not in ENDS or self.owner is Owner.TPCTL:
+            return None
+        return remedy(self.owner, self.place, self.packet)
+
+
+def advice(found: Obstacle) -> str | None:
+    """The command, and how to keep it."""
+    kept = keeping(found.owner, found.place)
+    return f"{found.remedy}{f' ({kept})' if kept else ''}" if found.remedy else None
+
+
+def on_the_way(tables: Sequence[Table], trip: Trip, *, with_nat: bool = True) -> tuple[Obstacle, ...]:
+    """Everything that acts on the packets of a connection, in their order. Pure."""
+    found = (
+        Obstacle(stop.place, stop.verdict, stop.extent, packet)
+        for packet in journey.packets(trip)
+        for stop in walk.stops(tables, packet, with_nat=with_nat)
+        if stop.verdict is not Verdict.ACCEPT
+    )
+    return tuple(found)
+
+
+def brought_about(tables: Sequence[Table], trips: Iterable[Trip]) -> tuple[Obstacle, ...]:
+    """What certainly ends more connections with the redirect than without it, each place once. Pure.
+
+    One of both families is told twice where the remedy is another.
+    """
+    found: dict[tuple[str, str | None], Obstacle] = {}
+    for trip in trips:
+        for obstacle in _worsened(tables, trip):
+            found.setdefault((obstacle.place.text, obstacle.remedy), obstacle)
+    return tuple(found.values())
+
+
+def _worsened(tables: Sequence[Table], trip: Trip) -> Iterator[Obstacle]:
+    without = {
+        key: {stop.place.text: stop.extent for stop in walk.stops(tables, packet, with_nat=False)}
+        for key, packet in journey.counterparts(trip).items()
+    }
+    for obstacle in on_the_way(tables, trip, with_nat=False):
+        if obstacle.verdict not in ENDS or obstacle.extent < Matching.SOME:
+            continue
+        before = without.get((obstacle.packet.hook, obstacle.packet.is_reply), {})
+        if obstacle.extent > before.get(obstacle.place.text, Matching.NEVER):
+            yield obstacle

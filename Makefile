@@ -84,7 +84,7 @@ test-envoy-run: dev ## every secret of `tpctl envoy run` replaced in every way, 
 
 test-prometheus: dev ## metrics, alert rules and dashboard against Prometheus' own promtool (96 MB installed)
 	@.ci/packages prometheus
-	@$(BIN)/python -m pytest tests/unit/cli/test_textfile.py tests/netns/test_json.py
+	@$(BIN)/python -m pytest tests/unit/cli/printing/test_textfile.py tests/netns/test_json.py
 
 test-crash: dev ## killed and failing at every system call that changes anything, and 50 commands at once (STEP=5: every fifth)
 	@.ci/packages $(TEST_PACKAGES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from delivery import CHECKOUT, NAME, epoch, man
 from tpctl import __version__
-from tpctl.cli import completing
+from tpctl.cli.complete import completing
 from tpctl.cli.main import tpctl
 
 PACKAGE = CHECKOUT / "agent/tpctl"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tpctl.cli import completing
+from tpctl.cli.complete import completing
 
 COMMAND = Path(sys.executable).with_name("tpctl")
 

@@ -14,7 +14,7 @@ import pytest
 from tests.netns.lab import run, tpctl
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import RELAY_USER, Net
-from tpctl.cli import probing
+from tpctl.cli.options import probing
 
 ENGINES = {
     "nftables": ("--engine", "nftables"),

@@ -159,7 +159,7 @@ def test_a_kernel_that_does_something_else_is_found_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The policy that is judged excludes a port, the one that is carried out does not: exit code 3."""
-    from tpctl.cli import verify as verify_command
+    from tpctl.cli.commands import verify as verify_command
     from tpctl.engines import registry
 
     original = registry.select

@@ -26,13 +26,15 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """The folder a module is in; those of the relay are rooms of their own.
+    """The folder a module is in; those of the relay and of the command line are rooms of their own.
 
     >>> room("tpctl.engines.nftables.nft"), room("tpctl.relay.dns.zone"), room("tpctl.system"), room("tpctl")
     ('engines', 'relay/dns', 'system', '')
+    >>> room("tpctl.cli.main"), room("tpctl.cli.commands.install")
+    ('cli', 'cli/commands')
     """
     words = module.split(".")[1:]
-    depth = 2 if words[:1] == ["relay"] else 1
+    depth = 2 if words[:1] in (["relay"], ["cli"]) else 1
     is_folder = (PACKAGE / Path(*words)).is_dir()
     return "/".join(words[:depth] if is_folder or len(words) > depth else words[:-1])
 

@@ -1,4 +1,5 @@
-"""The command line, one module per command. May import everything; nothing imports it.
+"""The command line: `main` finds the command. May import everything; nothing imports it.
 
-Modules are imported when a command needs them, because Python's imports are most of what a user waits for.
+Its rooms, each importing those before it: `printing`, `complete`, `options`, `commands`. Modules are imported when a
+command needs them, because Python's imports are most of what a user waits for.
 """

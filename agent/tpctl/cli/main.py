@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from tpctl import __version__
-from tpctl.cli import streams
-from tpctl.cli.conventions import Group, Run, common_options, default_colour, without_former
+from tpctl.cli.options.conventions import Group, Run, common_options, default_colour, without_former
+from tpctl.cli.printing import streams
 from tpctl.system.errors import TpctlError, described
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ COMMANDS = {
     "completion": "print what lets bash, zsh or fish complete commands and values",
     "version": "print the version",
 }
-"""Each is the function `command` of the module `tpctl.cli.<name>`, imported only when it is called."""
+"""Each is the function `command` of the module `tpctl.cli.commands.<name>`, imported only when it is called."""
 
 KUMACTLS = ("--no-config", "--config-file", "--api-timeout")
-"""Flags that kumactl has before its commands (`tpctl.cli.former_flags`)."""
+"""Flags that kumactl has before its commands (`tpctl.cli.options.former_flags`)."""
 WATCH_THEIR_OUTPUT = ("top",)
 """Those that print until somebody ends them see for themselves whether anybody still listens."""
 
@@ -70,7 +70,7 @@ class LazyGroup(Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Leave out what kumactl takes before its commands."""
         if args and args[0].partition("=")[0] in KUMACTLS:
-            from tpctl.cli import former_flags
+            from tpctl.cli.options import former_flags
 
             args = without_former(args, former_flags.GLOBAL)
         return super().parse_args(ctx, args)
@@ -83,7 +83,7 @@ class LazyGroup(Group):
         """The subcommand, or None when there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"tpctl.cli.{cmd_name}")
+        module = importlib.import_module(f"tpctl.cli.commands.{cmd_name}")
         command = cast(click.Command, module.command)
         common_options(command)
         return command
@@ -136,7 +136,7 @@ def main() -> None:
     gc.set_threshold(COLLECTED_EVERY)
     streams.fill_gaps()
     if "_TPCTL_COMPLETE" in os.environ:
-        from tpctl.cli import completing
+        from tpctl.cli.complete import completing
 
         completing.register()
     printed = streams.Streams()
@@ -144,7 +144,7 @@ def main() -> None:
     try:
         code = _run(run)
         if run.problems and _wants_json(sys.argv[1:]):
-            from tpctl.cli import output
+            from tpctl.cli.printing import output
 
             output.as_json("Error", {"exitCode": code, "problems": run.problems})
         if (failure := printed.failure()) is not None:

@@ -17,7 +17,7 @@ from tpctl.system.input_files import STDIN, UnusableFileError, read_configuratio
 PREFIXES = ("KUMA_TRANSPARENT_PROXY_", "TPCTL_")
 """Of environment variables; the later one wins."""
 NO_POLICY = frozenset({"PROBE"})
-"""Variables that the command line itself reads (`tpctl.cli.probing`)."""
+"""Variables that the command line itself reads (`tpctl.cli.options.probing`)."""
 MAX_COMPLAINTS = 100
 """Of one source. Nobody reads more of them, and to find what each might mean takes its time."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.config.resolving import FakeHost, problems, resolved
-from tpctl.cli.print_config import as_yaml
+from tpctl.cli.printing.print_config import as_yaml
 from tpctl.config import traffic
 from tpctl.config.load import load
 from tpctl.config.resolve import resolve

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.config.resolving import FakeHost, dns_socket, problems, resolved
-from tpctl.cli.print_config import as_yaml
+from tpctl.cli.printing.print_config import as_yaml
 from tpctl.config.load import load
 from tpctl.config.resolve import Resolved, resolve
 from tpctl.spec.policy import Cgroup, DnsCapture, Family, Policy

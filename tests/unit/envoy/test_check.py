@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from tests.netns.relay.certificates import Pki, run
 from tests.netns.relay.net import public_directory
 from tests.unit.envoy.examples import EVERYTHING, settings, write_files
-from tpctl.cli.envoy import command
+from tpctl.cli.commands.envoy import command
 from tpctl.envoy import binary
 from tpctl.envoy.fit import misfits
 from tpctl.spec.policy import Family, Inbound, Policy, PortRange

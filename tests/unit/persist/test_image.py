@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.unit.persist.test_systemd import analyzed, program, root, tree
-from tpctl.cli import persist
+from tpctl.cli.commands import persist
 from tpctl.persist import image, outlook, systemd
 from tpctl.system.errors import HostError, InputError
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpctl.cli.output import as_json
-from tpctl.cli.streams import Stream
+from tpctl.cli.printing.output import as_json
+from tpctl.cli.printing.streams import Stream
 from tpctl.system import child, runner, text
 
 ODD = b"x\xffy \xe9 \xed\xa0\x80 \xf0\x9f\x98\x80"

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpctl.cli.relay import command
+from tpctl.cli.commands.relay import command
 from tpctl.relay.connections import dials
 from tpctl.relay.connections.dials import Dial, SelfDialGuard
 from tpctl.relay.loop.complaints import PERIOD_SECONDS, Complaints

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.relay.settings.examples import FULL, assert_problems, settings
-from tpctl.cli.relay import command
+from tpctl.cli.commands.relay import command
 from tpctl.config.values import BadValueError
 from tpctl.relay.settings import section as config_section
 from tpctl.relay.settings.file import load, settings_of

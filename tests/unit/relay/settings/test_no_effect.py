@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tpctl.cli.relay import command
+from tpctl.cli.commands.relay import command
 from tpctl.config.values import BadValueError
 from tpctl.config.yaml_text import parse_yaml
 from tpctl.relay.dns.zone_file import parse_yaml_zone

@@ -16,24 +16,20 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from typing import NamedTuple
 
-from tpctl.relay.connections.acceleration import Accelerator, ChattyFlow, RedirectedFlow
-from tpctl.relay.connections.dialling import Dialling, Exchange
-from tpctl.relay.connections.dials import Dial
+from tpctl.relay.connections.acceleration import ChattyFlow, RedirectedFlow
+from tpctl.relay.connections.dialling import Dialling
 from tpctl.relay.connections.end_flow import EndFlow
 from tpctl.relay.connections.ends import End, PlainEnd, TlsEnd
 from tpctl.relay.connections.handshake import Handshake
-from tpctl.relay.connections.pump import DONE, END, READ, WRITE, Flow, PipePool, Wish
+from tpctl.relay.connections.plan import Context, Plan, UpstreamTls
+from tpctl.relay.connections.pump import DONE, END, READ, WRITE, Flow, Wish
 from tpctl.relay.connections.socket_options import keep_alive
 from tpctl.relay.connections.states import Ending, State
-from tpctl.relay.connections.tls import Tls
-from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.failures import shown
 from tpctl.relay.loop.original_destination import Destination
-from tpctl.relay.settings.listen import Keepalive
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _UNWATCHED = -1
@@ -41,45 +37,7 @@ _MAY_BE_HALF_CLOSED = (DONE, WRITE)
 """A source that is not read, because its sink is full, may have ended as well."""
 _TCP_CLOSE = 7
 """net/tcp_states.h: a socket whose peer has reset it."""
-
-
-class Context(NamedTuple):
-    """What all connections of a worker share."""
-
-    exchange: Exchange
-    pool: PipePool
-    buffer: memoryview
-    accelerator: Accelerator | None = None
-
-
 AnyFlow = Flow | EndFlow | RedirectedFlow
-
-
-class UpstreamTls(NamedTuple):
-    """How TLS to an upstream is begun."""
-
-    tls: Tls
-    deadlines: Deadlines[Handshake]
-
-
-class Plan(NamedTuple):
-    """What becomes of a connection."""
-
-    dials: Sequence[Dial]
-    deadlines: Deadlines[Dialling]
-    idle: float = 0.0
-    """Seconds without a byte, after which it ends; 0 is for ever."""
-    half_closed: float = 0.0
-    """The same once one side has ended."""
-    keepalive: Keepalive | None = None
-    """Of both sides, once one has ended or does not take what the other sends."""
-    header: bytes = b""
-    """What the upstream is told first."""
-    client: TlsEnd | None = None
-    """The client's end, if there is TLS on it."""
-    upstream_tls: UpstreamTls | None = None
-    reached: Callable[[float], None] | None = None
-    """Told when an upstream is reached, by time.monotonic()."""
 
 
 class Connection:

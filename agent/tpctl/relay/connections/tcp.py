@@ -12,10 +12,11 @@ from tpctl.host import conntrack
 from tpctl.relay.connections import tally
 from tpctl.relay.connections.acceptor import LIMIT_REACHED, OUT_OF_ROOM, Acceptor
 from tpctl.relay.connections.clients import Client, total
-from tpctl.relay.connections.connection import RESET_ON_CLOSE, Connection, Context, Plan, UpstreamTls
+from tpctl.relay.connections.connection import RESET_ON_CLOSE, Connection
 from tpctl.relay.connections.dialling import Dialling
 from tpctl.relay.connections.dials import Dial
 from tpctl.relay.connections.handshake import Handshake
+from tpctl.relay.connections.plan import Context, Plan, UpstreamTls
 from tpctl.relay.connections.proxy_protocol import announce
 from tpctl.relay.connections.reception import Guest, Reception, told
 from tpctl.relay.connections.route import Refusal, Route

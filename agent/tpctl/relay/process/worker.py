@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from tpctl.relay.connections import routes, tally, tls
 from tpctl.relay.connections.acceleration import Accelerator
-from tpctl.relay.connections.connection import Context
 from tpctl.relay.connections.dialling import Exchange, OwnDial
 from tpctl.relay.connections.dials import SelfDialGuard
 from tpctl.relay.connections.held_ports import HeldPorts
 from tpctl.relay.connections.hops import Link
+from tpctl.relay.connections.plan import Context
 from tpctl.relay.connections.pump import BUFFER_SIZE, PipePool
 from tpctl.relay.connections.route import Route, Surroundings
 from tpctl.relay.connections.sockmap import Sockmap

@@ -44,6 +44,7 @@ _VERSIONS = {
     "python-iptables": (PYTHON, "-c", "from importlib import metadata; print(metadata.version('python-iptables'))"),
     "legacy rules by": (PYTHON, "-m", "tests.userspace.way"),
 }
+_AS_MAKE_TEST = ("--numprocesses", "3", "--dist", "loadfile", "--no-loadscope-reorder")
 _SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|errors)\b")
 _EQUIVALENCE = re.compile(r"^(\S+) +(\d+) +(\d+) +(\d+) +[\d.]+$", re.MULTILINE)
 _MARK = "<!-- make test-userspace -->"
@@ -62,10 +63,11 @@ def examine(release: str, policies: int) -> Column:
     """Everything of one release. What went wrong is printed as a whole."""
     column = Column(release)
     with Room(chroot(release)) as room:
+        began = time.monotonic()
         for name, text, failed in itertools.chain(_prepared(room), _examined(room, policies)):
             column.cells[name] = text
             column.failed |= failed
-            print(f"{release}: {name}: {text}", flush=True)
+            print(f"{time.monotonic() - began:5.0f} s {release}: {name}: {text}", flush=True)
             if name == "make dev" and failed:
                 break
     return column
@@ -100,7 +102,7 @@ def _examined(room: Room, policies: int) -> Iterator[tuple[str, str, bool]]:
 
 
 def _tested(room: Room, *arguments: str) -> tuple[str, bool]:
-    done = room.run(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    done = room.run(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_AS_MAKE_TEST, *arguments)
     if done.returncode:
         print(done.stdout)
     counts = _SUMMARY.findall(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")

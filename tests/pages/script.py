@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-START = "<!-- play -->\n"
+_START = re.compile(r"<!-- play(?:, with (?P<program>\S+))? -->\n")
 ELLIPSIS = "…"
 _PART = re.compile(
     r"(?:<!-- needs: (?P<needs>\S+) -->\n)?"
-    r"(?:<!-- play: (?P<hidden>.*?)-->|(?P<skipped><!-- not played: [^>]*-->\n)?```console\n(?P<shown>.*?)```)",
+    r"(?:<!-- play: (?P<hidden>.*?)-->"
+    r"|<!-- write: (?P<file>\S+) -->\n```\w*\n(?P<content>.*?)```"
+    r"|(?P<skipped><!-- not played: [^>]*-->\n)?```console\n(?P<shown>.*?)```)",
     re.DOTALL,
 )
-_COMMAND = re.compile(r"(?:# |\$ |(?P<elsewhere>me@client\$ ))(?P<command>.+)")
+_COMMAND = re.compile(r"(?P<prompt>(?:[a-z]+(?:@[a-z]+)?)?[#$]) (?P<command>.+)")
+_HOST = re.compile(r"[a-z]*#|\$")
+"""Prompts on our host; others are those of another machine."""
 _VARIES = (
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?"), "TIME"),
     (re.compile(r"\[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\]"), "[TIME]"),
@@ -34,29 +38,44 @@ _VARIES = (
 class Step:
     """A command and what the page says it prints. `place` is where that stands in the page.
 
-    `needs` is a program without which the command is left out.
+    `prompt` is the terminal in which it is typed; `needs` a program without which it is left out.
     """
 
     command: str
     place: tuple[int, int]
     said: str
     is_hidden: bool = False
-    is_elsewhere: bool = False
+    prompt: str = "#"
     needs: str | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is typed on another machine."""
+        return _HOST.fullmatch(self.prompt) is None
 
 
 def played() -> list[str]:
     """The pages that are played, by their paths below the top of the repository."""
     pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    return [str(page.relative_to(ROOT)) for page in pages if START in page.read_text(encoding="utf-8")]
+    return [str(page.relative_to(ROOT)) for page in pages if _START.search(page.read_text(encoding="utf-8"))]
+
+
+def needed(page: str) -> str | None:
+    """The program without which nothing of a page can be played."""
+    start = _START.search(page)
+    return start and start["program"]
 
 
 def steps(page: str) -> Iterator[Step]:
     """The commands of a page, in order."""
-    begin = page.index(START) + len(START)
-    for part in _PART.finditer(page, begin):
+    start = _START.search(page)
+    assert start is not None
+    for part in _PART.finditer(page, start.end()):
         if part["hidden"]:
             yield Step(part["hidden"].strip(), part.span("hidden"), "", is_hidden=True, needs=part["needs"])
+        elif part["file"]:
+            command = f"cat >{part['file']} <<'END OF FILE'\n{part['content']}END OF FILE"
+            yield Step(command, part.span("content"), "", is_hidden=True, needs=part["needs"])
         elif not part["skipped"]:
             yield from _block(part["shown"], part.start("shown"), part["needs"])
 
@@ -78,7 +97,7 @@ def _block(text: str, offset: int, needs: str | None) -> Iterator[Step]:
         while number < len(lines) and not _COMMAND.fullmatch(lines[number].rstrip("\n")):
             said += lines[number]
             number += 1
-        yield Step(command, (offset, offset + len(said)), said, False, bool(match["elsewhere"]), needs)
+        yield Step(command, (offset, offset + len(said)), said, prompt=match["prompt"], needs=needs)
         offset += len(said)
 
 

@@ -2,9 +2,10 @@
 
     unshare ... python -m tests.pages.stage PAGE      prints a JSON list of what each command printed
 
-It has its own processes, network, /etc, /run and /var/lib; what commands write elsewhere would be written for good.
+It has its own processes, network, /etc, /run, /srv and /var/lib/tpctl; what is written elsewhere is written for good.
 The host has the addresses 10.0.0.5 and fd00::5, the users kuma-dp (uid 5678) and app (uid 1000), and a route to the
-client, 10.0.0.9 and fd00::9, which answers for example.com too, at 203.0.113.10.
+client, 10.0.0.9 and fd00::9, which answers for example.com too, at 203.0.113.10. The client's files are the host's: ssh
+and scp stay here.
 """
 
 from __future__ import annotations
@@ -16,32 +17,49 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.hidden import ROOT_DIRECTORY
 from tests.pages.script import ROOT, Step, steps
 
 PATIENCE_SECONDS = 60.0
+_SEARCHED = f"{sysconfig.get_path('scripts')}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_END = "that was its output:"
 # The shell is process 1 there: it takes in what has ended in the background.
 APART = (
     *("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"),
     *("bash", "-c", '"$@"; exit $?', "-"),
 )
 _HERE = Path("/run/here")
-_SETTING = """
+_SETTING = r"""
 set -e
 mount --make-rprivate /
 mkdir -p /run/tpctl-etc && mount -t tmpfs none /run/tpctl-etc
 cp -a /etc/. /run/tpctl-etc && mount --rbind /run/tpctl-etc /etc
-mount -t tmpfs none /run && mkdir -p /run/here /run/netns /run/lock
+mount -t tmpfs none /run && mkdir -p /run/here /run/netns /run/lock /run/bin
+mount -t tmpfs none /srv
+cat >/run/bin/ssh <<'END'
+#!/bin/bash
+shift; exec "$@"
+END
+cat >/run/bin/scp <<'END'
+#!/bin/bash
+[ "$1" != -q ] || shift
+cp "${@/#*:/}"
+END
+chmod +x /run/bin/*
 for folder in /var/lib/tpctl /var/cache/tpctl; do if [ -d $folder ]; then mount -t tmpfs none $folder; fi; done
 rm -rf /etc/tpctl
 sed -i -E '/^(kuma-dp|app):|:(5678|1000):/d' /etc/passwd
+sed -i -E '/^(kuma-dp|app):|:(5678|1000):/d' /etc/group
 echo 'kuma-dp:x:5678:5678::/nonexistent:/usr/sbin/nologin' >>/etc/passwd
+echo 'kuma-dp:x:5678:' >>/etc/group
 echo 'app:x:1000:1000::/:/bin/sh' >>/etc/passwd
 echo 'nameserver 10.0.0.53' >/run/resolv.conf
 rm -f /etc/resolv.conf && cp /run/resolv.conf /etc/resolv.conf
-printf '127.0.0.1 localhost\\n203.0.113.10 example.com\\n' >/etc/hosts
+printf '127.0.0.1 localhost\n203.0.113.10 example.com\n' >/etc/hosts
 ip link set lo up
 ip netns add client
 ip link add eth0 type veth peer name eth0 netns client
@@ -61,47 +79,64 @@ until curl --silent --output /dev/null http://example.com; do sleep 0.1; done
 """
 
 
+class Terminal:
+    """A shell, to which commands are typed one after the other."""
+
+    def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
+        self._shell = subprocess.Popen(
+            [*words, "bash", "--norc"], cwd=_HERE, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert self._shell.stdin is not None
+        self._shell.stdin.write("shopt -s expand_aliases\n")
+
+    def type(self, command: str) -> tuple[int, str]:
+        """Type a command; its exit code, and what it printed. Raises SystemExit if it takes too long."""
+        stdin, stdout = self._shell.stdin, self._shell.stdout
+        assert stdin is not None
+        assert stdout is not None
+        # What goes on in the background is not the shell's job: it would tell of its end.
+        stdin.write(f"{{ {command}\n}} </dev/null; printf '\\n{_END} %d\\n' $?; disown -a\n")
+        stdin.flush()
+        patience = threading.Timer(PATIENCE_SECONDS, self._shell.kill)
+        patience.start()
+        printed = ""
+        for line in stdout:
+            if line.startswith(_END):
+                patience.cancel()
+                return int(line.split()[-1]), printed[:-1]
+            printed += line
+        raise SystemExit(f"{command}: not done in {PATIENCE_SECONDS:.0f} s\n{printed}")
+
+
 def play(page: str) -> list[str]:
     """Run the commands of a page here; what each printed."""
     subprocess.run(["bash", "-c", _SETTING], check=True, timeout=PATIENCE_SECONDS, stdout=2)
-    scripts = sysconfig.get_path("scripts")
     environment = {
-        "PATH": f"{scripts}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": f"/run/bin:{_SEARCHED}",
         "HOME": "/root",
         "LC_ALL": "C.UTF-8",
         "COLUMNS": "100",
     }
-    return [_printed(step, environment) for step in steps(page)]
+    terminals: dict[str, Terminal] = {}
+    printed = []
+    for step in steps(page):
+        if step.needs and not is_here(step.needs):
+            printed.append(step.said)
+            continue
+        if step.prompt not in terminals:
+            where = ("ip", "netns", "exec", "client") if step.is_elsewhere else ()
+            terminals[step.prompt] = Terminal(where, environment)
+        code, said = terminals[step.prompt].type(step.command)
+        if step.is_hidden and code:
+            raise SystemExit(f"{step.command}: exit code {code}\n{said}")
+        printed.append("" if step.is_hidden else said)
+    return printed
 
 
-def _printed(step: Step, environment: dict[str, str]) -> str:
-    if step.needs and not _is_here(step.needs, environment["PATH"]):
-        return step.said
-    words = ["bash", "-c", step.command]
-    if step.is_elsewhere:
-        words = ["ip", "netns", "exec", "client", *words]
-    # A file, not a pipe: what goes on in the background would keep a pipe open.
-    with (_HERE / ".printed").open("w+", encoding="utf-8") as output:
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=_HERE,
-            env=environment,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
-        output.seek(0)
-        printed = output.read()
-    if step.is_hidden and done.returncode:
-        raise SystemExit(f"{step.command}: exit code {done.returncode}\n{printed}")
-    return "" if step.is_hidden else printed
-
-
-def _is_here(program: str, path: str) -> bool:
+def is_here(program: str) -> bool:
     """Whether there is such a program, and every user may start it: the checkout may be hidden from others."""
-    found = shutil.which(program, path=path)
+    found = shutil.which(program, path=_SEARCHED)
     return found is not None and all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(found).resolve().parents)
 
 

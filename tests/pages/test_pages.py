@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.extent import takes_long
-from tests.pages.script import agrees, played, steps
-from tests.pages.stage import played_apart
+from tests.pages.script import ROOT, agrees, needed, played, steps
+from tests.pages.stage import is_here, played_apart
 
-IN_SHORT = ("README.md", "docs/tutorial-relay.md")
+IN_SHORT = ("README.md", "docs/tutorial-relay.md", "docs/envoy-tutorial.md", "docs/envoy-gateway.md")
 
 
 @pytest.mark.root
@@ -16,6 +16,9 @@ IN_SHORT = ("README.md", "docs/tutorial-relay.md")
     "name", [name if name in IN_SHORT else pytest.param(name, marks=takes_long) for name in played()]
 )
 def test_every_command_prints_what_the_page_says(name: str) -> None:
+    program = needed((ROOT / name).read_text(encoding="utf-8"))
+    if program is not None and not is_here(program):
+        pytest.skip(f"{name} needs {program}, which every user may start")
     # Where others keep every processor busy, a probe may be given up that would have arrived.
     wrong = _wrong(name) and _wrong(name)
     assert not wrong, "write it anew: .venv/bin/python -m tests.pages " + name + "\n" + "\n".join(wrong)

@@ -15,6 +15,7 @@ from tpctl.arrival import aftermath
 from tpctl.arrival.cable import TYPE_OF_SERVICE
 from tpctl.arrival.model import PATIENCE_SECONDS, Fate, Kind, Outcome, Probe
 from tpctl.arrival.outside import Outside
+from tpctl.arrival.patience import LOOK_SECONDS, Waited
 from tpctl.arrival.places import Audience, Place, new_socket
 from tpctl.host import conntrack, sockets
 from tpctl.host.conntrack import Flow
@@ -43,6 +44,8 @@ class Attempt:
         self.client = client
         self.began = time.monotonic()
         self.connected: float | None = None
+        self.waited_since: float | None = None
+        """When that was, by the clock of the sender's patience."""
         self.error: OSError | None = None
         self.owner: int | None = None
         """Who has the other end, where that has to be asked."""
@@ -60,11 +63,7 @@ class Attempt:
         """Whether nothing more has to be waited for."""
         if self.error is not None or self.direct or self.answered:
             return True
-        if self.connected is None:
-            return False
-        if self.stood_in or self.reached or not self.has_destination:
-            return True
-        return time.monotonic() > self.connected + CARRY_SECONDS
+        return self.connected is not None and (self.stood_in or self.reached or not self.has_destination)
 
 
 class Sender:
@@ -98,7 +97,7 @@ class Sender:
             except OSError as error:
                 ended[number] = (probe, _failed(error))
         try:
-            self._watch(time.monotonic() + PATIENCE_SECONDS, alive)
+            self._watch(alive)
         except BaseException:
             self._is_unfinished = True
             raise
@@ -132,14 +131,12 @@ class Sender:
     def _linger(self) -> None:
         """Give the data plane the time to call on what it has taken: without the cable, it would call elsewhere."""
         self._attempts = []
-        self._watch_until(time.monotonic() + CARRY_SECONDS)
-        self._reset()
-
-    def _watch_until(self, deadline: float) -> None:
-        while (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
+        waited = Waited()
+        while (left := CARRY_SECONDS - waited.look()) > 0:
+            for key, _ in self._selector.select(min(left, LOOK_SECONDS)):
                 if isinstance(key.data, Place):
                     self._ready(key.data)
+        self._reset()
 
     def _begin(self, probe: Probe) -> Attempt:
         connection = probe.connection
@@ -189,16 +186,20 @@ class Sender:
         flow = Flow(c.source.packed, c.source_port, c.destination.packed, c.destination_port)
         return flow, _PROTOCOLS[Protocol(c.protocol)], probe.expected.zone
 
-    def _watch(self, deadline: float, alive: int | None) -> None:
+    def _watch(self, alive: int | None) -> None:
         if alive is not None:
             self._selector.register(alive, selectors.EVENT_READ, None)
+        waited = Waited()
         try:
             while pending := [one for one in self._attempts if not one.is_over]:
-                now = time.monotonic()
-                ends = [deadline if one.connected is None else one.connected + CARRY_SECONDS for one in pending]
-                if now >= max(ends):
+                now = waited.look()
+                for one in pending:
+                    if one.connected is not None and one.waited_since is None:
+                        one.waited_since = now
+                since = [one.waited_since for one in pending]
+                if now >= max(PATIENCE_SECONDS if one is None else one + CARRY_SECONDS for one in since):
                     break
-                for key, _ in self._selector.select(min(end for end in ends if end > now) - now):
+                for key, _ in self._selector.select(LOOK_SECONDS):
                     if key.data is None:
                         raise InterruptedError(errno.EINTR, "the command has gone")
                     self._ready(key.data)

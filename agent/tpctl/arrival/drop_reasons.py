@@ -90,20 +90,20 @@ class DropReasons:
     @contextlib.contextmanager
     def _begun(self) -> Iterator[None]:
         with _mounted() as root:
-            _remove_left_over(root / "instances")
             self._instance = root / "instances" / f"{PREFIX}{os.getpid()}"
-            self._instance.mkdir()
-            try:
-                with _locked(self._instance):
-                    if " reason;" not in (self._instance / _EVENT / "format").read_text(encoding="ascii"):
-                        raise NoReasonsError("this kernel does not say why it drops packets")
-                    kinds = " || ".join(f"protocol == {number}" for number in _ETHERTYPES)
-                    mine = f"common_pid == {threading.get_native_id()} && ({kinds})"
-                    (self._instance / _EVENT / "filter").write_text(mine, encoding="ascii")
-                    (self._instance / _EVENT / "enable").write_text("1", encoding="ascii")
-                    yield
-            finally:
-                self._instance.rmdir()
+            with contextlib.ExitStack() as held:
+                with _locked(root / "instances", wait=True):  # or it would be removed before it is held
+                    _remove_left_over(root / "instances")
+                    self._instance.mkdir()
+                    held.callback(self._instance.rmdir)
+                    held.enter_context(_locked(self._instance))
+                if " reason;" not in (self._instance / _EVENT / "format").read_text(encoding="ascii"):
+                    raise NoReasonsError("this kernel does not say why it drops packets")
+                kinds = " || ".join(f"protocol == {number}" for number in _ETHERTYPES)
+                mine = f"common_pid == {threading.get_native_id()} && ({kinds})"
+                (self._instance / _EVENT / "filter").write_text(mine, encoding="ascii")
+                (self._instance / _EVENT / "enable").write_text("1", encoding="ascii")
+                yield
 
 
 def parse(listing: str) -> Iterator[Drop]:
@@ -115,7 +115,7 @@ def parse(listing: str) -> Iterator[Drop]:
 
 def remove_left_over() -> None:
     """Remove the instances of processes that were killed. Does nothing where there is no tracefs for us."""
-    with contextlib.suppress(OSError), _mounted() as root:
+    with contextlib.suppress(OSError), _mounted() as root, _locked(root / "instances", wait=True):
         _remove_left_over(root / "instances")
 
 
@@ -128,11 +128,14 @@ def _remove_left_over(instances: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(instance: Path) -> Iterator[None]:
-    """Hold an instance, which no other process then removes. Raises BlockingIOError when somebody else holds it."""
+def _locked(instance: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold an instance, which no other process then removes, or the directory of all, in which then nothing changes.
+
+    Raises BlockingIOError when somebody else holds it, unless told to `wait`.
+    """
     held = os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(held)

@@ -12,10 +12,14 @@ import hypothesis
 import pytest
 
 from tests import features, isolation
+from tests.extent import IS_WHOLE
 from tests.legacy_ways import without_python_iptables
 
-# How long an example takes, or its generation, says more about what else the machine does than about the code.
-hypothesis.settings.register_profile("tpctl", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# How long an example takes, or its generation, says more about what else the machine does than about the code. And a
+# commit is judged by the same examples whenever it is; `make test-all` looks for others.
+hypothesis.settings.register_profile(
+    "tpctl", deadline=None, derandomize=not IS_WHOLE, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("tpctl")
 
 # Root takes configurations only from files that nobody else may change, and tests write many.

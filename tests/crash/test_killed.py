@@ -1,14 +1,12 @@
-"""A sample of `make test-crash`: killed, or failing, at some of the points; other ones at each run.
+"""A sample of `make test-crash`: killed, or failing, at some of the points.
 
-The points are chosen by the clock, and a failure names its own. Where CI is set they are always the same, so that a
-commit is judged alike whenever it is. `python -m tests.crash --engine E --command C
---step 1 --verbose` tries them all.
+In `make test` they are always the same, so that a commit is judged alike whenever it is; `make test-all` chooses them
+by the clock, and a failure names its own. `python -m tests.crash --engine E --command C --step 1 --verbose` tries all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,13 +19,14 @@ from tests.crash.campaign import FAILURES, HANGS, KILLS, Interference, Trial, at
 from tests.crash.commands import AWAITED, ORDINARY, ROLLED_BACK, points_of
 from tests.crash.healing import CONFIRM, INSTALL, UNINSTALL
 from tests.crash.scene import Scene, scene
+from tests.extent import IS_WHOLE
 from tpctl.rehearsal.cgroup import own_place
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup", "interception", "legacy")]
 
 TRIALS = 4
 PATIENCE_SECONDS = 60.0
-_OFFSET = 0 if "CI" in os.environ else int(time.time())
+_OFFSET = int(time.time()) if IS_WHOLE else 0
 
 
 @pytest.fixture(scope="module", params=["nftables", "iptables nft", "iptables legacy", "ebpf"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,26 @@ def everything() -> dict[str, str]:
     }
     shown["sockets"] = run(["ss", "-Htan", "state", "all", "exclude", "listening"]).stdout
     return shown
+
+
+def at_rest() -> dict[str, str]:
+    """The same, once the data plane has closed what earlier probes have left it, which it does when it gets to it."""
+    relay_net.until(lambda: not everything()["sockets"])
+    return everything()
+
+
+def begun() -> tuple[subprocess.Popen[bytes], int]:
+    """A `tpctl check` under way, and its child, which sends."""
+    command = subprocess.Popen([sys.executable, "-m", "tpctl.cli.main", "check"], stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    found: list[int] = []
+
+    def has_begun() -> bool:
+        found.extend(map(int, children.read_text().split()))
+        return bool(found)
+
+    relay_net.until(has_begun)
+    return command, found[0]
 
 
 def tracked() -> int:

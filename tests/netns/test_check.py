@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns.lab import run, tpctl
-from tests.netns.probed import ENGINES, INSTALL, KINDS, capture, checked, everything, net, on_its_own, tracked
+from tests.netns.probed import ENGINES, INSTALL, KINDS, at_rest, capture, checked, everything, net, on_its_own, tracked
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import RELAY_USER, Net, until
 from tpctl.rehearsal import cgroup
@@ -28,7 +28,7 @@ def test_every_kind_arrives_and_nothing_is_left(net: Net, engine: str, tmp_path:
     with relay_net.relay(net, tmp_path, *transparent), net.inside(net.host):
         done = tpctl(*INSTALL, *ENGINES[engine])
         assert "lost" not in done.stderr, done.stderr
-        before, entries = everything(), tracked()
+        before, entries = at_rest(), tracked()
         with capture("eth0") as left:
             fates, document = checked()
         assert fates == {f"{kind} over IPv{family}": "arrived" for family in (4, 6) for kind in KINDS}
@@ -73,7 +73,7 @@ def test_every_kind_arrives_through_ebpf(net: Net, tmp_path: Path) -> None:
                 (one["name"], one["fate"], one["detail"]) for one in document["probes"]
             ]
         with relay_net.relay(net, tmp_path), net.inside(net.host):
-            before = everything()
+            before = at_rest()
             with capture("eth0") as left:
                 fates, document = checked()
             assert fates == {f"{kind} over IPv{family}": "arrived" for family in (4, 6) for kind in KINDS}, document
@@ -240,7 +240,7 @@ def test_a_data_plane_that_does_not_call_on_is_not_called_lost(net: Net, closes:
         servers = [relay_net.Server(one, serve) for one in listening]
         try:
             tpctl("install", "--kuma-dp-user", RELAY_USER, *ENGINES["nftables"], "--require-arrival")
-            before = everything()
+            before = at_rest()
             with capture("eth0") as left:
                 fates, document = checked()
             assert set(fates.values()) == {"arrived"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns.lab import run, tpctl
-from tests.netns.probed import ENGINES, INSTALL, capture, checked, devices, everything, net, on_its_own
+from tests.netns.probed import ENGINES, INSTALL, begun, capture, checked, devices, everything, net, on_its_own
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import Net, until
 from tpctl.rehearsal import cgroup
@@ -69,16 +69,13 @@ def test_nothing_is_left_of_a_check_that_is_killed(net: Net, whom: str, tmp_path
         tpctl(*INSTALL, *ENGINES["nftables"], "--no-probe")
         run(["iptables", "-w", "-A", "INPUT", "-p", "tcp", "--dport", "15006", "-j", "DROP"])  # so that it takes long
         before = everything()
-        command = subprocess.Popen([sys.executable, "-m", "tpctl.cli.main", "check"], stdout=subprocess.DEVNULL)
-        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
-        until(lambda: children.read_text().split())
-        (child,) = children.read_text().split()
+        command, child = begun()
         assert devices()
         with capture("eth0") as left:
             if whom != "child":
                 command.kill()
             if whom != "command":
-                os.kill(int(child), signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
             command.wait()
             until(lambda: not devices() and everything() == before)
         if whom != "both":  # else the data plane may call on what it has just taken, and nobody is left to answer

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.netns.lab import run, tpctl
-from tests.netns.probed import ENGINES, INSTALL, capture, checked, devices, everything, net, on_its_own
+from tests.netns.probed import ENGINES, INSTALL, begun, capture, checked, devices, everything, net, on_its_own
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import Net, until
 from tpctl.arrival import bridged
@@ -32,6 +30,8 @@ NETWORKS = {4: "172.30.0.0/24", 6: "fd30::/64"}
 GATEWAY = {4: "172.30.0.1", 6: "fd30::1"}
 VNETS = tuple(word for network in NETWORKS.values() for word in ("--vnet", f"br-+:{network}"))
 KINDS = ("TCP", "DNS UDP")
+BY_THEMSELVES = ("fe80::", "ff02::")
+"""What neighbours begin with that the kernel learns while it looks for routers and groups, in its own time."""
 
 
 @pytest.fixture
@@ -53,10 +53,11 @@ def container(net: Net) -> str:
 def bridge() -> dict[str, str]:
     """What a port may have changed of it, or left with it."""
     (link,) = json.loads(run(["ip", "-json", "link", "show", BRIDGE]).stdout)
+    neighbours = run(["ip", "neighbour", "show", "dev", BRIDGE, "nud", "all"]).stdout
     return {
         "mac": link["address"],
         "mtu": link["mtu"],
-        "neighbours": run(["ip", "neighbour", "show", "dev", BRIDGE, "nud", "all"]).stdout,
+        "neighbours": "".join(line for line in neighbours.splitlines(True) if not line.startswith(BY_THEMSELVES)),
         "ports": run(["ip", "-brief", "link", "show", "master", BRIDGE]).stdout,
     }
 
@@ -140,15 +141,12 @@ def test_nothing_is_left_of_a_port_when_the_check_is_killed(net: Net, container:
         tpctl(*INSTALL, *ENGINES["nftables"], *VNETS, "--no-probe")
         run(["iptables", "-w", "-A", "INPUT", "-p", "tcp", "--dport", "15006", "-j", "DROP"])  # so that it takes long
         before, shown = everything(), bridge()
-        command = subprocess.Popen([sys.executable, "-m", "tpctl.cli.main", "check"], stdout=subprocess.DEVNULL)
-        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
-        until(lambda: children.read_text().split())
-        (child,) = children.read_text().split()
+        command, child = begun()
         assert len(devices()) == 3
         if whom != "child":
             command.kill()
         if whom != "command":
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
         command.wait()
         until(lambda: not devices() and everything() == before)
         if whom == "both":

@@ -199,9 +199,10 @@ def test_flush_asks_shows_what_is_lost_and_empties_nat_and_raw(lab: Lab) -> None
 
 @pytest.mark.parametrize("lost", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_a_lost_terminal_does_not_stop_an_install_half_way(lab: Lab, tmp_path: Path, lost: signal.Signals) -> None:
-    began = tmp_path / "began"
+    began, told = tmp_path / "began", tmp_path / "told"
     slow = tmp_path / "restore"
-    slow.write_text(f'#!/bin/sh\ntouch {began}\nsleep 0.3\nexec iptables-restore "$@"\n')
+    waiting = f"until test -e {told}; do sleep 0.02; done"
+    slow.write_text(f'#!/bin/sh\ntouch {began}\n{waiting}\nsleep 0.1\nexec iptables-restore "$@"\n')
     slow.chmod(0o755)
     tools = f"iptables:/usr/sbin/iptables,iptables-save:/usr/sbin/iptables-save,iptables-restore:{slow}"
     with lab.inside(HOST):
@@ -214,6 +215,7 @@ def test_a_lost_terminal_does_not_stop_an_install_half_way(lab: Lab, tmp_path: P
         while not began.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(lost)
+        told.touch()
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
         if lost is signal.SIGINT:  # there is nothing to stop any more, and the exit code tells what has been done
             assert (process.returncode, out.startswith("installed: IPv4"), "nothing was" in err) == (0, True, False)

@@ -193,9 +193,9 @@ def swap_kumactl(made: Scene, applications: Applications, variant: str, full: bo
     kept = keep(made, direct=False)
     before = applications.tally()
     applications.resume()
-    time.sleep(0.01)  # some connections are made by kumactl's rules
+    applications.at_least(before.connections + AT_LEAST // 2)  # some connections are made by kumactl's rules
     seconds = timed_install(made, target)
-    time.sleep(0.01)
+    applications.at_least(before.connections + AT_LEAST)
     outcome = Outcome()
     cut = broken(kept)
     applications.pause()
@@ -227,12 +227,12 @@ def roll_back_to(made: Scene, applications: Applications, first: Target, target:
 def _rolled_back(made: Scene, applications: Applications, kept: Sequence[Kept]) -> Outcome:
     before = applications.tally()
     applications.resume()
-    time.sleep(0.01)  # some connections are made by the rules that go
+    applications.at_least(before.connections + AT_LEAST // 2)  # some connections are made by the rules that go
     started = time.monotonic()
     done = made.roll_back()
     seconds = time.monotonic() - started
     assert done, "there was nothing to roll back"
-    time.sleep(0.01)
+    applications.at_least(before.connections + AT_LEAST)
     cut = broken(kept)
     applications.pause()
     outcome = Outcome()

@@ -158,11 +158,11 @@ def exchange(
 
     `begin`: only what comes first. Envoy closes a second after an answer to a bad request.
     """
-    with net.connect(where, address, source) as client:
-        try:
+    try:
+        with net.connect(where, address, source) as client:
             client.sendall(data)
             if begin:
                 return client.recv(65536)
             return b"".join(iter(lambda: client.recv(65536), b""))
-        except ConnectionError:
-            return b""
+    except ConnectionError:  # even of connect(): a reset may have come by then
+        return b""

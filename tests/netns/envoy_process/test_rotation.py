@@ -29,6 +29,7 @@ from tests.netns.envoy_process.plant import (
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.certificates import Authority, Pki, client_context
 from tests.netns.relay.net import HOST4, HOST6, Net, for_the_relay, until
+from tests.netns.relay.test_reload import stopped
 from tests.unit.envoy.examples import new_key, token, write_jwks
 
 pytestmark = pytest.mark.root
@@ -198,7 +199,7 @@ def refused(ask: Callable[[], Any]) -> bool:
 def test_the_origins_secret(scene: Scene, envoy: EnvoyRun, asking: Load, way: str) -> None:
     """The old one becomes the previous one, both are taken, clients change, and then the old one goes."""
     old, new = scene.origin, f"{way}-next"
-    with envoy.taken():
+    with envoy.taken(), stopped(envoy.process.pid):
         replace(scene.there / "previous", old, way)
         replace(scene.there / "current", new, way)
     asking.goes_on()
@@ -256,7 +257,8 @@ def test_an_update_that_is_refused_while_a_certificate_is_replaced(scene: Scene,
     good = envoy.file.read_text()
     with scene.net.inside(scene.net.host):
         other = socket.create_server(("0.0.0.0", 15009))
-    with other, envoy.taken("Envoy has refused an update, the old configuration stays"):
+    refusing = envoy.taken("Envoy has refused an update, the old configuration stays")
+    with other, refusing, stopped(envoy.process.pid):
         put(scene.there / "shown.crt", certificate.read_text())
         put(scene.there / "shown.key", key.read_text())
         envoy.file.write_text(good + '  - {listen: "0.0.0.0:15009", direction: outbound}\n')

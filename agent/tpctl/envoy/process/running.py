@@ -34,8 +34,8 @@ class Owner(Protocol):
         Raises OSError.
         """
 
-    def serves(self) -> None:
-        """It has everything, and its listeners are open."""
+    def serves(self, seconds: float) -> None:
+        """It has everything, and its listeners are open, so many seconds after its start."""
 
     def has_died(self) -> None:
         """Another one is going to be started."""
@@ -94,8 +94,7 @@ class Running:
         if figures is not None:
             if is_live and figures.versions.items() >= versions.items() and not figures.warming:
                 self.is_serving = self._has_served = True
-                self._log.info("Envoy serves", pid=pid, seconds=round(time.monotonic() - self._since, 2), **versions)
-                self._owner.serves()
+                self._owner.serves(time.monotonic() - self._since)
                 return
             is_late = is_late or any(figures.refused.values())
         if is_late:
@@ -142,8 +141,8 @@ class Running:
         elif self._deaths.are_too_many(0):
             self._log.error("Envoy has died, like those before it", **told)
         else:
-            self._log.error("Envoy has died and is started again", **told, seconds=delay)
             self._owner.has_died()
+            self._log.error("Envoy has died and is started again", **told, seconds=delay)
             self._loop.later(delay, self.start)
             return
         self._owner.gives_up()

@@ -185,6 +185,7 @@ class Supervisor:
     def _not_in_order(self, complaint: str) -> None:
         """The file, or one that it refers to, cannot be used."""
         self._standing.problems = complaint.splitlines()
+        self._tell()
         if complaint != self._complained:
             problems = complaint.splitlines()
             self._log.error("the configuration is invalid, the old one stays", problems=problems)
@@ -207,11 +208,13 @@ class Supervisor:
         if outcome.refused is not None:
             self._refuse(outcome)
             return
-        if outcome.steps or self._complained:
-            self._log.info("Envoy serves what the file says", file=self._about.file, **versions_of(coming))
-        self._keep_copies_of(staged)
+        was_complained_of, self._complained = self._complained, None
         self._wanted, self._staged, self._present = wanted, staged, coming
-        self._standing.problems, self._complained = [], None
+        self._standing.problems = []
+        self._keep_copies_of(staged)
+        self._tell()
+        if outcome.steps or was_complained_of:
+            self._log.info("Envoy serves what the file says", file=self._about.file, **versions_of(coming))
         if outcome.steps:
             self._warn(wanted)
         if coming.clusters != staged.documents.clusters:
@@ -226,8 +229,9 @@ class Supervisor:
             what, reason = "Envoy has refused an update", self._envoy.voice.last(about="update")
             self._standing.refused += 1
         self._standing.problems = [f"{what}: {reason}"]
-        self._log.error(f"{what}, the old configuration stays", document=outcome.refused, reason=reason)
         self._keep_copies_of(self._staged)
+        self._tell()
+        self._log.error(f"{what}, the old configuration stays", document=outcome.refused, reason=reason)
         if not outcome.is_back:
             self._log.error("Envoy does not take the old configuration back, and is started again with it")
             self._envoy.kill()
@@ -243,11 +247,11 @@ class Supervisor:
         self._rollout = None
         if outcome.refused is None:
             self._present = self._staged.documents
+        self._tell()
         self._rest()
 
     def _rest(self) -> None:
-        """Nothing is being changed any more: tell everybody, or begin with what was asked for meanwhile."""
-        self._tell()
+        """Nothing is being changed any more: begin with what was asked for meanwhile, or tell who waits for the end."""
         if self._again:
             why, self._again = self._again, ""
             self._reload(why)
@@ -256,7 +260,7 @@ class Supervisor:
             notify("READY=1")
 
     def _tell(self) -> None:
-        """Write down how Envoy stands."""
+        """Write down how Envoy stands. Before it is logged or told: who hears of it may look at once."""
         self._standing.versions = versions_of(self._present)
         self._standing.originals = self._staged.originals()
         self._standing.envoy, self._standing.starts = self._envoy.pid, self._envoy.starts
@@ -277,8 +281,10 @@ class Supervisor:
         argv = arguments(self._about.envoy, str(self._about.folder / BOOTSTRAP), options)
         return argv, versions_of(self._present)
 
-    def serves(self) -> None:
-        """Envoy serves."""
+    def serves(self, seconds: float) -> None:
+        """Envoy serves, so many seconds after its start."""
+        self._tell()
+        self._log.info("Envoy serves", pid=self._envoy.pid, seconds=round(seconds, 2), **versions_of(self._present))
         self._announce()
         self._rest()
 

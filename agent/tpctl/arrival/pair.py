@@ -24,7 +24,8 @@ from tpctl.system.netlink import Netlink
 
 PREFIX = "tpctl-"
 """What the names of the devices begin with, for network managers that are told to leave them alone."""
-_SETTLE_SECONDS = 1.0
+_SETTLE_SECONDS = 5.0
+"""It takes milliseconds, unless others on this host change links and namespaces all the time."""
 
 _RTM_NEWLINK, _RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 _RTM_NEWADDR, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 28, 29

@@ -36,8 +36,8 @@ def test_an_iptables_restore_that_never_ends(tmp_path: Path, monkeypatch: pytest
     options = EngineOptions(engine="iptables", executables={**real, "iptables-restore": str(fake)})
     with bare_namespace() as space, space.inside():
         before = snapshot(counters=False)
-        monkeypatch.setattr(runner, "TIMEOUT_SECONDS", 2.0)
-        with pytest.raises(ApplyError, match=r"iptables-restore .* did not end within 2 s and was killed"):
+        monkeypatch.setattr(runner, "TIMEOUT_SECONDS", 4.0)
+        with pytest.raises(ApplyError, match=r"iptables-restore .* did not end within 4 s and was killed"):
             lifecycle.install(Policy(65534, families=frozenset({Family.IPV4})), options)
         monkeypatch.undo()
         assert snapshot(counters=False) == before

@@ -55,7 +55,7 @@ def run(shell: str, script: str, stdin: str = "") -> str:
     words = [path, *(["-f"] if shell == "zsh" else []), "-c", script]
     with tempfile.TemporaryDirectory() as home:  # fish makes folders there
         environment = {**os.environ, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "HOME": home}
-        done = subprocess.run(words, input=stdin, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, input=stdin, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,14 +5,12 @@ A single worker is the process itself. Several are its children: they all serve,
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import signal
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from tpctl.relay.connections import tally, tls
 from tpctl.relay.connections.sockmap import Sockmap
@@ -20,29 +18,25 @@ from tpctl.relay.connections.tally import Tally
 from tpctl.relay.dns.local import read_zone
 from tpctl.relay.loop import failures, signals
 from tpctl.relay.loop.loop import Loop
-from tpctl.relay.process import activation, channel
+from tpctl.relay.process import activation
 from tpctl.relay.process.activation import MAX_NAME
-from tpctl.relay.process.crew import LOOK_SECONDS, Deaths, Member
+from tpctl.relay.process.crew import LOOK_SECONDS
 from tpctl.relay.process.handover import Successor, announce_readiness
 from tpctl.relay.process.notify import WATCHDOG, notify, reloading, store, unstore, watchdog_interval
 from tpctl.relay.process.privileges import raise_descriptor_limit, reserved_descriptors
 from tpctl.relay.process.running import Running
-from tpctl.relay.process.sockets import Place, Sockets, deal, wanted
-from tpctl.relay.process.worker import AT_ONCE, DRAINING_SIGNALS, ENDING_SIGNALS, Worker
+from tpctl.relay.process.sockets import Place, Sockets, wanted
+from tpctl.relay.process.worker import ENDING_SIGNALS, Worker
+from tpctl.relay.process.workers import HANDLED, RELOAD, RESTART, Workers
 from tpctl.relay.settings.listen import show
 from tpctl.relay.settings.model import Settings
 from tpctl.system.errors import TpctlError
-from tpctl.system.log import dropped, finish
 
 if TYPE_CHECKING:
-    import socket
-
     from structlog.typing import FilteringBoundLogger
 
-_HANDLED = (*ENDING_SIGNALS, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 _COLLECTED_EVERY = 20_000
 """Objects made more than have gone."""
-RELOAD, RESTART = signal.SIGHUP, signal.SIGUSR2
 
 
 def serve(
@@ -57,7 +51,7 @@ def serve(
             "running as root: unless the policy's data plane user is root, the relay's own connections are captured"
         )
     # Until there is somebody to handle them: whoever reads in the log that the relay is ready may send one at once.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     raise_descriptor_limit()
     read_zone(settings.dns)
     tls.load(settings)
@@ -193,80 +187,28 @@ class Supervisor(Life):
     def run(self) -> int:
         """Start the workers, and wait until the last one has ended."""
         self._loop = Loop(failures.Failures(self._log, partial(self._counts.add, tally.WORKER, tally.FAILURES)))
-        self._workers: dict[int, Member] = {}
-        """By their pids."""
-        self._deaths = Deaths()
-        self._ending = False
+        self._workers = Workers(self._state, self._counts, self._loop, self._log, self._ended, sockmap=self._sockmap)
         self._code = 0
         handlers: dict[int, Callable[[], None]] = {number: partial(self._end, number) for number in ENDING_SIGNALS}
         handlers |= {
-            signal.SIGCHLD: self._bury,
-            RELOAD: partial(self._reload, self._tell_state),
+            signal.SIGCHLD: self._workers.bury,
+            RELOAD: partial(self._reload, self._workers.tell),
             RESTART: partial(self._restart, self._loop, partial(self._end, RESTART)),
         }
-        for number in range(self._state.settings.workers):
-            self._start(number)
+        self._workers.start()
         with signals.handled(self._loop, handlers):
             self._announce()
             if interval := watchdog_interval():
                 self._show_life(interval)
                 self._loop.every(interval, partial(self._show_life, interval))
-            self._loop.every(LOOK_SECONDS, self._look_after)
+            self._loop.every(LOOK_SECONDS, self._workers.look_after)
             self._loop.run()
         self._loop.release()
         self._log.info("ended", exit_code=self._code)
         return self._code
 
     def _is_ending(self) -> bool:
-        return self._ending
-
-    def _start(self, number: int) -> None:
-        """Raises OSError when there is no room for another process, or no descriptor."""
-        mine, theirs = channel.pair()
-        self._counts.be(number)
-        self._counts.beat()  # from now on it is waited for
-        beat = self._counts.beat_of(number)
-        # Until the worker has handlers of its own: those of this process would take a signal and do nothing.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                mine.close()
-                for other in self._workers.values():
-                    other.channel.close()
-                self._work(number, theirs)
-            self._workers[pid] = Member(number, mine, time.monotonic(), beat)
-        except OSError:
-            mine.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            theirs.close()
-            self._counts.be(self._state.settings.workers)
-
-    def _work(self, number: int, supervisor: socket.socket) -> NoReturn:
-        """The life of a forked worker; never returns into the supervisor's code."""
-        code, log = 1, self._log
-        try:
-            signal.set_wakeup_fd(-1)
-            self._loop.release()
-            beat = min(LOOK_SECONDS, watchdog_interval(os.getppid()) or LOOK_SECONDS)
-            share = self._state.share(number)
-            for place, sockets in self._state.sockets.items():
-                for sock in sockets:
-                    if sock not in share[place]:
-                        sock.close()
-            os.environ.pop("NOTIFY_SOCKET", None)
-            worker = Worker(self._state.settings, self._counts, log, supervisor, self._sockmap)
-            worker.use(Running(self._state.settings, share, self._state.slots))
-            worker.run({RESTART: partial(worker.drain, "SIGUSR2", handed_over=True)}, beat)
-            code = 0
-        except Exception as error:
-            log.error("a worker failed", pid=os.getpid(), error=failures.shown(error), at=failures.place(error))
-            log.debug("a worker failed", exc_info=error)
-        finally:
-            finish()
-            os._exit(code)
+        return self._workers.is_ending
 
     def _show_life(self, interval: float) -> None:
         """Tell the watchdog that the loops turn: this one, and, a while ago, those of all workers."""
@@ -276,81 +218,18 @@ class Supervisor(Life):
         else:
             self._log.error("a worker hangs, so the watchdog is not notified", seconds=round(silence, 3))
 
-    def _look_after(self) -> None:
-        """End the workers that hang; others take their place."""
-        self._counts.count(tally.DROPPED_LINES, dropped())
-        for pid, worker in self._workers.items():
-            if worker.look(self._counts.beat_of(worker.number), is_ending=self._ending):
-                self._log.error("a worker hangs and is killed", pid=pid)
-                os.kill(pid, signal.SIGKILL)
-
-    def _tell_state(self, running: Running, added: Sockets) -> None:
-        """Send the workers a state. The sockets of this process are only kept, for restarts and further workers."""
-        for worker in self._workers.values():
-            share = {place: deal(sockets, worker.number, running.settings.workers) for place, sockets in added.items()}
-            with contextlib.suppress(OSError):  # it has just died or hangs: another one will have this state
-                channel.send(worker.channel, running, share)
-        for place in self._state.sockets.keys() - running.sockets.keys():
-            _close(self._state.sockets[place])
-
     def _end(self, number: int) -> None:
         """Pass a signal on; a second one ends the workers at once."""
         if number != RESTART:
             self._give_up_restart()
             notify("STOPPING=1")
-        # Kept open here, the sockets would go on accepting for workers that have ended.
-        for sockets in self._state.sockets.values():
-            _close(sockets)
-        for pid in self._workers:
-            os.kill(pid, AT_ONCE if self._ending and number in DRAINING_SIGNALS else number)
-        self._ending = True
-        if not self._workers:  # all have died, and others were to take their place: no end of one is to come
-            self._loop.stop()
+        self._workers.end(number)
 
-    def _bury(self) -> None:
-        """Workers have ended. One that ends unasked is replaced."""
-        for pid in tuple(self._workers):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if not found:
-                continue
-            worker = self._workers.pop(pid)
-            worker.channel.close()
-            self._counts.bury(worker.number)
-            code = os.waitstatus_to_exitcode(status)
-            if not self._ending:
-                self._replace_later(worker.number, time.monotonic() - worker.since, pid=pid, status=code)
-            elif status:
-                self._code = 1
-                self._log.error("a worker has died", pid=pid, status=code)
-        if self._ending and not self._workers:
-            self._loop.stop()
-
-    def _replace_later(self, number: int, lived: float, **told: object) -> None:
-        """Start a worker in the place of one that has died. If none is left, and none gets far, that is the end."""
-        delay = self._deaths.delay(number, lived)
-        if self._deaths.are_too_many(number) and not self._workers:
-            self._log.error("a worker has died, like those before it: the relay gives up", **told)
-            self._code = 1
-            self._loop.stop()
-            return
-        self._log.error("a worker has died and is replaced", **told, seconds=delay)
-        self._loop.later(delay, partial(self._replace, number))
-
-    def _replace(self, number: int) -> None:
-        if self._ending:
-            return
-        try:
-            with reserved_descriptors():
-                self._start(number)
-        except OSError as error:
-            self._replace_later(number, 0.0, reason=error.strerror)
+    def _ended(self, code: int) -> None:
+        self._code = code
+        self._loop.stop()
 
 
 def _stored_name(listener: str, place: Place) -> str:
     """Under which the service manager keeps the sockets of a place. Names of listeners may be exchanged by a reload."""
     return f"{listener}.{place.kind}.{place.address}".replace(":", "_")[-MAX_NAME:]
-
-
-def _close(sockets: list[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from tpctl.relay.settings.model import ListenerSettings, Role, Service, ServiceProtocol, Settings
 from tpctl.spec.connection import Connection, Direction
 from tpctl.spec.decide import decide
-from tpctl.spec.policy import Address, Policy
+from tpctl.spec.policy import Address, DnsCapture, Policy
 from tpctl.spec.verdict import Action, Verdict
 
 _ANY_INTERFACE = "any"
@@ -45,6 +45,8 @@ def misfits(settings: Settings, policy: Policy) -> Misfits:
 
 
 def _is_redirected_to(listener: ListenerSettings, policy: Policy) -> bool:
+    if listener.role is Role.DNS:
+        return policy.dns.capture is not DnsCapture.OFF and policy.dns.port == listener.listen.port
     side = policy.inbound if listener.role is Role.INBOUND else policy.outbound
     return side.enabled and side.port == listener.listen.port
 

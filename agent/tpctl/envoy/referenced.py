@@ -13,9 +13,11 @@ from tpctl.envoy.documents import Places
 from tpctl.envoy.secrets import secret_path
 from tpctl.host.users import uid_of
 from tpctl.relay.connections import certificates, tls
+from tpctl.relay.dns.local import read_zone
 from tpctl.relay.settings.model import ListenerSettings, Service, Settings
-from tpctl.relay.settings.trusted_files import group_of, named_files, untrusted
+from tpctl.relay.settings.trusted_files import group_of, named_files, require_file, untrusted
 from tpctl.system.child import in_child
+from tpctl.system.errors import InputError
 from tpctl.system.input_files import UnusableFileError, read_bytes
 
 MAX_SECRET = 4096
@@ -54,10 +56,25 @@ def look(settings: Settings, places: Places) -> Findings:
         if secret.file is not None or places.credentials is not None:
             what = "file" if secret.file is not None else "credential"
             found.problems += (f"secrets.{name}.{what}: {line}" for line in _secret(secret_path(secret, places)))
+    found.problems += _of_dns(settings)
     if not found.problems:
         found.problems += _unreadable(settings)
     found.problems = list(dict.fromkeys(found.problems))
     return found
+
+
+def _of_dns(settings: Settings) -> Iterator[str]:
+    try:
+        require_file(settings)
+        zone = read_zone(settings.dns)
+    except InputError as error:
+        yield from error.problems
+        return
+    if zone is not None and zone.vips.by_host:
+        yield (
+            f"dns.zone_file: {settings.dns.zone_file} has virtual addresses (upstreams), and only `tpctl relay` "
+            "connects to what is behind them; give these names addresses of their own"
+        )
 
 
 def _unreadable(settings: Settings) -> Iterator[str]:

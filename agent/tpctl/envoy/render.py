@@ -45,12 +45,13 @@ _FIELDS = {
 
 
 def render(settings: Settings, places: Places) -> Documents:
-    """The documents of settings that `tpctl.envoy.settings` has not refused."""
+    """The documents of settings that `tpctl.envoy.settings` has not refused, without listeners for DNS."""
     secrets = Secrets(places, dict(settings.secrets))
     clusters = Clusters(secrets)
     found = [
         one
         for listener in settings.listeners
+        if listener.role is not Role.DNS
         for one in listeners(
             listener, Chains(listener, _own_ports(settings, listener), secrets, clusters, _log(settings))
         )

@@ -1,4 +1,7 @@
-"""The relay's file as Envoy takes it: what only the relay can do is refused, and what may surprise is said."""
+"""The relay's file as Envoy takes it: what only the relay can do is refused, and what may surprise is said.
+
+Listeners for DNS are served by the relay itself, beside Envoy: `of_dns`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from tpctl.relay.settings.model import (
     Source,
 )
 
+_DNS_SECONDS = 5.0
+"""The longest time that queries may take to be answered in the end; Envoy's connections have had theirs before."""
 _RELAY = "only `tpctl relay` does that"
 
 
@@ -34,10 +39,22 @@ def settings_of(tree: object, path: str) -> Settings:
     return file.settings_of(tree, path, refusals)
 
 
+def of_dns(settings: Settings) -> Settings:
+    """What the relay answers beside Envoy: the listeners for DNS, if there are any, in one process."""
+    listeners = tuple(listener for listener in settings.listeners if listener.role is Role.DNS)
+    if not listeners:
+        return Settings()
+    drain_seconds = min(settings.drain_seconds, _DNS_SECONDS)
+    return Settings(listeners, settings.dns, drain_seconds=drain_seconds, metrics=settings.dns_metrics)
+
+
 def refusals(settings: Settings) -> Iterator[str]:
     """What Envoy cannot do, a line for each."""
-    if settings.dns != DnsSettings():
-        yield f"dns: {_RELAY}; put it into a file of its own, with the listener for DNS"
+    roles = {listener.role for listener in settings.listeners}
+    if roles == {Role.DNS}:
+        yield "listeners: all of them are for DNS, so there is nothing for Envoy; `tpctl relay --config` serves them"
+    elif Role.DNS not in roles and (settings.dns != DnsSettings() or settings.dns_metrics):
+        yield "dns: has no effect without a listener for DNS, as in {listen: '*:15053', direction: dns}"
     if settings.accelerate is not Acceleration.OFF:
         yield f"accelerate: {_RELAY}; leave it out"
     for listener in settings.listeners:
@@ -61,7 +78,6 @@ def warnings(settings: Settings) -> Iterator[str]:
 
 def _of_listener(listener: ListenerSettings) -> Iterator[str]:
     if listener.role is Role.DNS:
-        yield f"direction: dns: {_RELAY}; put this listener into a file of its own for `tpctl relay --config`"
         return
     listen = listener.listen
     if isinstance(listen.address, PurePosixPath):

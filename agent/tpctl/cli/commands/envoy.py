@@ -94,8 +94,10 @@ def check(file: Path, program: str | None, user: str | None) -> int:
     if refused is not None:
         raise InputError(f"file {file}: {binary.located(refused, settings)}")
     services = sum(len(listener.services) for listener in settings.listeners)
-    shown = ".".join(map(str, number))
-    click.echo(f"{file}: valid, {len(settings.listeners)} listeners, {services} services; Envoy {shown} takes it")
+    takes = f"Envoy {'.'.join(map(str, number))} takes it"
+    if answered := _answered(settings):
+        takes += f", the relay answers {answered}"
+    click.echo(f"{file}: valid, {len(settings.listeners)} listeners, {services} services; {takes}")
     return 0
 
 
@@ -119,6 +121,8 @@ def rendered(file: Path, out: Path | None) -> int:
     from tpctl.envoy.render import render
 
     settings = _settings(file)
+    if answered := _answered(settings):
+        click.echo(f"note: without {answered}: DNS is answered by the relay, which `tpctl envoy run` starts", err=True)
     credentials, authorities = _credentials(), host_authorities()
     if out is None:
         _show(render(settings, Places(credentials=credentials, authorities=authorities)))
@@ -139,6 +143,13 @@ def _settings(file: Path) -> Settings:
     from tpctl.envoy.settings import load
 
     return load(str(file))
+
+
+def _answered(settings: Settings) -> str:
+    """The names of the listeners that are not Envoy's."""
+    from tpctl.envoy.settings import of_dns
+
+    return ", ".join(listener.name for listener in of_dns(settings).listeners)
 
 
 def _credentials() -> Path | None:

@@ -44,7 +44,8 @@ def command(
 
     FILE, and every secret, certificate, key and JWKS that it names, is read again when it changes, and on SIGHUP. Envoy
     goes on without losing a connection. What is not in order is logged and shown by `tpctl status`, and the last good
-    configuration stays. SIGTERM lets connections finish. DNS is not answered here: `tpctl relay` does that.
+    configuration stays. SIGTERM lets connections finish. Listeners with direction: dns are answered by the relay, in a
+    process beside Envoy.
 
     \b
     Example:
@@ -141,5 +142,6 @@ def _wanted(settings: Settings, file: Path, places: Places) -> Wanted:
         settings.workers,
         settings.drain_seconds,
         partial(binary.located, settings=settings),
+        envoy_settings.of_dns(settings),
         tuple(line for line in (*envoy_settings.warnings(settings), *found.warnings, shortage) if line is not None),
     )

@@ -20,6 +20,13 @@ def rows(found: Found) -> Iterator[tuple[str, str]]:
         yield "Envoy's connections", f"at most {standing.connections}"
     else:
         yield "Envoy", f"should serve {standing.file}, and does not run"
+    if standing.dns:
+        where = ", ".join(standing.dns)
+        if standing.dns_pid:
+            does = "answers" if found.answers else "should answer"
+            yield "DNS beside Envoy", f"pid {standing.dns_pid} {does} {where}, started {_times(standing.dns_starts)}"
+        else:
+            yield "DNS beside Envoy", f"{where}: nobody answers"
 
 
 def data(found: Found | None) -> dict[str, Any] | None:
@@ -37,6 +44,14 @@ def data(found: Found | None) -> dict[str, Any] | None:
         "refusedUpdates": standing.refused,
         "needsRestart": standing.restart,
         "connections": standing.connections,
+        "dns": {
+            "listens": standing.dns,
+            "answers": found.answers,
+            "pid": standing.dns_pid or None,
+            "starts": standing.dns_starts,
+        }
+        if standing.dns
+        else None,
         "problems": list(found.problems),
     }
 

@@ -103,6 +103,11 @@ class Voice:
         os.close(self.writer)
         self._thread.join(_PATIENCE_SECONDS)
 
+    def let_go(self) -> None:
+        """In a forked process, which does not listen and must not keep the pipe open."""
+        for descriptor in (self._reader, self.writer):
+            os.close(descriptor)
+
     def last(self, *, about: str = "") -> str:
         """The last line in which a word occurs, for which it waits a little; empty without one."""
         with self._heard:

@@ -67,6 +67,10 @@ class Folder:
                 f"another tpctl envoy run has {path}; end that one, or give this one another place with --folder"
             ) from None
 
+    def let_go(self) -> None:
+        """In a forked process: it does not hold the folder when this one has ended."""
+        os.close(self._descriptor)
+
     def clear(self) -> None:
         """Remove what an earlier process has left: secrets, and a state that is nobody's."""
         for entry in self.path.iterdir():

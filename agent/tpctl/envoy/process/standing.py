@@ -8,10 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from tpctl.config.values import BadValueError
 from tpctl.envoy.documents import CLUSTERS, LISTENERS
+from tpctl.envoy.process import asking
 from tpctl.envoy.process.admin import Admin, AdminError, Certificate
 from tpctl.envoy.process.folder import is_held
 from tpctl.relay.connections.certificates import SOON_DAYS, decoded
+from tpctl.relay.loop.original_destination import Destination
+from tpctl.relay.settings.listen import read_address
+from tpctl.system.errors import TpctlError
 from tpctl.system.input_files import UnusableFileError, read_bytes
 
 FILE = "state.json"
@@ -45,6 +50,13 @@ class Standing:
     """The most that it accepts at the same time."""
     originals: dict[str, str] = field(default_factory=dict)
     """The paths of certificates, keys and secrets by those of the copies that Envoy reads."""
+    dns: list[str] = field(default_factory=list)
+    """Where DNS is answered beside Envoy."""
+    dns_asked: list[str] = field(default_factory=list)
+    """At which addresses this host can ask."""
+    dns_pid: int = 0
+    """Of the process that answers; 0 while there is none."""
+    dns_starts: int = 0
 
     def written(self) -> bytes:
         """As it is written down."""
@@ -59,6 +71,8 @@ class Found:
     serves: bool
     """Whether Envoy answers, and has every version that it should have."""
     problems: tuple[str, ...]
+    answers: bool = True
+    """Whether DNS is answered, where it should be."""
     documents: tuple[tuple[str, str], ...] = (("CDS", CLUSTERS), ("LDS", LISTENERS))
     """What Envoy calls the documents, and the names of their files."""
 
@@ -75,8 +89,8 @@ def look(folder: Path) -> Found | None:
         return None
     if standing.network != network():
         return None
-    problems = list(_problems(standing))
-    return Found(standing, not problems, (*problems, *_expiring(standing)))
+    problems, of_dns = list(_problems(standing)), list(_dns_problems(standing, folder.stat().st_uid))
+    return Found(standing, not problems, (*problems, *of_dns, *_expiring(standing)), not of_dns)
 
 
 def network() -> int:
@@ -89,19 +103,22 @@ def _left(folder: Path) -> Found | None:
     standing = _read(folder)
     if standing is None or standing.network != network():
         return None
-    return Found(standing, False, (f"the tpctl envoy run that served {standing.file} has ended unexpectedly",))
+    problem = f"the tpctl envoy run that served {standing.file} has ended unexpectedly"
+    return Found(standing, False, (problem,), not standing.dns)
 
 
 def _read(folder: Path) -> Standing | None:
     try:
         found = json.loads(read_bytes(folder / FILE, _MAX_BYTES))
-        known = Standing(**{one.name: found[one.name] for one in fields(Standing)})
+        # That of an earlier version, which runs until it is restarted, does not have all of them.
+        known = Standing(**{one.name: found[one.name] for one in fields(Standing) if one.name in found})
     except (OSError, UnusableFileError, ValueError, KeyError, TypeError, RecursionError):
         return None
     # It is a file of the data plane's user, who is believed no more than that: what he writes is shown.
     empty = Standing("", "")
     if all(type(getattr(known, one.name)) is type(getattr(empty, one.name)) for one in fields(Standing)):
-        known.problems = [str(one) for one in known.problems]
+        for name in ("problems", "dns", "dns_asked"):
+            setattr(known, name, [str(one) for one in getattr(known, name)])
         known.versions = {str(name): str(one) for name, one in known.versions.items()}
         return known
     return None
@@ -128,6 +145,20 @@ def _problems(standing: Standing) -> Iterator[str]:
             yield f"Envoy has {f'version {has}' if has else 'none'} of the {what}, and should have {should}"
     if figures.warming:
         yield f"{figures.warming} of Envoy's listeners wait for a secret or cluster, and do not serve yet"
+
+
+def _dns_problems(standing: Standing, uid: int) -> Iterator[str]:
+    """What is wrong with DNS. It is asked as the data plane's user, whose folder this is."""
+    if standing.dns and not standing.dns_pid:
+        yield f"nobody answers DNS at {', '.join(standing.dns)}: the process has died, and its log tells why"
+        return
+    try:
+        asked = [read_address(one) for one in standing.dns_asked]
+        quiet = asking.silent([one for one in asked if isinstance(one, Destination)], uid) if asked else []
+    except (TpctlError, BadValueError) as error:
+        yield str(error)
+        return
+    yield from (f"pid {standing.dns_pid} does not answer DNS at {one}" for one in quiet)
 
 
 def _expiring(standing: Standing) -> Iterator[str]:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from tpctl.envoy.documents import BOOTSTRAP, CLUSTERS, LISTENERS, Documents
 from tpctl.envoy.process.admin import Admin
+from tpctl.envoy.process.asking import where_to_ask
 from tpctl.envoy.process.child import arguments
+from tpctl.envoy.process.dns import Dns, Prepared
 from tpctl.envoy.process.folder import Folder
 from tpctl.envoy.process.rollout import Outcome, Rollout, with_clusters
 from tpctl.envoy.process.running import Running
@@ -28,6 +30,7 @@ from tpctl.relay.loop import failures, signals
 from tpctl.relay.loop.loop import Loop, Timer
 from tpctl.relay.process.crew import LOOK_SECONDS
 from tpctl.relay.process.notify import WATCHDOG, notify, reloading, watchdog_interval
+from tpctl.relay.settings.listen import show
 from tpctl.system.errors import InputError, described
 
 if TYPE_CHECKING:
@@ -79,6 +82,9 @@ class Supervisor:
         self._loop = Loop(failures.Failures(log, lambda: None))
         self._admin = Admin(about.admin)
         self._envoy = Running(self._loop, self._admin, log, self)
+        self._dns = Dns(self._loop, log, self._dns_has_changed, self._let_go)
+        self._coming_dns: Prepared | None = None
+        """What is going to be used when Envoy has taken the rest of the same file."""
         self._watch = Watch(self._loop, partial(self._reload, "a file has changed"))
         self._standing = Standing(about.file, str(about.admin), network(), os.getpid())
         self._wanted = wanted
@@ -97,7 +103,7 @@ class Supervisor:
         """What was last logged of a file that is not in order."""
         self._has_served = False
         self._warn(wanted)
-        self._is_ending = False
+        self._is_ending = self._at_once = self._envoy_has_ended = False
         self._code = 0
 
     def run(self) -> int:
@@ -105,13 +111,15 @@ class Supervisor:
         handlers: dict[int, Callable[[], None]] = {
             number: partial(self._end, number) for number in (*_DRAINING, signal.SIGQUIT)
         }
-        handlers |= {signal.SIGHUP: partial(self._reload, "SIGHUP"), signal.SIGCHLD: self._envoy.bury}
+        handlers |= {signal.SIGHUP: partial(self._reload, "SIGHUP"), signal.SIGCHLD: self._bury}
+        self._dns.use(self._dns.prepare(self._wanted.dns))
         with signals.handled(self._loop, handlers):
             self._watch.look_at(self._wanted.watched)
             self._envoy.start()
             if interval := watchdog_interval():
                 self._loop.every(interval, lambda: notify(WATCHDOG))
             self._loop.every(LOOK_SECONDS, self._envoy.look_after)
+            self._loop.every(LOOK_SECONDS, self._dns.look_after)
             self._loop.run()
         self._envoy.voice.close()
         self._loop.release()
@@ -166,9 +174,11 @@ class Supervisor:
         try:
             wanted = self._about.load()
             staged = self._stage(wanted, self._staged)
+            self._coming_dns = self._dns.prepare(wanted.dns)
         except Exception as error:  # noqa: BLE001 - systemd waits for the end of a reload, whatever it is
             self._log.debug("the configuration cannot be read", exc_info=error)
             self._watch.look_at(self._wanted.watched, before)
+            self._keep_copies_of(self._staged)
             self._not_in_order(described(error))
             return
         self._watch.look_at(wanted.watched, before)
@@ -212,6 +222,9 @@ class Supervisor:
         self._wanted, self._staged, self._present = wanted, staged, coming
         self._standing.problems = []
         self._keep_copies_of(staged)
+        if self._coming_dns is not None:
+            self._dns.use(self._coming_dns)
+            self._coming_dns = None
         self._tell()
         if outcome.steps or was_complained_of:
             self._log.info("Envoy serves what the file says", file=self._about.file, **versions_of(coming))
@@ -221,7 +234,13 @@ class Supervisor:
             self._loop.later(LINGER_SECONDS, partial(self._forget_clusters, coming))
         self._rest()
 
+    def _drop_dns(self) -> None:
+        if self._coming_dns is not None:
+            self._dns.drop(self._coming_dns)
+            self._coming_dns = None
+
     def _refuse(self, outcome: Outcome) -> None:
+        self._drop_dns()
         if outcome.reason:
             what, reason = "an update has not reached Envoy", outcome.reason
             self._try_later(f"{outcome.refused}: {reason}")
@@ -264,6 +283,10 @@ class Supervisor:
         self._standing.versions = versions_of(self._present)
         self._standing.originals = self._staged.originals()
         self._standing.envoy, self._standing.starts = self._envoy.pid, self._envoy.starts
+        listeners = self._dns.settings.listeners
+        self._standing.dns = [show(one.listen.address) for one in listeners]
+        self._standing.dns_asked = [where for one in listeners if (where := where_to_ask(one)) is not None]
+        self._standing.dns_pid, self._standing.dns_starts = self._dns.pid, self._dns.starts
         try:
             self._folder.put(FILE, self._standing.written())
         except OSError as error:
@@ -292,7 +315,6 @@ class Supervisor:
         """Tell the service manager when everything serves for the first time."""
         if not self._has_served:
             self._has_served = True
-            self._log.info("DNS is not answered here: `tpctl relay` does that, with a file of its own")
             self._log.info("ready", pid=os.getpid(), connections=self._wanted.connections)
             notify("READY=1")
             self._again = self._again or "it may have changed while Envoy was started"
@@ -302,6 +324,7 @@ class Supervisor:
         if self._rollout is not None:
             self._rollout.give_up()
             self._rollout = None
+            self._drop_dns()
             self._keep_copies_of(self._staged)
             self._again = self._again or "Envoy has died while it was given an update"
         self._tell()
@@ -313,17 +336,39 @@ class Supervisor:
 
     def _end(self, number: int) -> None:
         """Accept nothing new, and let connections finish; a second signal, or SIGQUIT, ends them at once."""
-        at_once = self._is_ending or number == signal.SIGQUIT
+        self._at_once = self._is_ending or number == signal.SIGQUIT
         self._is_ending = True
         notify("STOPPING=1")
         self._log.info("ending", reason=signal.Signals(number).name)
         if self._rollout is not None:
             self._rollout.give_up()
-        self._envoy.end(0 if at_once else self._wanted.drain_seconds)
+        self._envoy.end(0 if self._at_once else self._wanted.drain_seconds)
 
     def has_ended(self) -> None:
-        """Envoy has, as it was told to."""
-        self._loop.stop()
+        """Envoy has, as it was told to. DNS is answered until then: connections that have not ended may need it."""
+        self._envoy_has_ended = True
+        self._dns.end(signal.SIGQUIT if self._at_once else signal.SIGTERM)
+        self._stop_when_all_have_ended()
+
+    def _stop_when_all_have_ended(self) -> None:
+        if self._envoy_has_ended and self._dns.has_ended:
+            self._loop.stop()
+
+    def _bury(self) -> None:
+        """Children have ended."""
+        self._envoy.bury()
+        self._dns.bury()
+        self._stop_when_all_have_ended()
+
+    def _dns_has_changed(self) -> None:
+        """Another process answers DNS, or none."""
+        if self._has_served and not self._is_ending:
+            self._tell()
+
+    def _let_go(self) -> None:
+        """In a forked process, which answers DNS: what is only this one's."""
+        self._envoy.voice.let_go()
+        self._folder.let_go()
 
 
 def versions_of(documents: Documents) -> dict[str, str]:

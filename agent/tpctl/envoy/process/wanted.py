@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpctl.envoy.documents import Documents
-from tpctl.relay.settings.model import DEFAULT_DRAIN_SECONDS
+from tpctl.relay.settings.model import DEFAULT_DRAIN_SECONDS, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Wanted:
     drain_seconds: float = DEFAULT_DRAIN_SECONDS
     located: Callable[[str], str] = str
     """What Envoy says of the documents, after the key that it is about."""
+    dns: Settings = field(default_factory=Settings)
+    """What the relay answers beside Envoy; nothing without listeners."""
     warnings: tuple[str, ...] = ()
     """What works, and may not be what was meant."""
 

@@ -51,11 +51,13 @@ class Workers:
         sockmap: Sockmap | None = None,
         gives_up: bool = True,
         forked: Callable[[], None] = lambda: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         """`ended` is called with an exit code when the last one has ended, and no other is to come.
 
-        `gives_up` makes that so when one dies over and over, and is the last. `forked` is called in each worker, to
-        let go of what is only the supervisor's.
+        `gives_up` makes that so when one dies over and over, and is the last; otherwise another one is started for
+        ever. `forked` is called in each worker, to let go of what is only the supervisor's, and `changed` here when one
+        has been started or has ended.
         """
         self._running = running
         self._counts = counts
@@ -65,11 +67,14 @@ class Workers:
         self._sockmap = sockmap
         self._gives_up = gives_up
         self._forked = forked
+        self._changed = changed
         self._members: dict[int, Member] = {}
         """By their pids."""
         self._deaths = Deaths()
         self._code = 0
         self.is_ending = False
+        self.starts = 0
+        """How many have been started."""
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -77,9 +82,12 @@ class Workers:
         return tuple(self._members)
 
     def start(self) -> None:
-        """Start all of them. Raises OSError when there is no room for another process, or no descriptor."""
+        """Start all of them. Without room for another process, or a descriptor, it raises OSError or tries later."""
         for number in range(self._running.settings.workers):
-            self._start(number)
+            if self._gives_up:
+                self._start(number)
+            else:
+                self._try_to_start(number)
 
     def _start(self, number: int) -> None:
         mine, theirs = channel.pair()
@@ -96,6 +104,7 @@ class Workers:
                     other.channel.close()
                 self._work(number, theirs)
             self._members[pid] = Member(number, mine, time.monotonic(), beat)
+            self.starts += 1
         except OSError:
             mine.close()
             raise
@@ -103,6 +112,7 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             theirs.close()
             self._counts.be(self._running.settings.workers)
+        self._changed()
 
     def _work(self, number: int, supervisor: socket.socket) -> NoReturn:
         """The life of a forked worker; never returns into the supervisor's code."""
@@ -176,6 +186,7 @@ class Workers:
                     self._log.error("a worker has died", pid=pid, status=code)
                 if not self._members:
                     self._ended(self._code)
+            self._changed()
 
     def _replace_later(self, number: int, lived: float, **told: object) -> None:
         """Start a worker in the place of one that has died. If none is left, and none gets far, that is the end."""
@@ -185,9 +196,9 @@ class Workers:
             self._ended(1)
             return
         self._log.error("a worker has died and is replaced", **told, seconds=delay)
-        self._loop.later(delay, partial(self._replace, number))
+        self._loop.later(delay, partial(self._try_to_start, number))
 
-    def _replace(self, number: int) -> None:
+    def _try_to_start(self, number: int) -> None:
         if self.is_ending:
             return
         try:

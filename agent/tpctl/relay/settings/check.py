@@ -34,20 +34,29 @@ def contradictions(settings: Settings) -> Iterator[str]:
     for listener in listeners:
         for problem in (*_of_dns(listener), *_of_any(listener)):
             yield f"listener {listener.name}: {problem}"
-    if settings.metrics is not None:
-        if METRICS in names:
-            yield f"listeners: one of them is called {METRICS}, which is the name of the metrics; choose another name"
-        for listener in listeners:
-            if listener.listen.overlaps(Listen(settings.metrics)):
-                yield f"metrics: {show(settings.metrics)} is also where listener {listener.name} listens"
+    yield from _of_metrics(settings)
     if settings.limits.connections_per_source:
         yield "limits.connections_per_source: belongs to a listener; over all of them only connections can be limited"
+
+
+def _of_metrics(settings: Settings) -> Iterator[str]:
+    given = [(key, at) for key, at in (("metrics", settings.metrics), ("dns.metrics", settings.dns_metrics)) if at]
+    if given and METRICS in {listener.name for listener in settings.listeners}:
+        yield f"listeners: one of them is called {METRICS}, which is the name of the metrics; choose another name"
+    for key, at in given:
+        for listener in settings.listeners:
+            if listener.listen.overlaps(Listen(at)):
+                yield f"{key}: {show(at)} is also where listener {listener.name} listens"
+    if len(given) == 2 and Listen(given[0][1]).overlaps(Listen(given[1][1])):
+        yield f"dns.metrics: {show(given[1][1])} is also where metrics are; give each an address of its own"
 
 
 def only_envoy(settings: Settings) -> Iterator[str]:
     """What the relay cannot do, a line for each."""
     if settings.secrets:
         yield f"secrets: nothing of the relay's uses any; {_ENVOY}"
+    if settings.dns_metrics is not None:
+        yield "dns.metrics: the relay serves the figures of DNS with all others; write metrics, at the top"
     for listener in settings.listeners:
         if listener.services:
             yield f"listener {listener.name}: services: the relay passes connections on as they are; {_ENVOY}"

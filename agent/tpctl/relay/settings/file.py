@@ -57,9 +57,11 @@ def settings_of(tree: object, path: str, refusals: Refusals = only_envoy) -> Set
     if tree is None:
         problems.append(f"file {path}: is empty; it needs listeners")
     defaults = _Defaults(section)
+    dns = section.section("dns")
     settings = Settings(
         listeners=_listeners(section, defaults),
-        dns=_dns(section.section("dns")),
+        dns_metrics=dns.take("metrics", read_address, None),
+        dns=_dns(dns),
         workers=section.take("workers", read.workers, 1),
         drain_seconds=section.take("drain_timeout", read.seconds, DEFAULT_DRAIN_SECONDS),
         access_log=section.take("access_log", read.flag, False),

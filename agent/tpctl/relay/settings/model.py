@@ -271,6 +271,8 @@ class Settings:
     drain_seconds: float = DEFAULT_DRAIN_SECONDS
     access_log: bool = False
     metrics: Address | None = None
+    dns_metrics: Address | None = None
+    """Of what answers DNS beside Envoy, whose figures `metrics` are then; the relay has one address for all of its."""
     limits: Limits = field(default_factory=Limits)
     """Over all listeners; only the total counts."""
     user: str | None = None

@@ -1,0 +1,274 @@
+"""DNS beside Envoy, of the same file: asked over UDP and TCP by applications whose queries are redirected."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dns.message
+import dns.query
+import dns.rdatatype
+import pytest
+
+from tests.extent import takes_long
+from tests.netns.envoy_process.plant import (
+    WEB,
+    Client,
+    EnvoyRun,
+    application,
+    configuration,
+    load,
+    put,
+    running,
+)
+from tests.netns.relay import dns_net
+from tests.netns.relay import net as relay_net
+from tests.netns.relay.net import HOST4, PEER4, PEER6, RELAY_UID, Net, is_running, process_status, until
+from tests.schemas import validated
+
+pytestmark = pytest.mark.root
+SERVICE = f"{{port: {WEB}, name: web, protocol: http}}"
+TRANSPORTS = {"UDP": dns.query.udp, "TCP": dns.query.tcp}
+OTHER = 15054
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with (
+        relay_net.network() as made,
+        application(made),
+        dns_net.dnsmasq(made, "--host-record=real.test,192.0.2.9"),
+    ):
+        yield made
+
+
+def file_for(directory: Path, *listeners: str, more: str = "", zone: str = "192.0.2.1 app.mesh\n") -> str:
+    """A file with a listener for DNS, its name servers and its zone; `more` is for the section `dns`."""
+    put(directory / "resolv.conf", f"nameserver {PEER4}\n{dns_net.PATIENT}")
+    put(directory / "zone", zone)
+    section = f"dns: {{resolv_conf: {directory}/resolv.conf, zone_file: {directory}/zone{more}}}\n"
+    own = ('{listen: "[::]:15053 ipv6only=off", direction: dns}', *listeners)
+    return configuration(SERVICE, more=section) + "".join(f"  - {one}\n" for one in own)
+
+
+def asked(net: Net, name: str, how: str = "UDP", where: tuple[str, int] = (PEER4, 53)) -> list[str]:
+    """The addresses that an application on our host is told."""
+    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+    if how == "TCP":
+        sock = net.connect(net.host, where)
+    else:
+        sock = net.datagram(net.host, family)
+        sock.connect(where)
+    with sock:
+        query = dns.message.make_query(name, "A")
+        answer = TRANSPORTS[how](query, where[0], port=where[1], timeout=relay_net.TIMEOUT, sock=sock)
+    return [item.address for rrset in answer.answer for item in rrset if item.rdtype == dns.rdatatype.A]
+
+
+def answered(net: Net) -> int:
+    client = Client(net, (HOST4, WEB))
+    try:
+        return client.get()[0]
+    finally:
+        client.close()
+
+
+def status(net: Net, envoy: EnvoyRun, *flags: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "tpctl.cli.main", "status", "--envoy-folder", str(envoy.folder), *flags]
+    done = subprocess.run(
+        ["nsenter", f"--net=/run/netns/{net.host}", *argv], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def dns_of(net: Net, envoy: EnvoyRun) -> dict[str, Any]:
+    found: dict[str, Any] = validated(status(net, envoy, "--json")[1])["envoy"]["dns"]
+    return found
+
+
+def is_closed(net: Net, port: int) -> bool:
+    try:
+        net.connect(net.host, ("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_one_file_for_connections_and_dns(net: Net, directory: Path) -> None:
+    with running(net, directory, file_for(directory)) as envoy:
+        assert answered(net) == 200
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+            assert asked(net, "real.test", how) == ["192.0.2.9"]
+            assert asked(net, "app.mesh", how, (PEER6, 53)) == ["192.0.2.1"]
+        pid = envoy.state()["dns_pid"]
+        found = process_status(pid)
+        assert set(found["Uid"].split()) == {str(RELAY_UID)}
+        assert {found[name] for name in ("CapPrm", "CapEff", "CapAmb", "CapBnd")} == {"0" * 16}
+        assert found["NoNewPrivs"] == "1"
+        assert dns_of(net, envoy) == {"listens": ["[::]:15053"], "answers": True, "pid": pid, "starts": 1}
+        code, text = status(net, envoy)
+        assert code == 0
+        assert f"pid {pid} answers [::]:15053, started once" in text
+    assert not is_running(pid)
+    assert not list(envoy.folder.iterdir())
+
+
+def test_a_reload_reaches_both(net: Net, directory: Path) -> None:
+    """Applications ask all the time, and no query is lost, whatever changes about the listener that they reach."""
+    text = file_for(directory)
+    put(directory / "zone2", "192.0.2.2 app.mesh\n")
+    with running(net, directory, text) as envoy:
+        pid = envoy.state()["dns_pid"]
+        with load() as asking:
+            asking.add(lambda: asked(net, "real.test", "UDP"), "UDP")
+            asking.add(lambda: asked(net, "real.test", "TCP"), "TCP")
+            asking.goes_on()
+            with envoy.taken("DNS is answered as the file says"):
+                envoy.file.write_text(
+                    text.replace("/zone}", "/zone2}").replace("name: web", "name: web, real_ip_header: X-Who")
+                    + f'  - {{listen: "127.0.0.1:{OTHER}", direction: dns}}\n'
+                )
+            until(lambda: asked(net, "app.mesh") == ["192.0.2.2"])
+            for how in TRANSPORTS:
+                assert asked(net, "app.mesh", how, ("127.0.0.1", OTHER)) == ["192.0.2.2"]
+            client = Client(net, (HOST4, WEB))
+            assert "x-who" in client.get(keep=False)[1]["headers"]
+            with envoy.taken("DNS is answered as the file says"):
+                envoy.file.write_text(text)
+                envoy.send(signal.SIGHUP)
+            until(lambda: asked(net, "app.mesh") == ["192.0.2.1"])
+            until(lambda: is_closed(net, OTHER))
+        assert envoy.state()["dns_pid"] == pid
+
+
+def test_the_listener_goes_and_comes_back(net: Net, directory: Path) -> None:
+    text = file_for(directory)
+    with running(net, directory, text) as envoy:
+        pid = envoy.state()["dns_pid"]
+        with envoy.taken("DNS is not answered any more"):
+            envoy.file.write_text(configuration(SERVICE))
+        until(lambda: not is_running(pid))
+        assert is_closed(net, 15053)
+        assert dns_of(net, envoy) is None
+        with envoy.taken("DNS is answered as the file says"):
+            envoy.file.write_text(text)
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+        assert answered(net) == 200
+
+
+def test_a_killed_process_is_replaced_and_no_later_query_is_lost(net: Net, directory: Path) -> None:
+    """The sockets are the supervisor's too: queries wait in them. The zone was spoilt meanwhile, and Envoy goes on."""
+    with running(net, directory, file_for(directory)) as envoy:
+        first, of_envoy = envoy.state()["dns_pid"], envoy.envoy()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not is_running(first))
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+        until(lambda: envoy.state()["dns_pid"] not in (0, first))
+        assert envoy.envoy() == of_envoy
+        assert answered(net) == 200
+        assert dns_of(net, envoy)["starts"] == 2
+        os.kill(of_envoy, signal.SIGKILL)  # and the other way round
+        envoy.wait_for("Envoy has died and is started again")
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+
+
+def test_everything_ends_with_the_supervisor(net: Net, directory: Path) -> None:
+    envoy = EnvoyRun(net, directory, file_for(directory))
+    envoy.wait_for("ready")
+    pids = (envoy.envoy(), envoy.state()["dns_pid"])
+    envoy.process.kill()
+    envoy.process.wait()
+    until(lambda: not any(map(is_running, pids)))
+    code, text = status(net, envoy)
+    assert code == 3
+    assert "has ended unexpectedly" in text
+    with running(net, directory, envoy.file.read_text()):
+        assert asked(net, "app.mesh") == ["192.0.2.1"]
+
+
+def test_dns_is_answered_until_the_last_connection_has_ended(net: Net, directory: Path) -> None:
+    envoy = EnvoyRun(net, directory, "drain_timeout: 10m\n" + file_for(directory))
+    envoy.wait_for("ready")
+    pids = (envoy.envoy(), envoy.state()["dns_pid"])
+    with net.connect(net.peer, (HOST4, WEB)) as slow:
+        slow.sendall(b"GET /slow=2 HTTP/1.1\r\nHost: x\r\n")
+        until(lambda: net.on_host("ss", "-Htn", "state", "established", "( sport = :15006 )").strip())
+        slow.sendall(b"\r\n")
+        until(lambda: net.on_host("ss", "-Htn", "state", "established", f"( dport = :{WEB} )").strip())
+        envoy.send(signal.SIGTERM)
+        envoy.wait_for("draining", seconds=600.0)
+        for how in TRANSPORTS:
+            assert asked(net, "real.test", how) == ["192.0.2.9"]
+        assert slow.recv(12) == b"HTTP/1.1 200"
+    assert envoy.exit_code() == 0, envoy.log_text()
+    assert not any(map(is_running, pids))
+    assert not list(envoy.folder.iterdir())
+
+
+def test_what_cannot_be_had_changes_nothing(net: Net, directory: Path) -> None:
+    """A port that somebody else has; and one that is free, of an update that Envoy refuses."""
+    text = file_for(directory)
+    listener = f'  - {{listen: "127.0.0.1:{OTHER}", direction: dns}}\n'
+    with running(net, directory, text) as envoy:
+        with net.inside(net.host):
+            other = socket.create_server(("127.0.0.1", OTHER))
+        with other, envoy.taken("the configuration is invalid, the old one stays"):
+            envoy.file.write_text(text.replace("app", "other") + listener)
+        assert f"TCP port {OTHER} of 127.0.0.1" in str(envoy.state()["problems"])
+        assert status(net, envoy)[0] == 3
+        with net.inside(net.host):
+            other = socket.create_server(("0.0.0.0", 15009))
+        with other, envoy.taken("Envoy has refused an update, the old configuration stays"):
+            envoy.file.write_text(text + listener + '  - {listen: "0.0.0.0:15009", direction: outbound}\n')
+        assert is_closed(net, OTHER)
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+        with envoy.taken("Envoy serves what the file says"):
+            envoy.file.write_text(text + listener)
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how, ("127.0.0.1", OTHER)) == ["192.0.2.1"]
+
+
+def test_a_port_that_is_in_use_at_the_start(net: Net, directory: Path) -> None:
+    with net.datagram(net.host, socket.AF_INET, ("0.0.0.0", 15053)):
+        envoy = EnvoyRun(net, directory, file_for(directory))
+        assert envoy.exit_code() == 2
+    assert "UDP port 15053 of :: for the dns-15053 listener is in use" in envoy.log_text()
+
+
+def test_figures_of_dns_have_an_address_of_their_own(net: Net, directory: Path) -> None:
+    text = "metrics: 127.0.0.1:9902\n" + file_for(directory, more=", metrics: 127.0.0.1:9903")
+
+    def figures(port: int) -> str:
+        with net.connect(net.host, ("127.0.0.1", port)) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return relay_net.read_all(sock).decode()
+
+    with running(net, directory, text):
+        assert asked(net, "app.mesh") == ["192.0.2.1"]
+        until(lambda: "tpctl_relay_dns_local_answers_total 1" in figures(9903))
+        assert "envoy_server_live" in figures(9902)
+
+
+@takes_long
+def test_a_process_that_hangs_is_replaced(net: Net, directory: Path) -> None:
+    with running(net, directory, file_for(directory)) as envoy:
+        first = envoy.state()["dns_pid"]
+        os.kill(first, signal.SIGSTOP)
+        code, text = status(net, envoy)
+        assert code == 3
+        assert f"pid {first} does not answer DNS at 127.0.0.1:15053 over UDP" in text
+        envoy.wait_for("a worker hangs and is killed", pid=first)
+        assert asked(net, "app.mesh") == ["192.0.2.1"]
+        until(lambda: envoy.state()["dns_pid"] not in (0, first))
+        assert status(net, envoy)[0] == 0

@@ -5,6 +5,6 @@
     documents                                       what those are, as files and as one static bootstrap
     binary                                          where Envoy is, its version, and what it says of a configuration
 
-Imports `host`, `config`, and the relay's `loop`, `settings` and `connections` (how certificates are looked at). Nothing
-outside of this room knows Envoy's words.
+Imports `host`, `config`, and the relay's `loop`, `settings`, `connections` (how certificates are looked at) and `dns`
+(the same for a zone). Nothing outside of this room knows Envoy's words.
 """

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import envoy  # type: ignore[import-untyped]
@@ -20,7 +21,7 @@ from tests.unit.envoy.examples import EVERYTHING, settings, write_files
 from tpctl.cli.commands.envoy import command
 from tpctl.envoy import binary
 from tpctl.envoy.fit import misfits
-from tpctl.spec.policy import Family, Inbound, Policy, PortRange
+from tpctl.spec.policy import Dns, DnsCapture, Family, Inbound, Policy, PortRange
 from tpctl.system.errors import HostError, InputError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: files are root's")
@@ -237,3 +238,44 @@ def test_a_service_that_the_policy_passes_by() -> None:
     assert misfits(settings(text), policy()).problems == ()
     (warning,) = misfits(settings(text), policy(port=15016)).warnings
     assert warning == "listener inbound-15006: listen: the installed policy does not redirect to port 15006"
+
+
+def test_a_listener_for_dns_that_the_policy_does_not_redirect_to() -> None:
+    text = "listeners: [{listen: '*:15006', direction: inbound}, {listen: '*:15053', direction: dns}]"
+    (warning,) = misfits(settings(text), policy()).warnings
+    assert warning == "listener dns-15053: listen: the installed policy does not redirect to port 15053"
+    assert misfits(settings(text), replace(policy(), dns=Dns(DnsCapture.ALL))).warnings == ()
+    (warning,) = misfits(settings(text), replace(policy(), dns=Dns(DnsCapture.ALL, port=15054))).warnings
+    assert "port 15053" in warning
+
+
+WITH_DNS = """
+dns: {{zone_file: {zone}}}
+listeners: [{{listen: '*:15006', direction: inbound}}, {{listen: '*:15053', direction: dns}}]
+"""
+
+
+def test_dns_is_looked_at_as_the_relay_looks_at_it(folder: Folder) -> None:
+    zone = folder.path / "zone.yaml"
+    folder.write(WITH_DNS.format(zone=zone))
+    (problem,) = folder.problems()
+    assert "No such file" in problem
+    zone.write_text("names: {a.mesh: 1}")
+    (problem,) = folder.problems()
+    assert "a.mesh" in problem
+    zone.write_text("names: {a.mesh: {addresses: 240.0.0.1, upstreams: '10.0.0.1:80'}}")
+    (problem,) = folder.problems()
+    assert problem.startswith(f"dns.zone_file: {zone} has virtual addresses (upstreams), and only `tpctl relay`")
+    zone.write_text("names: {a.mesh: 10.0.0.1}")
+    result = folder.check()
+    assert result.exit_code == 0
+    assert result.output.endswith(" takes it, the relay answers dns-15053\n")
+
+
+def test_what_is_rendered_is_without_dns_and_says_so(folder: Folder) -> None:
+    folder.write(WITH_DNS.format(zone="/nonexistent"))
+    result = CliRunner().invoke(command, ["render", str(folder.file)])
+    assert result.exit_code == 0
+    names = [one["name"] for one in json.loads(result.stdout)["lds/lds.json"]["resources"]]
+    assert names == ["inbound-15006"]
+    assert result.stderr.startswith("note: without dns-15053: DNS is answered by the relay")

@@ -13,9 +13,8 @@ from tpctl.relay.settings.model import ListenerSettings
 from tpctl.system.child import ChildFailedError, in_child
 from tpctl.system.errors import TpctlError
 
-_SECONDS = 1.0
-_TRIES = 3
-"""A datagram may be lost where the kernel has no room for it."""
+_SECONDS = {socket.SOCK_DGRAM: (1.0, 1.0, 3.0), socket.SOCK_STREAM: (5.0,)}
+"""For the answers to so many tries: a datagram may be lost where the kernel has no room for it."""
 _HEADER = b"\x01\0" + bytes(8)
 """Behind the id: a query without a question, which the relay answers itself (FORMERR)."""
 _MOST_BYTES = 512
@@ -45,7 +44,7 @@ def silent(addresses: Sequence[Destination], uid: int) -> list[str]:
             os.setresuid(uid, uid, uid)
         return "\n".join(f"{show(one)} over {how}" for one in addresses for how in _silent(one))
 
-    seconds = 1.0 + 2 * _TRIES * _SECONDS * len(addresses)
+    seconds = 5.0 + sum(map(sum, _SECONDS.values())) * len(addresses)
     try:
         return in_child(attempt, seconds=seconds, what="DNS was not asked", why="the machine is busy").splitlines()
     except ChildFailedError as error:
@@ -53,17 +52,16 @@ def silent(addresses: Sequence[Destination], uid: int) -> list[str]:
 
 
 def _silent(address: Destination) -> Iterator[str]:
-    if not any(_answers(address, socket.SOCK_DGRAM) for _ in range(_TRIES)):
-        yield "UDP"
-    if not any(_answers(address, socket.SOCK_STREAM) for _ in range(_TRIES)):
-        yield "TCP"
+    for kind, how in ((socket.SOCK_DGRAM, "UDP"), (socket.SOCK_STREAM, "TCP")):
+        if not any(_answers(address, kind, seconds) for seconds in _SECONDS[kind]):
+            yield how
 
 
-def _answers(address: Destination, kind: socket.SocketKind) -> bool:
+def _answers(address: Destination, kind: socket.SocketKind, seconds: float) -> bool:
     query = secrets.token_bytes(2) + _HEADER
     try:
         with socket.socket(address.family, kind) as sock:
-            sock.settimeout(_SECONDS)
+            sock.settimeout(seconds)
             sock.connect(address.sockaddr)
             if kind is socket.SOCK_STREAM:
                 sock.sendall(len(query).to_bytes(2, "big") + query)

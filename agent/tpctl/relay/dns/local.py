@@ -46,7 +46,8 @@ def read_zone(settings: DnsSettings) -> Zone | None:
 class LocalZone:
     """The zone of a file that may change while the relay runs. An unusable file is logged; the last zone stays.
 
-    Raises InputError when the file is unusable from the beginning.
+    Unusable from the beginning, as it may have become before a worker is replaced, its names are answered by SERVFAIL
+    until it is in order. `read_zone` says so before there is a worker.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LocalZone:
         self._log = log
         self._clock = clock
         self._seen: Signature | None = self._signature()
-        self._zone = read_zone(settings)
+        self._zone: Zone | None = None
         self._coming: Zone | None = None
         """Of which only the origin is known yet: its names are not for the name servers either."""
         self._answers: dict[bytes, bytes] = {}
@@ -71,6 +72,13 @@ class LocalZone:
         self._reader: threading.Thread | None = None
         self._read: tuple[DnsSettings, Zone | InputError] | None = None
         self._timer: Timer | None = None
+        try:
+            self._zone = read_zone(settings)
+        except InputError as error:
+            self._await_names()
+            self._log.error("the DNS zone file is unusable, its names are not answered", problems=list(error.problems))
+            if _is_for_want_of_room(error):
+                self._seen = _UNREAD
         self._watch()
 
     def use(self, settings: DnsSettings) -> None:
@@ -83,11 +91,14 @@ class LocalZone:
                 self._zone = None
                 self._answers = {}
             else:
-                from tpctl.relay.dns.zone_file import wire_name  # lazily: dnspython
-
-                self._coming = Zone(wire_name(settings.zone), {})
+                self._await_names()
                 self.refresh()
             self._watch()
+
+    def _await_names(self) -> None:
+        from tpctl.relay.dns.zone_file import wire_name  # lazily: dnspython
+
+        self._coming = Zone(wire_name(self._settings.zone), {})
 
     @property
     def vips(self) -> Vips:

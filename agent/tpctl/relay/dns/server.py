@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 
 class DnsServer:
-    """Answers queries from the local zone, and forwards all others. Raises InputError when the zone file is unusable.
-
-    `tpctl.relay.dns.local.read_zone` says that before there is a worker.
-    """
+    """Answers queries from the local zone, and forwards all others."""
 
     def __init__(
         self,

@@ -210,9 +210,19 @@ def test_a_file_that_is_being_written_is_waited_for(zone: Zone) -> None:
     assert zone.counters.rejected_reloads == 0
 
 
-def test_an_unusable_file_at_the_start_is_bad_input(loop: Loop, tmp_path: Path) -> None:
+def test_the_names_of_a_file_that_is_unusable_at_the_start_wait_for_it(loop: Loop, tmp_path: Path) -> None:
+    """It was in order when the relay began: this worker takes the place of one that has died."""
+    path = tmp_path / "hosts"
     with pytest.raises(InputError, match="No such file"):
-        Zone(loop, tmp_path / "none")
+        dns_local.read_zone(DnsSettings(zone_file=path))
+    zone = Zone(loop, path)
+    answer = zone.answer(dns.message.make_query("db.mesh", "A"))
+    assert answer is not None
+    assert answer.rcode() == dns.rcode.SERVFAIL
+    assert zone.answer(dns.message.make_query("elsewhere.test", "A")) is None
+    zone.write(HOSTS)
+    zone.follow()
+    assert zone.addresses() == ["240.0.0.1"]
 
 
 def test_other_settings_bring_another_file_or_none(zone: Zone, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tpctl.system.errors import InputError
 
 TOP = "secrets: {known: {file: /s}}\nlisteners:\n- listen: '*:15006'\n  direction: inbound\n  services:\n"
 OUT = TOP.replace("15006", "15001").replace("inbound", "outbound")
+DNS = "listeners: [{listen: '*:15006', direction: inbound}, {listen: '*:15053', direction: dns"
 PLACE = "file e.yaml: listeners[0].services[0]"
 KEY = {"kty": "RSA", "n": "AQAB", "e": "AQAB"}
 
@@ -164,7 +165,6 @@ def test_the_relay_names_who_serves_such_a_file() -> None:
 @pytest.mark.parametrize(
     ("listener", "expected"),
     [
-        ("direction: dns", "direction: dns: only `tpctl relay` does that"),
         ("direction: inbound, upstream_tls: {tls_verify_depth: 2, server_name: a}",
          "upstream_tls.tls_verify_depth: Envoy does not enforce it"),
         ("direction: inbound, upstream_tls: {}", "upstream_tls.server_name: is missing"),
@@ -184,14 +184,51 @@ def test_what_only_the_relay_does(listener: str, expected: str) -> None:
 
 def test_what_only_the_relay_does_for_all() -> None:
     said = problems(
-        "dns: {zone: a}\naccelerate: sockmap\nlisteners: "
+        "accelerate: sockmap\nlisteners: "
         "[{listen: '*:1 proxy_protocol', direction: inbound, trusted_ips: [10.0.0.1]},"
         " {listen: 'unix:/a', direction: outbound, upstream: '127.0.0.1:1'}]"
     )
     assert [line.removeprefix("file e.yaml: ").partition(": only")[0] for line in said] == [
-        "dns", "accelerate", "listener inbound-1: listen: proxy_protocol for every port",
+        "accelerate", "listener inbound-1: listen: proxy_protocol for every port",
         "listener outbound-a: listen: a unix socket",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("listeners: [{listen: '*:15053', direction: dns}]",
+         "listeners: all of them are for DNS, so there is nothing for Envoy; `tpctl relay --config` serves them"),
+        (f"dns: {{zone: a}}\n{TOP}  - {{port: 80}}",
+         "dns: has no effect without a listener for DNS, as in {listen: '*:15053', direction: dns}"),
+        (f"dns: {{metrics: '*:9903'}}\n{TOP}  - {{port: 80}}", "dns: has no effect without a listener for DNS"),
+        (f"{DNS}, services: [{{port: 80}}]}}]", "listeners[1].services: has no meaning for DNS; leave it out"),
+        (f"{DNS}, limits: {{connections: 3}}}}]", "listeners[1].limits: has no meaning for DNS; leave it out"),
+        (f"{DNS}, ssl: {{certificate: /a, certificate_key: /b}}}}]",
+         "listener dns-15053: ssl: has no effect without the option ssl in listen"),
+        (f"{DNS}, upstream: '10.0.0.1:53'}}]",
+         "listener dns-15053: upstream: DNS goes to the name servers of dns.resolv_conf; leave it out"),
+        (f"metrics: '127.0.0.1:9902'\ndns: {{metrics: '127.0.0.1:9902'}}\n{DNS}}}]",
+         "dns.metrics: 127.0.0.1:9902 is also where metrics are; give each an address of its own"),
+        (f"dns: {{metrics: '127.0.0.1:15053'}}\n{DNS}}}]",
+         "dns.metrics: 127.0.0.1:15053 is also where listener dns-15053 listens"),
+        (f"dns: {{metrics: nowhere}}\n{DNS}}}]", 'dns.metrics: "nowhere" is not an address'),
+        (f"dns: {{metric: '*:1'}}\n{DNS}}}]", 'dns.metric: there is no such key; did you mean "metrics"?'),
+        ("listeners: [{listen: '*:15006', direction: inbound, services: [{port: 15053}]},"
+         " {listen: '*:15053', direction: dns}]",
+         "listener inbound-15006: service inbound-15053: port: 15053 is a listener's own"),
+    ],
+)  # fmt: skip
+def test_dns_beside_envoy(text: str, expected: str) -> None:
+    (said,) = problems(text)
+    assert said.removeprefix("file e.yaml: ").startswith(expected)
+
+
+def test_the_relay_serves_the_figures_of_dns_with_all_others() -> None:
+    expected = (
+        "file r.yaml: dns.metrics: the relay serves the figures of DNS with all others; write metrics, at the top"
+    )
+    assert_problems(lambda: for_the_relay(f"dns: {{metrics: '127.0.0.1:9903'}}\n{DNS}}}]"), [expected])
 
 
 def test_who_is_trusted_may_be_told_apart() -> None:

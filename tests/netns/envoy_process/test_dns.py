@@ -7,21 +7,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dns.message
-import dns.query
-import dns.rdatatype
 import pytest
 
 from tests.extent import takes_long
+from tests.netns import lab
 from tests.netns.envoy_process.plant import (
+    TRANSPORTS,
     WEB,
     Client,
     EnvoyRun,
     application,
+    asked,
     configuration,
     load,
     put,
@@ -29,12 +29,22 @@ from tests.netns.envoy_process.plant import (
 )
 from tests.netns.relay import dns_net
 from tests.netns.relay import net as relay_net
-from tests.netns.relay.net import HOST4, PEER4, PEER6, RELAY_UID, Net, Server, is_running, process_status, until
+from tests.netns.relay.net import (
+    HOST4,
+    PEER4,
+    PEER6,
+    RELAY_UID,
+    RELAY_USER,
+    Net,
+    Server,
+    is_running,
+    process_status,
+    until,
+)
 from tests.schemas import validated
 
 pytestmark = pytest.mark.root
 SERVICE = f"{{port: {WEB}, name: web, protocol: http}}"
-TRANSPORTS: dict[str, Callable[..., dns.message.Message]] = {"UDP": dns.query.udp, "TCP": dns.query.tcp}
 OTHER = 15054
 
 
@@ -55,20 +65,6 @@ def file_for(directory: Path, *listeners: str, more: str = "", zone: str = "192.
     section = f"dns: {{resolv_conf: {directory}/resolv.conf, zone_file: {directory}/zone{more}}}\n"
     own = ('{listen: "[::]:15053 ipv6only=off", direction: dns}', *listeners)
     return configuration(SERVICE, more=section) + "".join(f"  - {one}\n" for one in own)
-
-
-def asked(net: Net, name: str, how: str = "UDP", where: tuple[str, int] = (PEER4, 53)) -> list[str]:
-    """The addresses that an application on our host is told."""
-    family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
-    if how == "TCP":
-        sock = net.connect(net.host, where)
-    else:
-        sock = net.datagram(net.host, family)
-        sock.connect(where)
-    with sock:
-        query = dns.message.make_query(name, "A")
-        answer = TRANSPORTS[how](query, where[0], port=where[1], timeout=relay_net.TIMEOUT, sock=sock)
-    return [item.address for rrset in answer.answer for item in rrset if item.rdtype == dns.rdatatype.A]
 
 
 def answered(net: Net) -> int:
@@ -118,6 +114,33 @@ def test_one_file_for_connections_and_dns(net: Net, directory: Path) -> None:
         assert f"pid {pid} answers [::]:15053, started once" in text
     assert not is_running(pid)
     assert not list(envoy.folder.iterdir())
+
+
+def test_under_the_rules_that_tpctl_installs(directory: Path) -> None:
+    """They reset what anybody but the data plane's user sends to its own ports, also on this host (g1)."""
+    with (
+        relay_net.network(redirect=False, passthrough6=False) as net,
+        application(net),
+        dns_net.dnsmasq(net, "--host-record=real.test,192.0.2.9"),
+        running(net, directory, file_for(directory)) as envoy,
+    ):
+        with net.inside(net.host):
+            dns_flags = ("--redirect-all-dns-traffic", "--redirect-dns-tcp")
+            lab.tpctl("install", "--kuma-dp-user", RELAY_USER, "--engine", "nftables", *dns_flags)
+        try:
+            assert answered(net) == 200
+            for how in TRANSPORTS:
+                assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+                assert asked(net, "real.test", how) == ["192.0.2.9"]
+            code, text = status(net, envoy)
+            assert code == 0, text
+            assert f"pid {envoy.state()['dns_pid']} answers [::]:15053" in text
+            with net.inside(net.host):
+                checked = lab.tpctl("envoy", "check", str(envoy.file))
+            assert "warning" not in checked.stderr
+        finally:
+            with net.inside(net.host):
+                lab.tpctl("uninstall")
 
 
 def test_a_reload_reaches_both(net: Net, directory: Path) -> None:
@@ -248,6 +271,7 @@ def test_a_port_that_is_in_use_at_the_start(net: Net, directory: Path) -> None:
         envoy = EnvoyRun(net, directory, file_for(directory))
         assert envoy.exit_code() == 2
     assert "UDP port 15053 of :: for the dns-15053 listener is in use" in envoy.log_text()
+    assert not list(envoy.folder.iterdir())
 
 
 def test_figures_of_dns_have_an_address_of_their_own(net: Net, directory: Path) -> None:

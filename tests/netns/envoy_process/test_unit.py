@@ -16,7 +16,7 @@ import pytest
 
 from tests.extent import takes_long
 from tests.hidden import ROOT_DIRECTORY
-from tests.netns.envoy_process.plant import WEB, Client, application, configuration
+from tests.netns.envoy_process.plant import TRANSPORTS, WEB, Client, application, asked, configuration
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import HOST4, PATIENCE, RELAY_UID, Net, for_the_relay, process_status, until
 from tests.netns.relay.test_unit import CAPABILITIES, Machine, machine, seen
@@ -24,7 +24,7 @@ from tests.netns.relay.test_unit import pytestmark as needs_systemd
 from tpctl.persist import systemd
 
 pytestmark = needs_systemd
-FILE, SECRET = "/run/envoy.yaml", "/run/secret"
+FILE, SECRET, ZONE = "/run/envoy.yaml", "/run/secret", "/run/zone"
 MOST_SECONDS_AWAY = 2.0
 REQUESTS = 300
 """More than after which Lua's compiler begins its work."""
@@ -49,8 +49,10 @@ def unit(net: Net, tmp_path: Path) -> Iterator[Machine]:
     run.mkdir()
     text = configuration(
         f"{{port: {WEB}, name: web, protocol: http, origin_verify: {{header: X-Origin, secrets: [origin]}}}}",
-        more=f"secrets: {{origin: {{file: {SECRET}}}}}\n",
+        more=f"secrets: {{origin: {{file: {SECRET}}}}}\ndns: {{zone_file: {ZONE}}}\n",
     )
+    text += '  - {listen: "[::]:15053 ipv6only=off", direction: dns}\n'
+    (run / "zone").write_text("192.0.2.1 app.mesh\n")
     (run / "envoy.yaml").write_text(text)
     (run / "secret").write_text("s3cret")
     for_the_relay(run / "secret")
@@ -66,6 +68,10 @@ def answered(net: Net, client: Client) -> int:
 
 def envoys(unit: Machine, main: int) -> list[int]:
     return [pid for pid in unit.processes() if pid != main and process_status(pid)["Name"] == "envoy"]
+
+
+def answers_dns(net: Net) -> bool:
+    return all(asked(net, "app.mesh", how) == ["192.0.2.1"] for how in TRANSPORTS)
 
 
 def away(net: Net, client: Client) -> float:
@@ -87,9 +93,15 @@ def test_it_serves_confined_and_comes_back(net: Net, unit: Machine) -> None:
         assert {name: int(found[name], 16) for name in CAPABILITIES} == dict.fromkeys(CAPABILITIES, 0)
         assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
     assert {answered(net, client) for _ in range(REQUESTS)} == {200}
+    assert answers_dns(net)
     (first,) = envoys(unit, main)
     assert unit.start("reload") == main
     assert (answered(net, client), envoys(unit, main)) == (200, [first])
+    # The process that answers DNS is killed: another one answers what is asked meanwhile.
+    (beside,) = (pid for pid in unit.processes() if pid not in (main, *envoys(unit, main)))
+    os.kill(beside, signal.SIGKILL)
+    until(lambda: beside not in unit.processes())
+    assert answers_dns(net)
     # Envoy is killed: its supervisor starts another one.
     os.kill(first, signal.SIGKILL)
     until(lambda: first not in envoys(unit, main))
@@ -105,10 +117,12 @@ def test_it_serves_confined_and_comes_back(net: Net, unit: Machine) -> None:
     seconds = away(net, client)
     print(f"after its supervisor was killed: {seconds:.2f} s")
     assert seconds < PATIENCE
+    assert answers_dns(net)
     assert unit.systemctl("show", "-P", "NRestarts", systemd.ENVOY).stdout.strip() == "1"
     client.close()  # it would be waited for
     again = unit.start("restart")
     assert answered(net, client) == 200
+    assert answers_dns(net)
     client.close()
     assert unit.systemctl("stop", systemd.ENVOY).returncode == 0
     assert not Path(f"/proc/{again}").exists()

@@ -25,4 +25,4 @@ def test_the_example_is_in_order(tmp_path: Path) -> None:
     assert example is not None
     write_jwks(tmp_path / "jwks.json", new_key(tmp_path / "key"))
     found = settings(example[1].replace("/etc/tpctl/jwks.json", str(tmp_path / "jwks.json")))
-    assert [len(listener.services) for listener in found.listeners] == [2, 1]
+    assert [len(listener.services) for listener in found.listeners] == [2, 1, 0]

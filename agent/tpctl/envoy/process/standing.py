@@ -15,6 +15,7 @@ from tpctl.envoy.process.admin import Admin, AdminError, Certificate
 from tpctl.envoy.process.folder import is_held
 from tpctl.relay.connections.certificates import SOON_DAYS, decoded
 from tpctl.relay.loop.original_destination import Destination
+from tpctl.relay.settings.check import MAX_LISTENERS
 from tpctl.relay.settings.listen import read_address
 from tpctl.system.errors import TpctlError
 from tpctl.system.input_files import UnusableFileError, read_bytes
@@ -89,7 +90,7 @@ def look(folder: Path) -> Found | None:
         return None
     if standing.network != network():
         return None
-    problems, of_dns = list(_problems(standing)), list(_dns_problems(standing, folder.stat().st_uid))
+    problems, of_dns = list(_problems(standing)), list(_dns_problems(standing, folder.lstat().st_uid))
     return Found(standing, not problems, (*problems, *of_dns, *_expiring(standing)), not of_dns)
 
 
@@ -153,7 +154,7 @@ def _dns_problems(standing: Standing, uid: int) -> Iterator[str]:
         yield f"nobody answers DNS at {', '.join(standing.dns)}: the process has died, and its log tells why"
         return
     try:
-        asked = [read_address(one) for one in standing.dns_asked]
+        asked = [read_address(one) for one in standing.dns_asked[:MAX_LISTENERS]]
         quiet = asking.silent([one for one in asked if isinstance(one, Destination)], uid) if asked else []
     except (TpctlError, BadValueError) as error:
         yield str(error)

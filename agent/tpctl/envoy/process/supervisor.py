@@ -31,7 +31,7 @@ from tpctl.relay.loop.loop import Loop, Timer
 from tpctl.relay.process.crew import LOOK_SECONDS
 from tpctl.relay.process.notify import WATCHDOG, notify, reloading, watchdog_interval
 from tpctl.relay.settings.listen import show
-from tpctl.system.errors import InputError, described
+from tpctl.system.errors import HostError, InputError, described
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -112,7 +112,7 @@ class Supervisor:
             number: partial(self._end, number) for number in (*_DRAINING, signal.SIGQUIT)
         }
         handlers |= {signal.SIGHUP: partial(self._reload, "SIGHUP"), signal.SIGCHLD: self._bury}
-        self._dns.use(self._dns.prepare(self._wanted.dns))
+        self._begin_dns()
         with signals.handled(self._loop, handlers):
             self._watch.look_at(self._wanted.watched)
             self._envoy.start()
@@ -126,6 +126,14 @@ class Supervisor:
         self._folder.clear()
         self._log.info("ended", exit_code=self._code)
         return self._code
+
+    def _begin_dns(self) -> None:
+        """Answer DNS, before Envoy is there. Raises HostError when a socket cannot be had."""
+        try:
+            self._dns.use(self._dns.prepare(self._wanted.dns))
+        except HostError:
+            self._folder.clear()
+            raise
 
     # What the file says
 

@@ -89,6 +89,7 @@ class Dns:
             return
         if not after.listeners:
             self._leave()
+            self._changed()
             self._log.info("DNS is not answered any more")
             return
         if self._workers is not None:
@@ -96,6 +97,7 @@ class Dns:
         else:
             raise_descriptor_limit()
             self._begin()
+        self._changed()
         listens = {one.name: show(one.listen.address) for one in after.served}
         self._log.info("DNS is answered as the file says", pid=self.pid, **listens)
 

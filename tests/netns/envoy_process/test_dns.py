@@ -162,9 +162,8 @@ def test_a_reload_reaches_both(net: Net, directory: Path) -> None:
             for how in TRANSPORTS:
                 assert asked(net, "app.mesh", how, ("127.0.0.1", OTHER)) == ["192.0.2.2"]
             client = Client(net, (HOST4, WEB))
-            until(
-                lambda: "x-who" in client.get(keep=False)[1]["headers"]
-            )  # each of Envoy's threads has it a moment later
+            # Each of Envoy's threads has it a moment later.
+            until(lambda: "x-who" in client.get(keep=False)[1]["headers"])
             with envoy.taken("DNS is answered as the file says"):
                 envoy.file.write_text(text)
                 envoy.send(signal.SIGHUP)

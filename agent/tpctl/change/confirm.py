@@ -21,7 +21,7 @@ from tpctl.change import background, before
 from tpctl.change.before import Before
 from tpctl.record import state
 from tpctl.system import runner
-from tpctl.system.errors import ApplyError, InputError, TpctlError
+from tpctl.system.errors import ApplyError, InputError, TpctlError, described
 
 FORMAT = 1
 OVERDUE_SECONDS = 10.0
@@ -191,9 +191,9 @@ def _arm(command: str, seconds: float, way_back: Before) -> Pending:
         if pending.guardian == PROCESS:
             background.start_process([*guardian_argv(token), "--wait", str(seconds)])
         _write(pending)
-    except ApplyError as error:
+    except Exception as error:
         _dismiss(pending)
-        raise ApplyError(f"{error}. Nothing was changed") from error
+        raise ApplyError(f"{described(error)}. Nothing was changed") from error
     return pending
 
 

@@ -18,6 +18,7 @@ from tpctl.persist import in_step
 from tpctl.record import state, taken_back
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Family, Policy
+from tpctl.system import memory
 from tpctl.system.errors import ApplyError, InputError
 
 
@@ -56,6 +57,7 @@ def install(
     then as it was before, and the message says so.
     """
     require_root("tpctl install")
+    memory.require()
     selection = registry.select(options)
     if options.reload_firewalld:
         in_step.require_firewalld()
@@ -89,6 +91,7 @@ def apply(*, confirm_within: float | None = None) -> InstallReport:
     Raises InputError when nothing is on record.
     """
     require_root("tpctl apply")
+    memory.require()
     with state.locked():
         record = state.load()
         if record is None:

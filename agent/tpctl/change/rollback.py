@@ -95,10 +95,11 @@ def stand_guard(token: str, seconds: float) -> Outcome | None:
         try:
             # In the end, to reach the host again is worth more than kumactl's rules, or the record.
             outcome = take_back(token, at_any_rate=attempt == ATTEMPTS)
-        except (TpctlError, OSError) as error:
-            _tell(f"a change that was not confirmed could not be taken back (attempt {attempt} of {ATTEMPTS}): {error}")
+        except Exception as error:  # out of memory, or a defect of ours: the host is to be reached again all the same
+            why = described(error)
+            _tell(f"a change that was not confirmed could not be taken back (attempt {attempt} of {ATTEMPTS}): {why}")
             if attempt == ATTEMPTS:
-                raise ApplyError(f"the change could not be taken back: {error}") from error
+                raise ApplyError(f"the change could not be taken back: {why}") from error
             time.sleep(PAUSE_SECONDS)
             continue
         if outcome:
@@ -130,7 +131,7 @@ def restore(before: Before, *, at_any_rate: bool = False) -> str:
         with tracking.running_connections_known():
             has_guard = current is not None and crossing.runs_programs(current) and crossing.put_guard_aside(current)
             put_back(before, current.footprints.get("iptables") if current else None)
-    except (TpctlError, OSError) as error:
+    except Exception as error:
         if at_any_rate:
             removal.remove_everything(current)
             return f"nothing, for {before} could not be put back: {described(error)}"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from tpctl.change.undo import Failures, Undo
+from tpctl.system import memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,17 @@ def carry_out(steps: Iterable[Step], outcome: str) -> None:
     HostError as they are where nothing had been changed.
     """
     undo = Undo()
-    try:
-        for step in steps:
-            if step.undo and step.may_fail_half_way:
-                _note(undo, step, None)
-                step.do()
-            elif done := step.do():
-                _note(undo, step, done)
-    except Exception as error:  # noqa: BLE001 - out of memory, or a defect of ours: nothing half done is left then, too
-        undo.roll_back(error, outcome)
+    with memory.set_aside():
+        try:
+            for step in steps:
+                if step.undo and step.may_fail_half_way:
+                    _note(undo, step, None)
+                    step.do()
+                elif done := step.do():
+                    _note(undo, step, done)
+        except Exception as error:  # noqa: BLE001 - out of memory, or a defect of ours: nothing half done is left, too
+            memory.give_back()
+            undo.roll_back(error, outcome)
 
 
 def _note(undo: Undo, step: Step, done: object) -> None:

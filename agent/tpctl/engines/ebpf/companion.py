@@ -20,6 +20,7 @@ from tpctl.engines.nftables.table import FAMILY, NAME, Chain, Rule, Table
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Cgroup, Dns, Inbound, Outbound, Policy, PortRange
 from tpctl.spec.ssh_guard import captures
+from tpctl.system import memory
 from tpctl.system.errors import HostError
 
 TABLE = f"{FAMILY} {NAME}_ebpf"
@@ -153,8 +154,9 @@ def put(wanted: Companion | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        memory.give_back()
         if engine and wanted:
-            with suppress(NftError):  # why the block failed is what the user has to know
+            with suppress(Exception):  # why the block failed is what the user has to know
                 engine.nft.execute(f"delete table {TABLE}\n{before or ''}")
         raise
     if engine and before is not None and not wanted:

@@ -143,7 +143,7 @@ class Switch:
                 undo.callback(syscall.pin, old.link, final)
                 self.superseded.append(old.link)
             temporary.rename(final)
-        except OSError:
+        except BaseException:
             syscall.detach(link)  # whatever is pinned now does nothing
             temporary.unlink(missing_ok=True)
             raise

@@ -19,6 +19,7 @@ from tpctl.engines.presence import legacy_tables_exist
 from tpctl.host import cgroups
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Family, Policy
+from tpctl.system import memory
 from tpctl.system.errors import ApplyError, HalfDoneError, HostError, TpctlError, described
 
 _LEGACY_CGROUP = (
@@ -109,7 +110,7 @@ class IptablesEngine:
                 before[variant] = {family: backend.save() for family, backend in backends.items()}
                 if listed.owners(before[variant].values()):
                     self._empty(backends)
-            except (TpctlError, OSError) as error:
+            except Exception as error:
                 earlier = [done for done in before if done != variant and done in plans]
                 if not earlier:
                     raise
@@ -220,13 +221,14 @@ class IptablesEngine:
             try:
                 for family, backend in backends.items():
                     self._commit(backend, plan.changes(family, before[family]), plan.comments)
-            except (TpctlError, OSError) as error:
+            except Exception as error:
                 outcome = self._roll_back(backends, before)
                 raise _failed(error, outcome, type(error) if isinstance(error, TpctlError) else ApplyError) from error
         return before
 
     def _roll_back(self, backends: Mapping[Family, Backend], before: Mapping[Family, Tables]) -> str:
         """Put every table back; says how it went."""
+        memory.give_back()
         try:
             for family, backend in backends.items():
                 current = backend.save()
@@ -237,7 +239,7 @@ class IptablesEngine:
                     changes_to(changed, {name: wanted[name] for name in changed if name in wanted}),
                     comments=True,
                 )
-        except (TpctlError, OSError, ValueError) as failed:
+        except Exception as failed:  # noqa: BLE001 - what stopped the rules is what the user has to know, too
             return f"The rollback failed too: {described(failed)}. Run `tpctl uninstall`, then look at `tpctl status`"
         return ROLLED_BACK
 

@@ -18,6 +18,7 @@ from tpctl.engines.nftables.transaction import preparation, replacement, surplus
 from tpctl.host import cgroups
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Cgroup, Family, Policy
+from tpctl.system import memory
 from tpctl.system.errors import ApplyError, HostError, described
 
 BOTH_FAMILIES = 0
@@ -130,6 +131,7 @@ class NftablesEngine:
 
     def _unprepare(self, before: Objects | None) -> str:
         """Take the sets away that were made for rules which did not come; what stays is handed back in words."""
+        memory.give_back()
         failed = ""
         for _ in range(_ATTEMPTS):
             try:

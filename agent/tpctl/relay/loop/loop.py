@@ -66,7 +66,7 @@ class Loop:
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = itertools.count()
-        self._closing: list[socket.socket] = []
+        self._afterwards: list[Callable[[], object]] = []
         self._running = False
 
     def watch(self, fd: int, mask: int, handler: Handler) -> None:
@@ -94,7 +94,14 @@ class Loop:
         that were meant for its predecessor.
         """
         self.forget(sock.fileno())
-        self._closing.append(sock)
+        self._afterwards.append(sock.close)
+
+    def afterwards(self, action: Callable[[], object]) -> None:
+        """Do something after the present batch of events, when the sockets closed before this call are closed.
+
+        So what is said of them, in a log line for example, is true for whoever reads it.
+        """
+        self._afterwards.append(action)
 
     def later(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Do something in so many seconds."""
@@ -132,8 +139,8 @@ class Loop:
             handler = None  # which would keep the last connection while nothing happens
             if self._timers:
                 self._expire()
-            if self._closing:
-                self._close_all()
+            if self._afterwards:
+                self._finish_batch()
 
     def attempt(self, action: Callable[[], object]) -> None:
         """Do something, and contain an exception."""
@@ -169,7 +176,7 @@ class Loop:
 
     def release(self) -> None:
         """Close what is left of the loop itself."""
-        self._close_all()
+        self._finish_batch()
         self._epoll.close()
 
     def _poll(self) -> list[tuple[int, int]]:
@@ -194,8 +201,8 @@ class Loop:
             if action is not None:
                 self.attempt(action)
 
-    def _close_all(self) -> None:
-        closing, self._closing = self._closing, []
-        for sock in closing:
-            with contextlib.suppress(OSError):  # whatever it says, the descriptor is free (close(2))
-                sock.close()
+    def _finish_batch(self) -> None:
+        actions, self._afterwards = self._afterwards, []
+        for action in actions:
+            with contextlib.suppress(OSError):  # whatever close(2) says, the descriptor is free
+                action()

@@ -264,12 +264,16 @@ class Worker:
         else:
             self._tcp.acceptor.drain()
         self._dns.drain(self._stop_when_idle, leave_waiting=handed_over)
-        self._log.info(
-            "draining",
-            reason=why,
-            connections=self._tcp.busy,
-            queries=self._dns.busy,
-            seconds=drain_seconds,
+        # Whoever reads the line may connect at once, and is to be refused: the listeners are closed by then.
+        self.loop.afterwards(
+            partial(
+                self._log.info,
+                "draining",
+                reason=why,
+                connections=self._tcp.busy,
+                queries=self._dns.busy,
+                seconds=drain_seconds,
+            )
         )
         self._tcp.idle = self._stop_when_idle
         self.loop.later(drain_seconds, lambda: self._end("the drain timeout has passed"))

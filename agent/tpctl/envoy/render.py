@@ -89,7 +89,7 @@ def _bootstrap(settings: Settings, places: Places) -> Resource:
         "resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
         max_active_downstream_connections=most,
     )
-    return {
+    bootstrap = {
         "node": {"id": "tpctl", "cluster": "tpctl"},
         "admin": {
             "address": {"pipe": {"path": str(places.admin), "mode": _ADMIN_MODE}},
@@ -98,3 +98,11 @@ def _bootstrap(settings: Settings, places: Places) -> Resource:
         "dynamic_resources": {"cds_config": places.watched(CLUSTERS), "lds_config": places.watched(LISTENERS)},
         "overload_manager": {"resource_monitors": [limit]},
     }
+    limits = {
+        f"envoy.resource_limits.listener.{listener.name}.connection_limit": listener.limits.connections
+        for listener in settings.listeners
+        if listener.limits.connections
+    }
+    if limits:
+        bootstrap["layered_runtime"] = {"layers": [{"name": "limits", "static_layer": limits}]}
+    return bootstrap

@@ -86,8 +86,13 @@ def _of_listener(listener: ListenerSettings) -> Iterator[str]:
         yield f"listen: proxy_protocol for every port: {_RELAY}; write proxy_protocol: true at each service"
     if isinstance(listener.upstream, ServicePorts):
         yield f"upstream: dataplane: {_RELAY}"
-    if listener.limits.connections or listener.limits.connections_per_source:
-        yield f"limits: of one listener: {_RELAY}; limits.connections at the top is for all of them"
+    if listener.limits.connections_per_source:
+        yield f"limits.connections_per_source: {_RELAY}; limits.connections is for all sources together"
+    if listener.limits.connections and any(service.proxy_protocol for service in listener.services):
+        yield (
+            "limits.connections: Envoy does not count the connections of services with proxy_protocol; leave it out; "
+            "limits.connections at the top is for all listeners"
+        )
     if listener.timeouts.half_closed is not None:
         yield f"timeouts.half_closed: {_RELAY}; leave it out"
     if listener.source is Source.CLIENT and not (listen.transparent and listener.role is Role.INBOUND):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from tests.netns.envoy.application import answer_http, over_tls, serving
 from tests.netns.envoy.scene import Envoy, curl, running
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.certificates import Pki, server_context
-from tests.netns.relay.net import HOST4, HOST6, PEER4, PEER6, TIMEOUT, Net, until
+from tests.netns.relay.net import HOST4, HOST6, PEER4, PEER6, TIMEOUT, Net, Server, until
 
 pytestmark = pytest.mark.root
 MOST = 20
@@ -38,6 +39,11 @@ listeners:
     direction: inbound
     upstream: 127.0.0.1:8082
     ssl: {{certificate: {there}/server.pem, certificate_key: {there}/server.key}}
+  - name: few.er
+    listen: 127.0.0.1:8444
+    direction: inbound
+    upstream: 127.0.0.1:8085
+    limits: {{connections: 3}}
 """
 
 
@@ -125,6 +131,33 @@ def test_each_request_is_logged_without_its_query(optional: Optional) -> None:
     (line,) = lines()
     assert (line["service"], line["status"], line["method"]) == ("inbound-15006~inbound-8081", 200, "GET")
     assert "hidden" not in optional.envoy.log()
+
+
+def test_a_listener_has_no_more_connections_than_its_own_limit(optional: Optional) -> None:
+    """Those beyond it are closed, other listeners are not touched, and there is room when one has ended."""
+    net = optional.net
+    server = Server(net.listen(net.host, ("127.0.0.1", 8085)), relay_net.echo)
+
+    def is_served(client: socket.socket) -> bool:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(b"hello")
+            return client.recv(5, socket.MSG_WAITALL) == b"hello"
+        return False
+
+    def another_is_served() -> bool:
+        with net.connect(net.host, ("127.0.0.1", 8444)) as client:
+            return is_served(client)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            # One after the other: two workers may let in one more at the same instant.
+            for _ in range(3):
+                assert is_served(stack.enter_context(net.connect(net.host, ("127.0.0.1", 8444))))
+            assert not another_is_served()
+            assert curl(net, net.peer, HOST4, 8080).status == 200
+        until(another_is_served)
+    finally:
+        server.close()
 
 
 def test_no_more_connections_than_are_allowed(optional: Optional) -> None:

@@ -168,7 +168,11 @@ def test_the_relay_names_who_serves_such_a_file() -> None:
         ("direction: inbound, upstream_tls: {tls_verify_depth: 2, server_name: a}",
          "upstream_tls.tls_verify_depth: Envoy does not enforce it"),
         ("direction: inbound, upstream_tls: {}", "upstream_tls.server_name: is missing"),
-        ("direction: inbound, limits: {connections: 3}", "limits: of one listener: only `tpctl relay`"),
+        ("direction: inbound, limits: {connections_per_source: 3}",
+         "limits.connections_per_source: only `tpctl relay`"),
+        ("direction: inbound, limits: {connections: 3}, services:"
+         " [{port: 80, proxy_protocol: true, trusted_ips: [10.0.0.1]}]",
+         "limits.connections: Envoy does not count the connections of services with proxy_protocol"),
         ("direction: inbound, timeouts: {half_closed: 3}", "timeouts.half_closed: only `tpctl relay`"),
         ("direction: inbound, source: client", "source: client needs an inbound listener with transparent"),
         ("direction: inbound, services: [{port: 15006}]",

@@ -64,3 +64,10 @@ def _no_process_outlives_its_test() -> Iterator[None]:
     for child in set(multiprocessing.active_children()) - before:
         child.kill()
         child.join()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Note how the whole run ended, for whoever tries the failed ones again (.ci/again.py)."""
+    cache = getattr(session.config, "cache", None)
+    if cache is not None and not hasattr(session.config, "workerinput"):
+        cache.set("tpctl/ended", int(exitstatus))

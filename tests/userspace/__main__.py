@@ -2,7 +2,7 @@
 
 In a chroot of each release: `make dev` from the checkout, what stands there, the unit tests, the tests of installs,
 verification, status and uninstalls, those of the engines, and each engine against the specification. The kernel is the
-one that runs. With --document, the table takes the place of the one in that file.
+one that runs. With --document, the columns of these releases take the place of those in that file's table.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Column:
 
 def examine(release: str, policies: int) -> Column:
     """Everything of one release. What went wrong is printed as a whole."""
-    column = Column(release)
+    kernel = platform.release().partition("-")[0]
+    column = Column(release, {"run": f"N={policies}, Linux {kernel}, {time.strftime('%Y-%m-%d')}"})
     with Room(chroot(release)) as room:
         began = time.monotonic()
         for name, text, failed in itertools.chain(_prepared(room), _examined(room, policies)):
@@ -109,13 +110,10 @@ def _tested(room: Room, *arguments: str) -> tuple[str, bool]:
     return ", ".join(f"{number} {what}" for number, what in counts) or "failed", done.returncode != 0
 
 
-def table(columns: list[Column], policies: int) -> str:
+def table(columns: list[Column]) -> str:
     """Markdown."""
     rows = list(dict.fromkeys(name for column in columns for name in column.cells))
-    kernel = platform.release().partition("-")[0]
     lines = [
-        f"`make test-userspace N={policies}` on Linux {kernel}, {time.strftime('%Y-%m-%d')}:",
-        "",
         f"| | {' | '.join(column.release for column in columns)} |",
         f"|---|{'---|' * len(columns)}",
         *(f"| {name} | {' | '.join(column.cells.get(name, '-') for column in columns)} |" for name in rows),
@@ -123,10 +121,27 @@ def table(columns: list[Column], policies: int) -> str:
     return "\n".join(lines)
 
 
-def replaced(text: str, content: str) -> str:
-    """A document with the part between the two marks replaced. Raises ValueError when it has no such part."""
-    before, _, after = text.split(_MARK)
-    return f"{before}{_MARK}\n\n{content}\n\n{_MARK}{after}"
+def replaced(text: str, columns: list[Column]) -> str:
+    """A document with these releases' columns of the table between the two marks replaced; others stay as they are.
+
+    Raises ValueError when it has no such table.
+    """
+    before, old, after = text.split(_MARK)
+    latest = {column.release: column for column in (*_read(old), *columns)}
+    return f"{before}{_MARK}\n\n{table(sorted(latest.values(), key=_place))}\n\n{_MARK}{after}"
+
+
+def _read(text: str) -> list[Column]:
+    head, _, *rows = [line.strip("|").split("|") for line in text.split("\n") if line.startswith("|")]
+    columns = [Column(release.strip()) for release in head[1:]]
+    for name, *cells in rows:
+        for column, cell in zip(columns, cells, strict=True):
+            column.cells[name.strip()] = cell.strip()
+    return columns
+
+
+def _place(column: Column) -> int:
+    return RELEASES.index(column.release) if column.release in RELEASES else len(RELEASES)
 
 
 def main() -> int:
@@ -138,10 +153,9 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # rooms are tidied
     columns = [examine(release, arguments.policies) for release in arguments.releases]
-    content = table(columns, arguments.policies)
-    print(f"\n{content}")
+    print(f"\n{table(columns)}")
     if arguments.document:
-        arguments.document.write_text(replaced(arguments.document.read_text(), content))
+        arguments.document.write_text(replaced(arguments.document.read_text(), columns))
     return 1 if any(column.failed for column in columns) else 0
 
 

@@ -15,12 +15,23 @@ def test_a_release_that_failed_early_has_dashes() -> None:
         Column("one", {"make dev": "passed", "nft": "1.0.6"}),
         Column("two", {"make dev": "failed"}, failed=True),
     ]
-    rows = [line for line in table(columns, 3).splitlines() if line.startswith("| ")]
-    assert rows == ["| | one | two |", "| make dev | passed | failed |", "| nft | 1.0.6 | - |"]
+    assert table(columns).splitlines() == [
+        "| | one | two |",
+        "|---|---|---|",
+        "| make dev | passed | failed |",
+        "| nft | 1.0.6 | - |",
+    ]
 
 
-def test_the_document_has_a_table_of_every_release() -> None:
+def test_a_run_of_one_release_replaces_its_column_only() -> None:
     text = PAGE.read_text()
     assert f"| | {' | '.join(RELEASES)} |" in text
-    assert "anything else" in replaced(text, "anything else")
-    assert f"| | {' | '.join(RELEASES)} |" not in replaced(text, "anything else")
+    once = replaced(text, [Column("trixie", {"nft": "9.9"})])
+    before, after = (_row(each, "nft") for each in (text, once))
+    assert after == [*before[:2], "9.9", *before[3:]]
+    assert replaced(text, []) == text
+
+
+def _row(text: str, name: str) -> list[str]:
+    (row,) = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return row

@@ -29,6 +29,7 @@ _VARIES = (
     # How far a probe was seen to get, and what conntrack still held, is a matter of milliseconds.
     (re.compile(r"\barrived \(.*"), "arrived"),
     (re.compile(r"\bremoved: \d+ rules"), "removed: N rules"),
+    (re.compile(r"timestamp_seconds \d+"), "timestamp_seconds N"),
     (re.compile(r"curl/[\d.]+"), "curl"),
     (re.compile(r"Linux \d\S*|Python \d\S*"), "VERSION"),
 )
@@ -82,9 +83,10 @@ def steps(page: str) -> Iterator[Step]:
 
 def _block(text: str, offset: int, needs: str | None) -> Iterator[Step]:
     lines = text.splitlines(keepends=True)
+    other = "#" if text.startswith("$") else "$"
     number = 0
     while number < len(lines):
-        match = _COMMAND.fullmatch(lines[number].rstrip("\n"))
+        match = _typed(lines[number], other)
         assert match, f"not a command: {lines[number]}"
         offset += len(lines[number])
         number += 1
@@ -94,11 +96,17 @@ def _block(text: str, offset: int, needs: str | None) -> Iterator[Step]:
             offset += len(lines[number])
             number += 1
         said = ""
-        while number < len(lines) and not _COMMAND.fullmatch(lines[number].rstrip("\n")):
+        while number < len(lines) and not _typed(lines[number], other):
             said += lines[number]
             number += 1
         yield Step(command, (offset, offset + len(said)), said, prompt=match["prompt"], needs=needs)
         offset += len(said)
+
+
+def _typed(line: str, other: str) -> re.Match[str] | None:
+    """A line with a prompt. A block has one of `# ` and `$ `: the `other` one begins a line of some output."""
+    match = _COMMAND.fullmatch(line.rstrip("\n"))
+    return None if match is None or match["prompt"] == other else match
 
 
 def _has_open_document(command: str) -> bool:

@@ -2,7 +2,7 @@
 
     unshare ... python -m tests.pages.stage PAGE      prints a JSON list of what each command printed
 
-It has its own processes, network, /etc, /run, /srv and /var/lib/tpctl; what is written elsewhere is written for good.
+It has its own processes, network, /etc, /run, /srv, /mnt, /var/lib/tpctl: what is written elsewhere stays there.
 The host has the addresses 10.0.0.5 and fd00::5, the users kuma-dp (uid 5678) and app (uid 1000), and a route to the
 client, 10.0.0.9 and fd00::9, which answers for example.com too, at 203.0.113.10. The client's files are the host's: ssh
 and scp stay here.
@@ -21,7 +21,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.hidden import ROOT_DIRECTORY
+from tests.hidden import ROOT_DIRECTORY, hide
 from tests.pages.script import ROOT, Step, steps
 
 PATIENCE_SECONDS = 300.0
@@ -34,12 +34,9 @@ APART = (
 )
 _HERE = Path("/run/here")
 _SETTING = r"""
-set -e
-mount --make-rprivate /
-mkdir -p /run/tpctl-etc && mount -t tmpfs none /run/tpctl-etc
+mkdir -p /run/tpctl-etc && mount -t tmpfs -o mode=755 none /run/tpctl-etc
 cp -a /etc/. /run/tpctl-etc && mount --rbind /run/tpctl-etc /etc
-mount -t tmpfs none /run && mkdir -p /run/here /run/netns /run/lock /run/bin
-mount -t tmpfs none /srv
+mount -t tmpfs -o mode=755 none /run && mkdir -p /run/here /run/netns /run/lock /run/bin
 cat >/run/bin/ssh <<'END'
 #!/bin/bash
 shift; exec "$@"
@@ -50,7 +47,9 @@ cat >/run/bin/scp <<'END'
 cp "${@/#*:/}"
 END
 chmod +x /run/bin/*
-for folder in /var/lib/tpctl /var/cache/tpctl; do if [ -d $folder ]; then mount -t tmpfs none $folder; fi; done
+for folder in /var/lib/tpctl /var/cache/tpctl; do
+    if [ -d $folder ]; then mount -t tmpfs -o mode=755 none $folder; fi
+done
 rm -rf /etc/tpctl
 sed -i -E '/^(kuma-dp|app):|:(5678|1000):/d' /etc/passwd
 sed -i -E '/^(kuma-dp|app):|:(5678|1000):/d' /etc/group
@@ -96,7 +95,7 @@ class Terminal:
         assert stdin is not None
         assert stdout is not None
         # What goes on in the background is not the shell's job: it would tell of its end.
-        stdin.write(f"{{ {command}\n}} </dev/null; printf '\\n{_END} %d\\n' $?; disown -a\n")
+        stdin.write(f"{{ {command}\n}} </dev/null; code=$?; disown -a; printf '\\n{_END} %d\\n' $code; (exit $code)\n")
         stdin.flush()
         patience = threading.Timer(PATIENCE_SECONDS, self._shell.kill)
         patience.start()
@@ -111,7 +110,8 @@ class Terminal:
 
 def play(page: str) -> list[str]:
     """Run the commands of a page here; what each printed."""
-    subprocess.run(["bash", "-c", _SETTING], check=True, timeout=PATIENCE_SECONDS, stdout=2)
+    setting = "\n".join(["set -e; mount --make-rprivate /", hide("/srv"), hide("/mnt"), _SETTING])
+    subprocess.run(["bash", "-c", setting], check=True, timeout=PATIENCE_SECONDS, stdout=2)
     environment = {
         "PATH": f"/run/bin:{_SEARCHED}",
         "HOME": "/root",

@@ -14,7 +14,7 @@ import pytest
 from tests.netns.lab import run, tpctl
 from tests.netns.probed import ENGINES, INSTALL, KINDS, at_rest, capture, checked, everything, net, on_its_own, tracked
 from tests.netns.relay import net as relay_net
-from tests.netns.relay.net import RELAY_USER, Net, until
+from tests.netns.relay.net import PEER, RELAY_USER, Net, Server, until
 from tpctl.rehearsal import cgroup
 from tpctl.rehearsal.cgroup import own_place
 
@@ -60,6 +60,24 @@ def test_a_way_to_nobody_is_told_from_a_way_that_is_closed(net: Net, engine: str
         fates, _ = checked()
         lost = {name for name, fate in fates.items() if fate == "lost"}
         assert lost == {"outbound TCP over IPv4", "inbound TCP over IPv6"}
+        tpctl("uninstall")
+
+
+def test_a_data_plane_that_has_just_ended_is_told_from_a_way_that_is_closed(net: Net, tmp_path: Path) -> None:
+    """Its connections still hold its ports (TIME-WAIT), which the stand-in has all the same."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(net.inside(net.host))
+        with relay_net.relay(net, tmp_path):
+            tpctl(*INSTALL, "--no-probe")
+            for address in PEER.values():
+                stack.callback(Server(net.listen(net.peer, (address, 8080)), lambda client, _: client.close()).close)
+                with net.connect(net.host, (address, 8080)) as client:
+                    assert relay_net.read_all(client) == b""
+        waiting = ["ss", "--no-header", "--tcp", "--numeric", "state", "time-wait", "sport = :15001"]
+        until(lambda: run(waiting).stdout.count(":15001") == len(PEER))
+        fates, document = checked()
+        assert set(fates.values()) == {"refused"}, fates
+        assert all("the way there is open" in one["detail"] for one in document["probes"])
         tpctl("uninstall")
 
 

@@ -53,6 +53,13 @@ class Place:
         """Whether it stands where the data plane should listen."""
         return not self.probes
 
+    def stands_for(self, protocol: Protocol, port: int, family: Family) -> bool:
+        """Whether it stands where connections to that port should end."""
+        if not self.is_stand_in or self.family is not family:
+            return False
+        kind = socket.SOCK_STREAM if protocol is Protocol.TCP else socket.SOCK_DGRAM
+        return self.socket.type is kind and bool(self.socket.getsockname()[1] == port)
+
 
 @dataclass(slots=True)
 class Ports:
@@ -74,6 +81,7 @@ def opened(protocol: Protocol, address: Address, port: int) -> socket.socket:
     """A socket that listens there. Raises OSError."""
     made = new_socket(protocol, Family.of(address))
     try:
+        _share_with_the_past(made, protocol)
         made.bind((str(address), port))
         if protocol is Protocol.TCP:
             made.listen(_BACKLOG)
@@ -81,6 +89,12 @@ def opened(protocol: Protocol, address: Address, port: int) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _share_with_the_past(made: socket.socket, protocol: Protocol) -> None:
+    """Let a socket have a port that connections of a server that is gone still hold (TIME-WAIT, tcp(7))."""
+    if protocol is Protocol.TCP:  # for UDP, the option means that others may take what comes
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def reserve_ports(policy: Policy, ends: Iterable[tuple[Family, Ends]], wanted: int) -> Ports:
@@ -194,6 +208,7 @@ def _stand_in(uid: int, protocol: Protocol, address: Address, port: int, sources
         try:
             _take_only(made, family, sources)  # as root: for TCP, Linux 6.18 asks for a capability
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _share_with_the_past(made, protocol)
             with host.inside(uid):
                 made.bind((str(address), port))
                 if protocol is Protocol.TCP:

@@ -335,17 +335,18 @@ class Sender:
 
     def _refused(self, attempt: Attempt, where: str) -> tuple[Fate, str]:
         """A refusal: of the kernel, because nobody listens; or of somebody on the way."""
+        port, family = attempt.probe.expected.port, attempt.probe.family
         assert attempt.error is not None
-        assert attempt.probe.expected.port is not None
+        assert port is not None
         if attempt.error.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
             return Fate.LOST, f"{_text(attempt.error)}; it should have gone to {where}"
         protocol = Protocol(attempt.probe.connection.protocol)
-        found = self._audience.at(protocol, attempt.probe.expected.port, attempt.probe.family)
-        wide = [one for one in found if one.address.is_unspecified and one.address.version == attempt.probe.family]
+        found = self._audience.at(protocol, port, family)
+        wide = [one for one in found if one.address.is_unspecified and one.address.version == family]
         if found and not wide:
             bound = ", ".join(str(one.address) for one in found)
             return Fate.REFUSED, f"what listens on {where} is bound to {bound} and does not take it"
-        if not found and not any(place.is_stand_in for place in self._places):
+        if not found and not any(place.stands_for(protocol, port, family) for place in self._places):
             return Fate.REFUSED, f"nobody listens on {where}"
         return Fate.LOST, f"something on the way to {where} refused it, although somebody listens there"
 

@@ -306,7 +306,6 @@ class Relay:
         close_fds: bool = True,
     ) -> None:
         self._log = directory / f"relay-{next(_numbers)}.log"
-        self._net = net
         python, environment = anybodys_python()
         argv = [python, "-m", "tpctl.cli.main", "relay", "--log-format", "json", *options]
         if user is not None:
@@ -348,14 +347,6 @@ class Relay:
         """Whether its workers have shown that they live: only then do they take signals, which they inherit blocked."""
         blocked = [int(process_status(pid)["SigBlk"], 16) for pid in self.workers()]
         return not any(mask & 1 << (signal.SIGTERM - 1) for mask in blocked)
-
-    def is_at_rest(self) -> bool:
-        """Whether its workers have taken what their supervisor has sent them, and wait, but for those that hang."""
-        states = [process_status(pid)["State"][0] for pid in self.workers()]
-        hanging = states.count("T")
-        channels = [line.split() for line in self._net.on_host("ss", "-Hxa").splitlines() if line.startswith("u_seq")]
-        unread = [words for words in channels if words[2] != "0"]
-        return len(unread) <= hanging and states.count("S") + hanging == len(states)
 
     def exit_code(self) -> int:
         """Of one that ends by itself. One that does not is killed with its workers, which would keep the sockets."""

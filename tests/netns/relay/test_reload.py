@@ -18,6 +18,7 @@ from tests.netns.relay.test_listeners import configured, serving, written
 from tests.netns.relay.test_operation import LISTENER, rewrite, said, say, scrape
 
 pytestmark = pytest.mark.root
+RELOADED = "the configuration was reloaded"
 REFUSED = "the configuration is invalid, the old one stays"
 LONG = 60.0
 TO_THE_PEER = f'direction: outbound, upstream: "{PEER4}:7001"'
@@ -257,10 +258,15 @@ def test_a_worker_that_could_not_follow_a_reload_follows_the_next_one(net: Net, 
         with stopped(quick):
             assert said(net, 1102) == b"one"  # so the slow one serves
         with stopped(slow):
-            rewrite(running, directory, second)
+            written(directory, second)
+            running.process.send_signal(signal.SIGHUP)
+            until(lambda: net.on_host("ss", "-Hltn", "sport = :1101"))
+            assert said(net, 1101) == b"one"  # so the quick one has it
             good = certificate.read_bytes()
             certificate.write_bytes(b"being written")
+            assert RELOADED not in [line["event"] for line in running.lines()], "not every worker has it"
         assert running.wait_for("a worker keeps its old configuration")["pid"] == slow
+        running.wait_for(RELOADED)
         certificate.write_bytes(good)
         rewrite(running, directory, second + "drain_timeout: 1s\n")
         with stopped(quick):

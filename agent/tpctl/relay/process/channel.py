@@ -1,8 +1,12 @@
-"""How a supervisor tells its workers of another state: the state in a memory file, the new sockets as descriptors."""
+"""How a supervisor tells its workers of another state: the state in a memory file, the new sockets as descriptors.
+
+A worker says when it has taken one, or that it cannot: until then it does as before.
+"""
 
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import pickle
@@ -36,6 +40,20 @@ def send(channel: socket.socket, running: Running, added: Sockets) -> None:
         channel.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], socket.MSG_DONTWAIT)
     finally:
         os.close(memory)
+
+
+def answer(channel: socket.socket) -> None:
+    """Tell the supervisor that a state has been taken, or cannot be. One that has gone does not hear it."""
+    with contextlib.suppress(OSError):
+        channel.send(b"!", socket.MSG_DONTWAIT)
+
+
+def is_answer(channel: socket.socket) -> bool:
+    """Take the answer of a worker; False when it has gone instead. Raises BlockingIOError when there is neither."""
+    try:
+        return bool(channel.recv(1, socket.MSG_DONTWAIT))
+    except ConnectionError:
+        return False
 
 
 def receive(channel: socket.socket, known: Sockets) -> Running | None:

@@ -1,8 +1,9 @@
-"""What a supervisor knows of its workers: who there is, who hangs, and when a dead one is replaced. Pure."""
+"""What a supervisor knows of its workers: who hangs, who has which state, and when a dead one is replaced. Pure."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 LOOK_SECONDS = 2.0
@@ -30,6 +31,9 @@ class Member:
     silent_looks: int = 0
     has_begun: bool = False
     """Whether it has ever shown that it lives: to begin, with a large DNS zone, may take long."""
+    sent: int = 0
+    taken: int = 0
+    """How many states it was sent, and to how many of them it has answered."""
 
     def look(self, beat: int, *, is_ending: bool = False) -> bool:
         """Whether it hangs, by what it has shown by now.
@@ -41,6 +45,30 @@ class Member:
         elif self.has_begun or is_ending:
             self.silent_looks += 1
         return self.silent_looks >= HANGING_LOOKS
+
+
+class Reloads:
+    """Those that some worker has not taken yet, in their order."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[dict[int, int], Callable[[], None]]] = []
+
+    def begin(self, workers: Mapping[int, Member], done: Callable[[], None]) -> None:
+        """Call `done` when the workers, by their pids, have taken what they were sent, or have gone.
+
+        Who takes the place of one that has gone begins with the last state.
+        """
+        self._waiting.append(({pid: worker.sent for pid, worker in workers.items()}, done))
+        self.look(workers)
+
+    def look(self, workers: Mapping[int, Member]) -> None:
+        """A worker has answered, or has gone."""
+        while self._waiting:
+            sent, done = self._waiting[0]
+            if any(pid in workers and workers[pid].taken < number for pid, number in sent.items()):
+                return
+            del self._waiting[0]
+            done()
 
 
 @dataclass(slots=True)

@@ -85,6 +85,10 @@ class Life:
         """Whether the sockets have gone already."""
         raise NotImplementedError
 
+    def _when_used(self, action: Callable[[], None]) -> None:
+        """Do something when nobody serves by an older state than the one that was told last."""
+        raise NotImplementedError
+
     def _announce(self) -> None:
         """Tell everybody who waits for it that the relay serves."""
         for listener, place in wanted(self._state.settings):
@@ -98,6 +102,7 @@ class Life:
         if self._is_ending():
             return
         reloading()
+        is_used = False
         try:
             with reserved_descriptors():
                 running, added = self._state.renewed(self._load())
@@ -109,9 +114,17 @@ class Life:
             self._log.error("the configuration is invalid, the old one stays", problems=str(error).splitlines())
         else:
             self._remember(running)
-            self._counts.add(tally.WORKER, tally.RELOADS)
-            self._log.info("the configuration was reloaded", listeners=[one.name for one in running.settings.served])
+            self._when_used(partial(self._reloaded, running.settings))
+            is_used = True
         finally:
+            if not is_used:
+                notify("READY=1")
+
+    def _reloaded(self, settings: Settings) -> None:
+        """Tell everybody who waits for it."""
+        self._counts.add(tally.WORKER, tally.RELOADS)
+        self._log.info("the configuration was reloaded", listeners=[one.name for one in settings.served])
+        if not self._is_ending():
             notify("READY=1")
 
     def _remember(self, running: Running) -> None:
@@ -180,6 +193,9 @@ class Alone(Life):
     def _is_ending(self) -> bool:
         return self._worker.is_draining
 
+    def _when_used(self, action: Callable[[], None]) -> None:
+        self._worker.loop.afterwards(action)
+
 
 class Supervisor(Life):
     """A relay with workers, which are its children."""
@@ -209,6 +225,9 @@ class Supervisor(Life):
 
     def _is_ending(self) -> bool:
         return self._workers.is_ending
+
+    def _when_used(self, action: Callable[[], None]) -> None:
+        self._workers.when_used(action)
 
     def _show_life(self, interval: float) -> None:
         """Tell the watchdog that the loops turn: this one, and, a while ago, those of all workers."""

@@ -32,7 +32,7 @@ from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.descriptors import budget
 from tpctl.relay.loop.failures import Failures
 from tpctl.relay.loop.loop import Loop
-from tpctl.relay.process.channel import receive
+from tpctl.relay.process.channel import answer, receive
 from tpctl.relay.process.notify import WATCHDOG, notify
 from tpctl.relay.process.privileges import reserved_descriptors
 from tpctl.relay.process.running import Running
@@ -210,6 +210,13 @@ class Worker:
 
     def _on_supervisor(self, channel: socket.socket, _mask: int) -> None:
         """Another state, or the supervisor's end."""
+        try:
+            self._take(channel)
+        finally:
+            self.loop.afterwards(partial(answer, channel))  # when the sockets that it has left are closed
+
+    def _take(self, channel: socket.socket) -> None:
+        """Do as the supervisor says, or as before if that cannot be."""
         assert self._running is not None
         running = None
         try:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from select import EPOLLIN
 from typing import TYPE_CHECKING, NoReturn
 
 from tpctl.relay.connections import tally
@@ -19,7 +20,7 @@ from tpctl.relay.connections.tally import Tally
 from tpctl.relay.loop import failures
 from tpctl.relay.loop.loop import Loop
 from tpctl.relay.process import channel
-from tpctl.relay.process.crew import LOOK_SECONDS, Deaths, Member
+from tpctl.relay.process.crew import LOOK_SECONDS, Deaths, Member, Reloads
 from tpctl.relay.process.notify import watchdog_interval
 from tpctl.relay.process.privileges import reserved_descriptors
 from tpctl.relay.process.running import Running
@@ -71,6 +72,7 @@ class Workers:
         self._members: dict[int, Member] = {}
         """By their pids."""
         self._deaths = Deaths()
+        self._reloads = Reloads()
         self._code = 0
         self.is_ending = False
         self.starts = 0
@@ -93,20 +95,21 @@ class Workers:
         mine, theirs = channel.pair()
         self._counts.be(number)
         self._counts.beat()  # from now on it is waited for
-        beat = self._counts.beat_of(number)
+        member = Member(number, mine, time.monotonic(), self._counts.beat_of(number))
         # Until the worker has handlers of its own: those of this process would take a signal and do nothing.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
+            self._loop.watch(mine.fileno(), EPOLLIN, partial(self._on_answer, member))
             pid = os.fork()
             if pid == 0:
                 mine.close()
                 for other in self._members.values():
                     other.channel.close()
                 self._work(number, theirs)
-            self._members[pid] = Member(number, mine, time.monotonic(), beat)
+            self._members[pid] = member
             self.starts += 1
         except OSError:
-            mine.close()
+            self._hang_up(member)
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -140,14 +143,32 @@ class Workers:
             os._exit(code)
 
     def tell(self, running: Running, added: Sockets) -> None:
-        """Have them go on with another state, of which `added` are the sockets that are new."""
+        """Have them go on with another state, of which `added` are the sockets that are new: see `when_used`."""
         for worker in self._members.values():
             share = {place: deal(sockets, worker.number, running.settings.workers) for place, sockets in added.items()}
             with contextlib.suppress(OSError):  # it has just died or hangs: another one will have this state
                 channel.send(worker.channel, running, share)
+                worker.sent += 1
         for place in self._running.sockets.keys() - running.sockets.keys():
             close(self._running.sockets[place])
         self._running = running
+
+    def when_used(self, action: Callable[[], None]) -> None:
+        """Do something when each of them does as it was told last, or has said why it cannot."""
+        self._reloads.begin(self._members, action)
+
+    def _on_answer(self, worker: Member, _mask: int) -> None:
+        """One has answered, or has ended."""
+        with contextlib.suppress(BlockingIOError):
+            if channel.is_answer(worker.channel):
+                worker.taken += 1
+                self._reloads.look(self._members)
+            else:
+                self._loop.forget(worker.channel.fileno())
+
+    def _hang_up(self, worker: Member) -> None:
+        self._loop.forget(worker.channel.fileno())
+        worker.channel.close()
 
     def look_after(self) -> None:
         """End those that hang; others take their place."""
@@ -175,11 +196,12 @@ class Workers:
             if not found:
                 continue
             worker = self._members.pop(pid)
-            worker.channel.close()
+            self._hang_up(worker)
             self._counts.bury(worker.number)
             code = os.waitstatus_to_exitcode(status)
             if not self.is_ending:
                 self._replace_later(worker.number, time.monotonic() - worker.since, pid=pid, status=code)
+                self._reloads.look(self._members)
             else:
                 if status:
                     self._code = 1

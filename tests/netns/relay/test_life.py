@@ -15,6 +15,7 @@ import pytest
 
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import HOST4, HOST6, PEER4, Net, Relay, Server
+from tests.netns.relay.test_operation import scrape
 
 pytestmark = pytest.mark.root
 
@@ -119,9 +120,9 @@ def test_a_worker_that_dies_is_replaced(net: Net, tmp_path: Path, echo_server: S
         more = [net.connect(net.host, (PEER4, 7000)) for _ in range(30)]
         for client in more:
             talk(client)
-        metrics = figures(net)
-        assert f'connections_active{{listener="outbound"}} {len(alive) + len(more)}' in metrics
-        assert 'connections_accepted_total{listener="outbound"} 60' in metrics
+        shown = scrape(net, 9902)
+        assert shown['connections_active{listener="outbound"}'] == len(alive) + len(more)
+        assert shown['connections_accepted_total{listener="outbound"}'] == 60
         for client in (*clients, *more):
             client.close()
 
@@ -132,12 +133,6 @@ def is_alive(client: socket.socket) -> bool:
     except (OSError, AssertionError):
         return False
     return True
-
-
-def figures(net: Net) -> str:
-    with net.connect(net.host, ("127.0.0.1", 9902)) as scraper:
-        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        return relay_net.read_all(scraper).decode()
 
 
 def test_a_worker_that_hangs_is_replaced(net: Net, tmp_path: Path, echo_server: Server) -> None:

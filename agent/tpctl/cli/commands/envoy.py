@@ -122,7 +122,11 @@ def rendered(file: Path, out: Path | None) -> int:
 
     settings = _settings(file)
     if answered := _answered(settings):
-        click.echo(f"note: without {answered}: DNS is answered by the relay, which `tpctl envoy run` starts", err=True)
+        click.echo(
+            f"note: without {answered}: DNS is answered by the relay, which `tpctl envoy run` starts; beside another "
+            f"Envoy, `tpctl relay --config {file} --only dns` does that",
+            err=True,
+        )
     credentials, authorities = _credentials(), host_authorities()
     if out is None:
         _show(render(settings, Places(credentials=credentials, authorities=authorities)))

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from tpctl.relay.settings.model import Settings
 
 PORT = click.IntRange(1, MAX_PORT)
-_ANY_CASE = ("config", "check_config", "workers", "drain_seconds", "access_log", "user", "accelerate", "log_format")
+_ANY_CASE = (
+    "config",
+    "only",
+    "check_config",
+    "workers",
+    "drain_seconds",
+    "access_log",
+    "user",
+    "accelerate",
+    "log_format",
+)
 """Flags that may stand beside --config, over which they win."""
 _OVERRIDES = ("workers", "drain_seconds", "access_log", "user", "accelerate")
 
@@ -42,6 +52,11 @@ def read_workers(context: click.Context, parameter: click.Parameter, value: str)
     help="Read listeners and everything else from a YAML file, see docs/relay.md. "
     "Only --workers, --drain-timeout, --access-log, --user, --accelerate and --log-format can be combined "
     "with it.",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["dns"]),
+    help="Of the file, serve the listeners for DNS alone: one that an Envoy serves which `tpctl envoy run` has not started.",
 )
 @click.option("--check-config", is_flag=True, help="Report what is wrong with the configuration, and do nothing else.")
 @click.option(
@@ -231,6 +246,8 @@ def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> 
     from tpctl.system.errors import InputError
 
     if config is None:
+        if "only" in given:
+            raise InputError("--only dns: needs --config, the file of whose listeners it serves some")
         for role in ("inbound", "outbound"):
             if {f"{role}_port", f"{role}_listen"} <= given:
                 raise InputError(f"--{role}-port: cannot be combined with --{role}-listen, which names the port")
@@ -246,4 +263,19 @@ def _settings(config: Path | None, options: dict[str, Any], given: set[str]) -> 
     Flags.of(overrides).settings()  # they are checked as if they stood alone
     if "accelerate" in overrides:
         overrides["accelerate"] = Acceleration(overrides["accelerate"])
-    return replace(load(str(config)), **overrides)
+    return replace(_only_dns(str(config)) if "only" in given else load(str(config)), **overrides)
+
+
+def _only_dns(config: str) -> Settings:
+    """Of a file of whichever data plane, the listeners for DNS, and who serves them. Raises InputError without any."""
+    from dataclasses import replace
+
+    from tpctl.envoy.settings import of_dns
+    from tpctl.relay.settings.file import load
+    from tpctl.system.errors import InputError
+
+    whole = load(config, lambda _settings: iter(()))
+    found = of_dns(whole)
+    if not found.listeners:
+        raise InputError(f"--only dns: file {config} has no listener with direction: dns")
+    return replace(found, user=whole.user)

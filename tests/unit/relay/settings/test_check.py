@@ -114,6 +114,24 @@ def test_checking_a_configuration(tmp_path: Path) -> None:
     assert CliRunner().invoke(command, ["--check-config"], standalone_mode=False).return_value == 0
 
 
+def test_of_a_file_for_envoy_the_listeners_for_dns_alone(tmp_path: Path) -> None:
+    path = tmp_path / "envoy.yaml"
+    inbound = "{listen: '*:15006', direction: inbound, services: [{port: 80, protocol: http}]}"
+    path.write_text(f"user: nobody\nlisteners: [{inbound}, {{listen: '*:15053', direction: dns}}]")
+    only = ["--config", str(path), "--only", "dns", "--check-config"]
+    result = CliRunner().invoke(command, only, standalone_mode=False)
+    assert (result.return_value, result.output) == (0, f"{path}: valid, 1 listeners\n")
+    assert isinstance(CliRunner().invoke(command, ["--config", str(path), "--check-config"]).exception, InputError)
+    path.write_text(f"listeners: [{inbound}]")
+    said = CliRunner().invoke(command, only).exception
+    assert str(said) == f"--only dns: file {path} has no listener with direction: dns"
+    said = CliRunner().invoke(command, ["--only", "dns"]).exception
+    assert str(said) == "--only dns: needs --config, the file of whose listeners it serves some"
+    path.write_text("listeners: [{listen: '*:15053', direction: dns, limits: {connections: 3}}]")
+    said = CliRunner().invoke(command, only).exception
+    assert str(said) == f"file {path}: listeners[0].limits: has no meaning for DNS; leave it out"
+
+
 def test_flags_that_belong_into_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(FULL)
     arguments = ["--config", str(tmp_path / "r.yaml"), "--inbound-port", "1", "--workers", "3", "--dns-zone", "x"]

@@ -17,19 +17,9 @@ if TYPE_CHECKING:
     from tpctl.relay.settings.model import Settings
 
 PORT = click.IntRange(1, MAX_PORT)
-_ANY_CASE = (
-    "config",
-    "only",
-    "check_config",
-    "workers",
-    "drain_seconds",
-    "access_log",
-    "user",
-    "accelerate",
-    "log_format",
-)
-"""Flags that may stand beside --config, over which they win."""
 _OVERRIDES = ("workers", "drain_seconds", "access_log", "user", "accelerate")
+"""Flags that may stand beside --config, over which they win."""
+_ANY_CASE = ("config", "only", "check_config", "log_format", *_OVERRIDES)
 
 
 def read_workers(context: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -50,13 +40,13 @@ def read_workers(context: click.Context, parameter: click.Parameter, value: str)
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Read listeners and everything else from a YAML file, see docs/relay.md. "
-    "Only --workers, --drain-timeout, --access-log, --user, --accelerate and --log-format can be combined "
+    "Only --only, --workers, --drain-timeout, --access-log, --user, --accelerate and --log-format can be combined "
     "with it.",
 )
 @click.option(
     "--only",
     type=click.Choice(["dns"]),
-    help="Of the file, serve the listeners for DNS alone: one that an Envoy serves which `tpctl envoy run` has not started.",
+    help="Of --config FILE, serve the listeners for DNS alone: beside an Envoy that `tpctl envoy run` has not started.",
 )
 @click.option("--check-config", is_flag=True, help="Report what is wrong with the configuration, and do nothing else.")
 @click.option(

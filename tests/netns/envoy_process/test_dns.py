@@ -303,6 +303,20 @@ def test_a_process_that_is_replaced_while_the_zone_is_not_in_order(net: Net, dir
         until(lambda: asked(net, "app.mesh") == ["192.0.2.3"])
 
 
+def test_dns_of_the_same_file_beside_another_envoy(net: Net, directory: Path) -> None:
+    file = directory / "envoy.yaml"
+    file.write_text(file_for(directory))
+    with relay_net.relay(net, directory, "--config", str(file), "--only", "dns") as relay:
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how) == ["192.0.2.1"]
+        assert is_closed(net, 15006)
+        file.write_text(file_for(directory, f'{{listen: "127.0.0.1:{OTHER}", direction: dns}}'))
+        relay.process.send_signal(signal.SIGHUP)
+        relay.wait_for("the configuration was reloaded")
+        for how in TRANSPORTS:
+            assert asked(net, "app.mesh", how, ("127.0.0.1", OTHER)) == ["192.0.2.1"]
+
+
 @takes_long
 def test_a_process_that_hangs_is_replaced(net: Net, directory: Path) -> None:
     with running(net, directory, file_for(directory)) as envoy:

@@ -41,7 +41,7 @@ from tpctl.system.errors import ApplyError, HostError, described
 if TYPE_CHECKING:
     from tpctl.record.state import State
 
-LIMIT_SECONDS = 20.0
+LIMIT_SECONDS = 40.0
 """For the child: far more than it takes, however busy the host is."""
 _MOST_PORTS = 4
 

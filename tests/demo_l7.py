@@ -1,8 +1,9 @@
 """Layer 7 from one file, end to end, in throwaway network namespaces: `make demo-l7`.
 
 Our host has a shop behind a CDN, an office's API for which a certificate is asked, a mail server, and a program that
-calls a partner. The real `tpctl install`, `tpctl envoy check` and `tpctl envoy run` run on it; the CDN, strangers,
-attackers and the partner are on another host. Nothing touches the machine's own network, and nothing is left.
+calls a partner, whose name it asks for. The real `tpctl install`, `tpctl envoy check` and `tpctl envoy run` run on it;
+the CDN, strangers, attackers and the partner are on another host. Nothing touches the machine's own network, and
+nothing is left.
 
     python -m tests.demo_l7
 
@@ -21,7 +22,7 @@ from typing import Any
 from tests.demo import print_table
 from tests.netns.envoy.application import answer_http, greet, over_tls, serving
 from tests.netns.envoy.scene import Answer, curl, exchange, headers
-from tests.netns.envoy_process.plant import EnvoyRun, put, running
+from tests.netns.envoy_process.plant import TRANSPORTS, EnvoyRun, asked, put, running
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.certificates import Pki, server_context
 from tests.netns.relay.net import HOST4, HOST6, PEER4, PEER6, RELAY_USER, Net, for_the_relay
@@ -38,6 +39,7 @@ secrets:
   origin-previous: {{file: {there}/origin.previous}}
   partner:         {{file: {there}/partner}}
 trusted_ips: [10.99.0.1, "fd99::1"]                # the CDN
+dns: {{zone_file: {there}/names}}
 listeners:
   - listen: "[::]:15006 ipv6only=off"
     direction: inbound
@@ -73,6 +75,8 @@ listeners:
           server_name: server.test
           certificate: {there}/client.pem
           certificate_key: {there}/client.key
+  - listen: "[::]:15053 ipv6only=off"
+    direction: dns
 """
 
 
@@ -157,6 +161,9 @@ def other_rows(stage: Stage, family: int) -> Iterator[Row]:
     seen = partner.asked if partner.status == 200 else None
     told = f"{seen['client_certificate']['commonName']}, {seen.header('x-api-key')[0]}" if seen else _status(partner)
     yield Row("our program calls a partner, who sees over TLS", "client, partner-key", told)
+    for how in TRANSPORTS:
+        addresses = asked(net, "partner.mesh", how, (CDN[family], 53))
+        yield Row(f"its name, asked for over {how}", PEER4, ", ".join(addresses) or "no answer")
     for port in (15006, 15001):
         with contextlib.suppress(OSError):
             exchange(net, net.peer, (host, port), b"x")
@@ -207,9 +214,11 @@ def staged(folder: Path) -> Iterator[Stage]:
         context.load_verify_locations(pki.root.path)
         context.verify_mode = 2  # type: ignore[assignment]  # CERT_REQUIRED
         stack.enter_context(serving(net, net.peer, PARTNER, over_tls(context, answer_http)))
+        (folder / "names").write_text(f"{PEER4} partner.mesh\n")
         file = folder / "envoy.yaml"
         file.write_text(FILE.format(there=folder))
-        _say(net, "install", "--kuma-dp-user", RELAY_USER, "--no-probe")
+        dns = ("--redirect-all-dns-traffic", "--redirect-dns-tcp")
+        _say(net, "install", "--kuma-dp-user", RELAY_USER, *dns, "--no-probe")
         _say(net, "envoy", "check", str(file))
         print(f"$ tpctl envoy run {file} --user {RELAY_USER}\n")
         run = stack.enter_context(running(net, folder, file.read_text()))

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -125,13 +124,13 @@ def _keep(file: Path, built: Build) -> None:
     with contextlib.suppress(OSError):
         private_folder.prepare(file.parent)
         _clear_leftovers(file.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=_TEMPORARY)
+        descriptor, temporary = private_folder.new_file(file.parent, _TEMPORARY)
         try:
             with os.fdopen(descriptor, "w", encoding="ascii") as stream:
                 stream.write(built.dump())
-            Path(temporary).replace(file)
+            temporary.replace(file)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         for other in file.parent.glob("ebpf-*.json"):
             if other != file:
                 other.unlink(missing_ok=True)

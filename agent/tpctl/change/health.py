@@ -20,7 +20,8 @@ def port_statuses(policy: Policy, engine: str, registered: frozenset[int] | None
     """
     wanted = tuple(ports(policy))
     numbers = {port.number for port in wanted}
-    found = tuple(one for protocol in Protocol for one in sockets.listeners(protocol) if one.port in numbers)
+    protocols = dict.fromkeys(port.protocol for port in wanted)
+    found = tuple(one for protocol in protocols for one in sockets.listeners(protocol) if one.port in numbers)
     seen = Seen(found, holders.processes(one.inode for one in found), registered)
     landing = tuple(landings(policy, engine, interfaces.addresses()))
     return tuple(port_status(port, landing, policy, seen) for port in wanted)
@@ -70,9 +71,11 @@ def port_warnings(policy: Policy) -> Iterator[str]:
             f"data plane cannot listen on it when it is started; {for_ever}"
             f"`sysctl -w net.ipv4.ip_local_reserved_ports={value}` keeps them free until the next boot"
         )
-    for port in wanted:
-        found = sockets.at_port(port.protocol, port.number)
-        if port.protocol is Protocol.TCP and not any(one.state == LISTEN for one in found):
+    tcp = tuple(port for port in wanted if port.protocol is Protocol.TCP)
+    held = sockets.at_ports(Protocol.TCP, {port.number for port in tcp})
+    for port in tcp:
+        found = [one for one in held if one.local_port == port.number]
+        if not any(one.state == LISTEN for one in found):
             yield from (f"{port} is taken: {who}" for who in port_users.in_words(found))
 
 

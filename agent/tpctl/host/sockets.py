@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
@@ -87,16 +87,16 @@ def _listeners(protocol: Protocol) -> Iterator[Listener]:
             )
 
 
-def at_port(protocol: Protocol, port: int) -> tuple[sock_diag.Socket, ...]:
-    """What has a port of this host: sockets that listen there, and connections that it is the source port of.
+def at_ports(protocol: Protocol, ports: Collection[int]) -> tuple[sock_diag.Socket, ...]:
+    """What has these ports of this host: sockets that listen there, and connections that they are the source port of.
 
-    None where the kernel cannot be asked.
+    None where the kernel cannot be asked. It goes through the sockets of every network namespace to answer.
     """
     try:
-        found = [one for family in _FAMILIES for one in sock_diag.dump(family, _NUMBER[protocol])]
+        found = (one for family in _FAMILIES for one in sock_diag.dump(family, _NUMBER[protocol]))
+        return tuple(one for one in found if one.local_port in ports)
     except OSError:
         return ()
-    return tuple(one for one in found if one.local_port == port)
 
 
 def parse_listeners(protocol: Protocol, listing: str) -> Iterator[Listener]:

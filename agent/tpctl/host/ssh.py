@@ -22,15 +22,22 @@ SERVERS = frozenset({"sshd", "sshd-session", "dropbear"})
 
 def session_port(proc: Path = PROC) -> int | None:
     """The port, or None when this is no ssh session, or one into another network namespace."""
-    own = local_ports()
-    told = port_of(os.environ.get(VARIABLE, ""))
-    if told in own:
-        return told
-    for process in ancestors(os.getppid(), proc):
-        for port in _ports_of(process, proc):
-            if port in own:
-                return port
+    own: frozenset[int] | None = None
+    for port in _told_ports(proc):
+        if own is None:  # only now: for a list of its sockets, the kernel goes through those of every namespace
+            own = local_ports()
+        if port in own:
+            return port
     return None
+
+
+def _told_ports(proc: Path) -> Iterator[int]:
+    """The ports by which this process and its ancestors may have been reached."""
+    told = port_of(os.environ.get(VARIABLE, ""))
+    if told is not None:
+        yield told
+    for process in ancestors(os.getppid(), proc):
+        yield from _ports_of(process, proc)
 
 
 def port_of(connection: str) -> int | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
 from pathlib import Path
 
+from tpctl.system import private_folder
 from tpctl.system.errors import ApplyError, HostError
 from tpctl.system.input_files import UnusableFileError, read_bytes
 
@@ -41,20 +41,20 @@ def replace(path: Path, content: bytes, *, mode: int) -> None:
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, f"{target} is not a file")
         clear_leftovers(target)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
+        descriptor, temporary = private_folder.new_file(target.parent, _prefix(target))
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             _dress(stream.fileno(), target, mode)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).replace(target)
+        temporary.replace(target)
         temporary = None
         sync_folder(target.parent)
     except OSError as error:
         raise ApplyError(f"{path} cannot be written: {error.strerror}; it is unchanged") from error
     finally:
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import stat
 import time
@@ -131,6 +130,8 @@ def _is_still(place: Path, descriptor: int) -> bool:
 def discard(thing: Path) -> None:
     """Remove whatever it is; a symbolic link itself, not what it stands for."""
     if thing.is_dir() and not thing.is_symlink():
+        import shutil  # here: few commands find such a thing, and it loads every kind of compression
+
         shutil.rmtree(thing)
     else:
         thing.unlink(missing_ok=True)

@@ -164,28 +164,25 @@ def save(state: State) -> None:
 def write(target: Path, document: Mapping[str, Any]) -> None:
     """Replace a file of records, whole or not at all. Raises ApplyError when it cannot be written."""
     try:
-        _written(target.parent, document).replace(target)
+        _written(target.parent, document, life.mark()).replace(target)
     except OSError as error:
         raise _unwritable(target, error) from error
 
 
-def _written(folder: Path, document: Mapping[str, Any]) -> Path:
+def _written(folder: Path, document: Mapping[str, Any], mark: Mapping[str, Any]) -> Path:
     """A temporary file in a folder, which is made if need be. Raises OSError; no file is left then."""
-    import tempfile  # here: what only reads or removes a record need not wait for it
-
     private_folder.prepare(folder)
-    # mkstemp creates the file anew (O_EXCL), so nobody's symlink is followed.
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY)
+    descriptor, temporary = private_folder.new_file(folder, _TEMPORARY)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump({**document, MARK: life.mark()}, stream, indent=2)
+            json.dump({**document, MARK: mark}, stream, indent=2)
             stream.write("\n")
             os.fchmod(descriptor, 0o644)
     except OSError:
         with contextlib.suppress(OSError):
-            Path(temporary).unlink()
+            temporary.unlink()
         raise
-    return Path(temporary)
+    return temporary
 
 
 def _unwritable(target: Path, error: OSError) -> ApplyError:
@@ -232,8 +229,9 @@ def begin(state: State) -> Renewal:
     before = target.with_name(f"{_TEMPORARY}before") if target.exists() else None
     made: list[Path] = []
     try:
-        made.append(_written(target.parent, document_of(dataclasses.replace(state, phase=INSTALLED))))
-        made.append(_written(target.parent, document_of(dataclasses.replace(state, phase=INSTALLING))))
+        mark = life.mark()
+        for phase in (INSTALLED, INSTALLING):
+            made.append(_written(target.parent, {**document_of(state), "phase": phase}, mark))
         if before:
             before.unlink(missing_ok=True)
             os.link(target, before)

@@ -23,6 +23,19 @@ def prepare(folder: Path, mode: int = 0o755) -> None:
         _make_right(folder, mode)
 
 
+def new_file(folder: Path, prefix: str) -> tuple[int, Path]:
+    """A file that was not there before, for its owner alone, and a descriptor to write to it. Raises OSError.
+
+    Nobody's symbolic link is followed. tempfile.mkstemp would do, but loads every kind of compression first.
+    """
+    while True:
+        path = folder / f"{prefix}{os.urandom(8).hex()}"
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), path
+        except FileExistsError:
+            continue
+
+
 def is_private(folder: Path) -> bool:
     """Whether a folder is there, is no symbolic link, and is this user's own."""
     try:

@@ -6,15 +6,14 @@ They are no options of tpctl's commands, so neither help nor completion shows th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.system.errors import InputError
 
 _NO_EFFECT = "it has no effect here, and can be left out"
 
 
-@dataclass(frozen=True, slots=True)
-class Former:
+class Former(NamedTuple):
     """One of them."""
 
     flag: str

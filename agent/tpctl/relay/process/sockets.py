@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tpctl.host import port_users
-from tpctl.host.sockets import at_port
+from tpctl.host.sockets import at_ports
 from tpctl.relay.connections.socket_options import is_transparent, keep_alive, make_transparent
 from tpctl.relay.loop import packet_info
 from tpctl.relay.loop.original_destination import Destination
@@ -140,7 +140,7 @@ def _reason(listener: ListenerSettings, place: Place, error: OSError) -> str:
         what = f"{transport.upper()} port {address.port} of {address.host} for the {listener.name} listener"
         other = f"choose another port, as with --{listener.role}-port"
         if error.errno == errno.EADDRINUSE:
-            users = port_users.in_words(at_port(transport, address.port))[:_MOST_USERS]
+            users = port_users.in_words(at_ports(transport, (address.port,)))[:_MOST_USERS]
     else:
         what = f"{place.address} for the {listener.name} listener"
         other = "choose another path"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tpctl.spec.connection import Connection, Direction, State
-from tpctl.spec.guard import is_aimed_at_data_plane
+from tpctl.spec.guard import guarded_ports
 from tpctl.spec.policy import (
     DNS_PORT,
     RESERVED,
@@ -26,12 +26,7 @@ from tpctl.spec.policy import (
     means_this_host,
 )
 from tpctl.spec.verdict import Action, Step, Verdict
-
-DEFAULT_ZONE = 0
-UPSTREAM_ZONE = 1
-"""Queries that leave the host for a name server, and their answers."""
-CAPTURED_ZONE = 2
-"""Queries that are redirected to the data plane, and its answers."""
+from tpctl.spec.zones import CAPTURED_ZONE, DEFAULT_ZONE, UPSTREAM_ZONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +85,7 @@ def _decide(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
     if ask("n1", "only a connection's first packet is decided", connection.state is not State.NEW):
         return _PASS
     # Before every exclusion: whom they spare does not have to reach the data plane.
-    if policy.guard_ports and ask("g1", _AIMED, is_aimed_at_data_plane(policy, connection)):
+    if policy.guard_ports and ask("g1", _AIMED, _is_aimed_at_data_plane(policy, connection)):
         return _RESET
     if policy.exclude_interfaces and ask("e1", f"the interface {connection.interface} is excluded", excluded):
         return _PASS
@@ -119,6 +114,21 @@ def _decide(policy: Policy, connection: Connection, ask: _Ask) -> _Outcome:
         return _inbound_udp(policy, connection, ask) if inbound else _outbound_udp(policy, connection, ask)
     ask("p1", f"{connection.protocol} is never redirected", True)
     return _PASS
+
+
+def _is_aimed_at_data_plane(policy: Policy, connection: Connection) -> bool:
+    """Whether a new connection was opened to one of the data plane's ports on this host.
+
+    Its user may do so over loopback, as health checks do.
+    """
+    if connection.state is not State.NEW:
+        return False
+    if connection.destination_port not in guarded_ports(policy, connection.protocol):
+        return False
+    over_loopback = connection.interface == policy.loopback
+    if connection.direction is Direction.INBOUND:
+        return connection.local_destination and not over_loopback
+    return over_loopback and connection.uid != policy.proxy_uid
 
 
 def _has_excluded_mark(policy: Policy, connection: Connection) -> bool:

@@ -7,7 +7,6 @@ the outbound port uses it as a proxy.
 
 from __future__ import annotations
 
-from tpctl.spec.connection import Connection, Direction, State
 from tpctl.spec.policy import DNS_PORT, Policy, Protocol
 
 
@@ -24,18 +23,3 @@ def guarded_ports(policy: Policy, protocol: str) -> tuple[int, ...]:
     elif protocol != Protocol.UDP:
         return ()
     return tuple(sorted(ports - {DNS_PORT}))
-
-
-def is_aimed_at_data_plane(policy: Policy, connection: Connection) -> bool:
-    """Whether a new connection was opened to one of the data plane's ports on this host.
-
-    Its user may do so over loopback, as health checks do.
-    """
-    if connection.state is not State.NEW:
-        return False
-    if connection.destination_port not in guarded_ports(policy, connection.protocol):
-        return False
-    over_loopback = connection.interface == policy.loopback
-    if connection.direction is Direction.INBOUND:
-        return connection.local_destination and not over_loopback
-    return over_loopback and connection.uid != policy.proxy_uid

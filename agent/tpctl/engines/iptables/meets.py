@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 
 from tpctl.engines.iptables.rule import Criterion, Match, Option, Rule
 from tpctl.spec.connection import Connection, Direction
-from tpctl.spec.decide import DEFAULT_ZONE, decide, zone
+from tpctl.spec.decide import decide, zone
 from tpctl.spec.exclusions import Interfaces
 from tpctl.spec.policy import (
     DNS_PORT,
@@ -28,6 +28,7 @@ from tpctl.spec.policy import (
     includes,
 )
 from tpctl.spec.verdict import Action
+from tpctl.spec.zones import DEFAULT_ZONE
 
 _ELSEWHERE: dict[Family, tuple[Address, ...]] = {
     Family.IPV4: (ip_address("203.0.113.77"), ip_address("1.2.3.4")),

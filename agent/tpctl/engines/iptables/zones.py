@@ -7,7 +7,6 @@ from typing import Any
 
 from tpctl.engines.iptables.parts import Jump, Parts, TableRules, address, comment, dport, owned_by, within
 from tpctl.engines.iptables.rule import Criterion, Option, Rule, match
-from tpctl.spec.decide import CAPTURED_ZONE, UPSTREAM_ZONE
 from tpctl.spec.policy import (
     DNS_PORT,
     LINK_LOCAL6,
@@ -15,6 +14,7 @@ from tpctl.spec.policy import (
     Family,
     Protocol,
 )
+from tpctl.spec.zones import CAPTURED_ZONE, UPSTREAM_ZONE
 
 ZONE_INBOUND = "TPCTL_ZONE_PREROUTING"
 ZONE_OUTBOUND = "TPCTL_ZONE_OUTPUT"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -224,6 +223,8 @@ class NftablesEngine:
             raise cause or HostError(f"the tables of nf_tables cannot be read: {error}") from error
 
     def _drift(self, plan: NftablesPlan) -> Iterator[str]:
+        import difflib  # here: an install of what was not there compares nothing
+
         if plan.cgroup and not cgroups.is_current(plan.cgroup):
             yield cgroups.outdated(plan.cgroup)
             return

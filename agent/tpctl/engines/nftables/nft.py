@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tpctl.engines import presence
-from tpctl.engines.nftables import listing
 from tpctl.system.child import ChildFailedError, in_child
 from tpctl.system.errors import ApplyError, HostError
 from tpctl.system.runner import TIMEOUT_SECONDS, run
@@ -211,6 +210,8 @@ def held(nft: Nft, where: str) -> Objects | None:
     except NftError as error:
         if os.strerror(errno.ENOENT) in str(error):
             return None
+        from tpctl.engines.nftables import listing
+
         # Somebody else's rule in it may name what JSON cannot hold.
         tables = listing.read(nft.listing(f"list table {where}"))
         return [found for table in tables for found in table.objects()]

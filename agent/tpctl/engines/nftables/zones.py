@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from tpctl.engines.nftables.parts import ADDRESS, QUERY, Parts, interface, join
 from tpctl.engines.nftables.table import Chain, Hook, Rule
-from tpctl.spec.decide import CAPTURED_ZONE, UPSTREAM_ZONE
 from tpctl.spec.policy import DNS_PORT, RESERVED, DnsCapture
+from tpctl.spec.zones import CAPTURED_ZONE, UPSTREAM_ZONE
 
 RAW = -300
 """Before conntrack (-200), which looks at the zone."""

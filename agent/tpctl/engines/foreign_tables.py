@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from tpctl.engines import foreign_iptables, foreign_nft
+from tpctl.engines import foreign_iptables, foreign_nft, presence
 from tpctl.engines.foreign import Place, Table
 from tpctl.engines.iptables import saved, tools
 from tpctl.engines.iptables.backend import read_tables
@@ -17,7 +17,6 @@ _READING_SECONDS = 2.0
 """nft reads anew whenever anybody has changed anything meanwhile: beside a busy owner of thousands of rules it may
 never end, and what stands there is then left unsaid."""
 _FAMILIES = frozenset({"ip", "ip6", "inet"})
-_STANDARD = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 
 
 class Listings:
@@ -41,6 +40,11 @@ class Listings:
 def foreign_tables(listings: Listings | None = None) -> tuple[Table, ...]:
     """Every table of both kinds, without the rules of tpctl. What cannot be read is left out."""
     listings = listings or Listings()
+    likely = presence.iptables_tables()
+    if likely is not None:
+        translated = tuple(_of_variant(listings, "nft", _names(likely)))
+        if likely <= {(table.family, table.name) for table in translated}:  # nft would list the same once more
+            return (*translated, *_of_variant(listings, "legacy", None))
     native = tuple(_native())
     translated = tuple(_of_variant(listings, "nft", _iptables_like(native)))
     shown = {(table.family, table.name) for table in translated}
@@ -91,11 +95,16 @@ def _native() -> Iterator[Table]:
 
 def _iptables_like(native: tuple[Table, ...]) -> dict[str, set[str]]:
     """By family, the tables that iptables-nft can list: all their base chains are named as its own."""
+    bases = (({chain.name for chain in table.chains.values() if chain.hook}, table) for table in native)
+    return _names((table.family, table.name) for names, table in bases if names <= presence.IPTABLES_CHAINS)
+
+
+def _names(tables: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """By family, the names of those tables that are of one of iptables' families."""
     found: dict[str, set[str]] = {"ip": set(), "ip6": set()}
-    for table in native:
-        bases = {chain.name for chain in table.chains.values() if chain.hook}
-        if table.family in found and bases <= _STANDARD:
-            found[table.family].add(table.name)
+    for family, name in tables:
+        if family in found:
+            found[family].add(name)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tpctl.engines import presence
 from tpctl.engines.foreign_tables import Listings
 from tpctl.engines.iptables import order, tools
 from tpctl.engines.iptables.meets import Judge
@@ -58,6 +59,8 @@ def priority(policy: Policy, family: Family, engine: str, hook: str) -> int:
 
 def _native() -> Iterator[translations.Translations]:
     """The chains of type nat in tables of nftables that are neither ours nor those of iptables-nft."""
+    if presence.iptables_tables() is not None:
+        return
     way = nft.find()
     held = listing.read(way.listings(["list chains"])[0] or "")
     wanted = [

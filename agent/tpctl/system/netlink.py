@@ -17,6 +17,8 @@ ROUTE, NETFILTER = 0, 12
 """NETLINK_ROUTE and NETLINK_NETFILTER (linux/netlink.h)."""
 ACK, DUMP, EXCLUSIVE, CREATE = 0x4, 0x300, 0x200, 0x400
 """NLM_F_ACK and so on; to dump is NLM_F_ROOT and NLM_F_MATCH."""
+_INTERRUPTED = 0x10
+"""NLM_F_DUMP_INTR."""
 ERROR = 2
 """NLMSG_ERROR: also the answer that a request was carried out."""
 WAIT_SECONDS = 15.0
@@ -84,19 +86,22 @@ class Netlink:
         """
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
 
-    def ask(self, kind: int, body: bytes, flags: int = 0) -> Iterator[bytes]:
+    def ask(self, kind: int, body: bytes, flags: int = 0, *, whole: bool = False) -> Iterator[bytes]:
         """The bodies of the messages that answer a request; it is sent when the first is asked for.
 
-        Raises OSError with the kernel's errno when it refuses, with ETIMEDOUT when it does not answer.
+        Raises OSError with the kernel's errno when it refuses, with ETIMEDOUT when it does not answer; and with EAGAIN
+        when a dump has to be `whole`, and somebody has changed what is dumped meanwhile.
         """
         self._number += 1
         wanted = flags if flags & DUMP == DUMP else flags | ACK
         try:
             self._socket.send(message(kind, body, wanted, self._number))
             while True:
-                for number, answered, content in messages(self._socket.recv(_RECEIVE_BYTES)):
+                for number, answered, content, told in _flagged(self._socket.recv(_RECEIVE_BYTES)):
                     if number != self._number:
                         continue
+                    if whole and told & _INTERRUPTED:
+                        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
                     if answered in (ERROR, _DONE):
                         raise_if_refused(content)
                         return
@@ -117,12 +122,17 @@ def message(kind: int, body: bytes, flags: int, number: int) -> bytes:
 
 def messages(received: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Number, type and content of each message that came at once."""
+    return ((number, kind, content) for number, kind, content, _ in _flagged(received))
+
+
+def _flagged(received: bytes) -> Iterator[tuple[int, int, bytes, int]]:
+    """The same, and the flags of each."""
     at = 0
     while at + _HEADER.size <= len(received):
-        size, kind, _, number, _ = _HEADER.unpack_from(received, at)
+        size, kind, flags, number, _ = _HEADER.unpack_from(received, at)
         if size < _HEADER.size:
             return
-        yield number, kind, received[at + _HEADER.size : at + size]
+        yield number, kind, received[at + _HEADER.size : at + size], flags
         at += (size + 3) & ~3
 
 

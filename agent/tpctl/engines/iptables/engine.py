@@ -55,16 +55,15 @@ class IptablesEngine:
 
     def _redirecting(self, families: Collection[Family]) -> list[Family]:
         """Those of the families that have no more of NAT than REDIRECT."""
-        return [
-            family
-            for family, found in self.choice.tools.items()
-            if family in families and not trial.ability(found).dnat
-        ]
+        return [family for family, can in self._abilities().items() if family in families and not can.dnat]
 
     def unguarded(self, policy: Policy) -> str | None:
         """Why the kernel or the programs cannot guard the data plane's ports; None when they can."""
-        found = ((family, trial.ability(tools).guard_obstacle) for family, tools in self.choice.tools.items())
+        found = ((family, can.guard_obstacle) for family, can in self._abilities().items())
         return next((f"IPv{family}: {why}" for family, why in found if why and family in policy.families), None)
+
+    def _abilities(self) -> Mapping[Family, trial.Ability]:
+        return trial.abilities(tuple(self.choice.tools.values()))
 
     def preview(self, policy: Policy) -> str:
         """The exact restore text that `apply` would use on this host now. Reads, and changes nothing."""

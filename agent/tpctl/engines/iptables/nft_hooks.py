@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from tpctl.engines import presence
 from tpctl.engines.nftables import listing
 from tpctl.engines.nftables.nft import Nft, NftError, find
-from tpctl.spec.policy import Family
 from tpctl.system.errors import HostError
 
 TABLES = ("filter", "raw", "mangle", "nat")
 FAMILIES = ("ip", "ip6")
 
-BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
+BUILT_IN = presence.IPTABLES_CHAINS
 
 Hook = tuple[str, str, str]
 """An nf_tables family, table and chain; the chain is "" for the table itself."""
@@ -26,8 +25,15 @@ Hook = tuple[str, str, str]
 
 def existing() -> frozenset[Hook] | None:
     """The tables iptables-nft would use and their chains, or None when there is no way to nf_tables to tell."""
-    if not any(presence.may_hold_iptables("nft", family) for family in Family):
-        return frozenset()
+    tables, chains = presence.tables(), presence.chains()
+    if tables is None or chains is None:
+        return _listed()
+    hooks = {(family, table, "") for family, table in tables} | {each[:3] for each in chains}
+    return _of_iptables(hooks)
+
+
+def _listed() -> frozenset[Hook] | None:
+    """The same by nft, which asks again until nobody has changed anything meanwhile."""
     way = _way()
     chains = way.listings(["list chains"])[0] if way else None
     if way is None or chains is None:
@@ -41,7 +47,10 @@ def existing() -> frozenset[Hook] | None:
         if (*each, "") not in hooks and not presence.lacks(" ".join(each))
     ]
     answers = way.listings([f"list table {family} {table}" for family, table, _ in unseen]) if unseen else []
-    hooks |= {hook for hook, held in zip(unseen, answers, strict=True) if held is not None}
+    return _of_iptables(hooks | {hook for hook, held in zip(unseen, answers, strict=True) if held is not None})
+
+
+def _of_iptables(hooks: Iterable[Hook]) -> frozenset[Hook]:
     return frozenset(hook for hook in hooks if hook[0] in FAMILIES and hook[1] in TABLES)
 
 

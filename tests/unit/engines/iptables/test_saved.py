@@ -93,6 +93,8 @@ def test_any_listing_is_read(text: str) -> None:
         ("-j MY_TPCTL_CHAIN", None),
         ("-i -j -o TPCTL_X -j RETURN", None),
         ("-m comment --comment -j -j TPCTL_OUTBOUND", "tpctl"),
+        (r'-p tcp -j "TP\CTL_OUTBOUND"', "tpctl"),
+        (r'-m comment --comment "kuma\/mesh\/transparent/proxy/dns" -j RETURN', "kumactl"),
         ("-m comment --comment --comment -j kuma/mesh/transparent/proxy/", None),
     ],
 )

@@ -7,6 +7,7 @@ offset in the string section is looked up, and then the bytes a structure record
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,6 +87,12 @@ def kernel() -> Btf:
             f"the eBPF engine reads the kernel's own structures, and this kernel does not describe them ({PLACE}: "
             f"{error.strerror}; it needs CONFIG_DEBUG_INFO_BTF); use --engine nftables or --engine iptables"
         ) from error
+
+
+@functools.cache
+def of_kernel(*, cookie: bool) -> Mapping[str, int]:
+    """`definitions` of the running kernel, which does not change: to find them takes as long as a short command."""
+    return definitions(kernel(), cookie=cookie)
 
 
 def _of(btf: Btf, structure: str, *members: str) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ class EbpfEngine:
         """Load the programs with maps of their own, fill these, and put them in place of any that run."""
         bpffs.mount(self.where.bpffs)
         here = place.netns()
-        built = build(btf.definitions(btf.kernel(), cookie=here.is_cookie))
+        built = build(btf.of_kernel(cookie=here.is_cookie))
         clear_dead(self.where)
         folder = self.where.make_folder()
         try:
@@ -287,7 +287,7 @@ def load(
         raise HostError(f"this is Linux {os.uname().release}, and the eBPF engine needs {needed} or later; {_INSTEAD}")
     options = options or EngineOptions()
     where = place.find(top or _path(options.ebpf_cgroup), pins or _path(options.ebpf_bpffs))
-    btf.definitions(btf.kernel(), cookie=place.netns().is_cookie)
+    btf.of_kernel(cookie=place.netns().is_cookie)
     if chooses_sockets is None:
         chooses_sockets = all(_kernel() >= program.since for program in PROGRAMS)
     return EbpfEngine(where, options, chooses_sockets=chooses_sockets)

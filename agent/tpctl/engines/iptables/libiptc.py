@@ -13,9 +13,10 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tpctl.engines.iptables import saved
 from tpctl.engines.iptables.backend import TransientError, lacks_cgroup, no_cgroup
@@ -73,8 +74,9 @@ def load() -> Any:
     """Import python-iptables. Raises HostError when it, or a library of iptables it needs, does not load.
 
     Its import looks for libraries with ctypes.util.find_library, which runs ldconfig, gcc and ld some sixty times, for
-    0.2 s; it is shown where they are instead. And it loads what a symbolic link of a library's name in the working
-    directory stands for, so it is imported where only root can put one.
+    0.2 s; it is shown where they are instead. It asks distutils for a folder, in whose place setuptools puts itself for
+    70 ms; without distutils, as since Python 3.12, it asks sysconfig. And it loads what a symbolic link of a library's
+    name in the working directory stands for, so it is imported where only root can put one.
     """
     directories = [
         Path(pattern.format(triplet=getattr(sys.implementation, "_multiarch", ""))) for pattern in _LIBRARIES
@@ -86,15 +88,30 @@ def load() -> Any:
         os.environ["XTABLES_LIBDIR"] = str(extensions)
     searching, ctypes.util.find_library = ctypes.util.find_library, lambda name: _find_library(name, directories)
     try:
-        with in_root():
+        with in_root(), _without("distutils"):
             import iptc
     except ModuleNotFoundError as error:
+        if error.name != "iptc":
+            raise HostError(f"python-iptables does not load here: {error}") from error
         raise HostError("python-iptables is not installed") from error
     except Exception as error:  # its import raises whatever the C library lookup meets
         raise HostError(f"python-iptables does not load here: {error}") from error
     finally:
         ctypes.util.find_library = searching
     return iptc
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Let a module be missing while another one is imported."""
+    modules = cast("dict[str, Any]", sys.modules)
+    held = {name: modules[name] for name in (module,) if name in modules}
+    modules[module] = None  # so the import system is told (docs.python.org, "The module cache")
+    try:
+        yield
+    finally:
+        del modules[module]
+        modules.update(held)
 
 
 def _find_library(name: str, directories: list[Path]) -> str | None:

@@ -18,7 +18,7 @@ SUMMARY = "transparent-proxy host agent"
 MAINTAINER = "The tpctl maintainers <maintainers@tpctl.invalid>"
 DESCRIPTION = """\
 tpctl sends a Linux host's inbound TCP, outbound TCP and DNS traffic through a data plane proxy, transparently to the
-applications. The proxy is Envoy under kuma-dp, or the small relay that comes with tpctl. It installs nftables or
+applications. The proxy is Envoy, also under kuma-dp, or the small relay that comes with tpctl. It installs nftables or
 iptables rules, or eBPF programs, can verify a policy with real connections before it is installed, and takes away
 everything that it installed."""
 

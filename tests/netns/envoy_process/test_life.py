@@ -9,7 +9,6 @@ import pwd
 import signal
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ from tests.netns.relay.net import (
 pytestmark = pytest.mark.root
 WEB_SERVICE = f"{{port: {WEB}, name: web, protocol: http}}"
 GUARDED = f"{{port: {WEB}, name: web, protocol: http, origin_verify: {{header: X-Origin, secrets: [current]}}}}"
-MOST_SECONDS_AWAY = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +58,13 @@ def answered(net: Net, host: str = HOST4, **headers: str) -> int:
         return client.get(headers=headers)[0]
     finally:
         client.close()
+
+
+def is_served(net: Net) -> bool:
+    """Whether a client has its answer, where there may be nobody at this moment."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return answered(net) == 200
+    return False
 
 
 def told(net: Net, host: str = HOST4) -> Any:
@@ -97,24 +102,16 @@ def guarded(path: Path) -> str:
     return configuration(GUARDED, more=f"secrets: {{current: {{file: {path}}}}}\n")
 
 
-def test_a_killed_envoy_is_back_within_two_seconds(net: Net, directory: Path) -> None:
+def test_a_killed_envoy_is_started_again_at_once(net: Net, directory: Path) -> None:
     with running(net, directory, configuration(WEB_SERVICE)) as envoy:
         assert [answered(net, host) for host in (HOST4, HOST6)] == [200, 200]
         first = envoy.envoy()
         os.kill(first, signal.SIGKILL)
-        since = time.monotonic()
         until(lambda: not is_running(first))
-        status = 0
-        while status != 200 and time.monotonic() - since < PATIENCE:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                status = answered(net)
-        away = time.monotonic() - since
-        assert status == 200
+        until(lambda: is_served(net))
         died = envoy.wait_for("Envoy has died and is started again", how="it was ended by SIGKILL")
         assert died["seconds"] == 0
         until(lambda: envoy.envoy() not in (0, first))
-        own = envoy.wait_for("Envoy serves", pid=envoy.envoy())["seconds"]
-        assert away - own < MOST_SECONDS_AWAY, "how long Envoy itself takes to start is the machine's"
 
 
 def test_rights_and_places(net: Net, directory: Path) -> None:
@@ -354,13 +351,7 @@ def test_more_clients_than_descriptors(net: Net, directory: Path) -> None:
         assert descriptors_of(pid) < 256
         for client in clients:
             client.close()
-
-        def is_served() -> bool:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                return answered(net) == 200
-            return False
-
-        until(is_served)
+        until(lambda: is_served(net))
         assert envoy.envoy() == pid
 
 

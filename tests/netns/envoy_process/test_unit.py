@@ -15,7 +15,7 @@ import pytest
 
 from tests.extent import takes_long
 from tests.hidden import ROOT_DIRECTORY
-from tests.netns.envoy_process.plant import TRANSPORTS, WEB, Client, application, asked, configuration
+from tests.netns.envoy_process.plant import TRANSPORTS, WEB, Client, application, asked, configuration, load
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import HOST4, RELAY_UID, Net, for_the_relay, process_status, until
 from tests.netns.relay.test_unit import CAPABILITIES, Machine, machine, seen
@@ -103,14 +103,19 @@ def test_it_serves_confined_and_comes_back(net: Net, unit: Machine) -> None:
     until(lambda: first not in envoys(unit, main))
     print(f"after Envoy was killed: {away(net, client):.2f} s")
     assert unit.systemctl("show", "-P", "MainPID", systemd.ENVOY).stdout.strip() != "0"
-    # The supervisor is killed: Envoy ends with it, and systemd starts both again.
+    # The supervisor is killed: Envoy ends with it, and systemd starts both again. Queries wait for that.
+    old, since = set(unit.processes()), time.monotonic()
     os.kill(main, signal.SIGKILL)
-    until(lambda: main not in unit.processes())
-    print(f"after its supervisor was killed: {away(net, client):.2f} s")
+    until(lambda: not old & set(unit.processes()))
     assert answers_dns(net)
+    away(net, client)
+    print(f"after its supervisor was killed: {time.monotonic() - since:.2f} s")
     assert unit.systemctl("show", "-P", "NRestarts", systemd.ENVOY).stdout.strip() == "1"
     client.close()  # it would be waited for
-    again = unit.start("restart")
+    with load() as asking:
+        asking.add(lambda: asked(net, "app.mesh", "UDP"), "UDP")
+        asking.goes_on()
+        again = unit.start("restart")
     assert answered(net, client) == 200
     assert answers_dns(net)
     client.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tpctl.envoy.process.child import end_with
 from tpctl.relay.connections.tally import Tally
 from tpctl.relay.loop.loop import Loop
+from tpctl.relay.process import activation
 from tpctl.relay.process.privileges import raise_descriptor_limit, reserved_descriptors
 from tpctl.relay.process.running import Running
 from tpctl.relay.process.sockets import Sockets
@@ -76,6 +77,12 @@ class Dns:
         with reserved_descriptors():
             return Prepared(*(self._running if settings.listeners else _NOTHING).renewed(settings))
 
+    def inherit(self, settings: Settings) -> Prepared:
+        """The first state, with the sockets that an earlier process has left with the service manager."""
+        with reserved_descriptors():
+            running = Running.begin(settings, activation.match(settings, activation.inherited(), self._log))
+        return Prepared(running, running.sockets)
+
     def drop(self, prepared: Prepared) -> None:
         """Close what was opened: the state will not be used."""
         for sockets in prepared.added.values():
@@ -87,6 +94,7 @@ class Dns:
         after = self._running.settings
         if after == before:
             return
+        activation.keep(before, self._running)
         if not after.listeners:
             self._leave()
             self._changed()
@@ -99,7 +107,14 @@ class Dns:
             self._begin()
         self._changed()
         listens = {one.name: show(one.listen.address) for one in after.served}
-        self._log.info("DNS is answered as the file says", pid=self.pid, **listens)
+        self.when_used(partial(self._log.info, "DNS is answered as the file says", pid=self.pid, **listens))
+
+    def when_used(self, action: Callable[[], None]) -> None:
+        """Do something when the state of the last `use` is that by which DNS is answered."""
+        if self._workers is None:
+            action()
+        else:
+            self._workers.when_used(action)
 
     def _begin(self) -> None:
         def ended(_code: int) -> None:

@@ -130,7 +130,7 @@ class Supervisor:
     def _begin_dns(self) -> None:
         """Answer DNS, before Envoy is there. Raises HostError when a socket cannot be had."""
         try:
-            self._dns.use(self._dns.prepare(self._wanted.dns))
+            self._dns.use(self._dns.inherit(self._wanted.dns))
         except HostError:
             self._folder.clear()
             raise
@@ -284,6 +284,11 @@ class Supervisor:
             self._reload(why)
         elif self._told_of_reload:
             self._told_of_reload = False
+            self._dns.when_used(self._reloaded)
+
+    def _reloaded(self) -> None:
+        """Tell the service manager, unless it waits for another reload, or for the end."""
+        if not self._told_of_reload and not self._is_ending:
             notify("READY=1")
 
     def _tell(self) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tpctl.relay.loop.original_destination import from_socket_name
+from tpctl.relay.process.notify import store, unstore
+from tpctl.relay.process.running import Running
 from tpctl.relay.process.sockets import Place, Sockets, wanted
 from tpctl.relay.settings.listen import show
 from tpctl.relay.settings.model import ListenerSettings, Settings
@@ -81,6 +83,7 @@ def match(settings: Settings, given: Iterable[Inherited], log: FilteringBoundLog
         if place is None:
             log.warning("a socket that was handed over belongs to no listener", name=one.name, address=own.address)
             one.socket.close()
+            unstore(one.name)  # or it would go on taking what nobody answers
         else:
             found.setdefault(place, []).append(one.socket)
             _look_at(one.socket, listeners[place], log)
@@ -104,6 +107,21 @@ def _address(sock: socket.socket) -> str:
     if isinstance(name, tuple):
         return show(from_socket_name(name[:2] if sock.family == socket.AF_INET else name))
     return f"unix:{name}"
+
+
+def keep(before: Settings, running: Running) -> None:
+    """Have the service manager keep the sockets of a state for the next start, in place of those of these settings."""
+    names = {place: _stored_name(listener.name, place) for listener, place in wanted(before)}
+    for place in names.keys() - running.sockets.keys():
+        unstore(names[place])
+    for listener, place in wanted(running.settings):
+        if place not in names:
+            store(_stored_name(listener.name, place), *running.sockets[place])
+
+
+def _stored_name(listener: str, place: Place) -> str:
+    """Under which sockets are kept: places are told apart, since names of listeners may be exchanged by a reload."""
+    return f"{listener}.{place.kind}.{place.address}".replace(":", "_")[-MAX_NAME:]
 
 
 def names_of(settings: Settings, sockets: Sockets) -> list[Inherited]:

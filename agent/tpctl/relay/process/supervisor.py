@@ -19,13 +19,12 @@ from tpctl.relay.dns.local import read_zone
 from tpctl.relay.loop import failures, signals
 from tpctl.relay.loop.loop import Loop
 from tpctl.relay.process import activation
-from tpctl.relay.process.activation import MAX_NAME
 from tpctl.relay.process.crew import LOOK_SECONDS
 from tpctl.relay.process.handover import Successor, announce_readiness
-from tpctl.relay.process.notify import WATCHDOG, notify, reloading, store, unstore, watchdog_interval
+from tpctl.relay.process.notify import WATCHDOG, notify, reloading, watchdog_interval
 from tpctl.relay.process.privileges import raise_descriptor_limit, reserved_descriptors
 from tpctl.relay.process.running import Running
-from tpctl.relay.process.sockets import Place, Sockets, wanted
+from tpctl.relay.process.sockets import Sockets
 from tpctl.relay.process.worker import ENDING_SIGNALS, Worker
 from tpctl.relay.process.workers import HANDLED, RELOAD, RESTART, Workers
 from tpctl.relay.settings.listen import show
@@ -91,8 +90,7 @@ class Life:
 
     def _announce(self) -> None:
         """Tell everybody who waits for it that the relay serves."""
-        for listener, place in wanted(self._state.settings):
-            store(_stored_name(listener.name, place), *self._state.sockets[place])
+        activation.keep(Settings(), self._state)
         self._log.info("ready", pid=os.getpid())
         notify("READY=1")
         announce_readiness()
@@ -129,12 +127,7 @@ class Life:
 
     def _remember(self, running: Running) -> None:
         """Go on with another state; the service manager keeps other sockets from now on."""
-        names = {place: _stored_name(listener.name, place) for listener, place in wanted(self._state.settings)}
-        for place in names.keys() - running.sockets.keys():
-            unstore(names[place])
-        for listener, place in wanted(running.settings):
-            if place not in names:
-                store(_stored_name(listener.name, place), *running.sockets[place])
+        activation.keep(self._state.settings, running)
         self._state = running
 
     def _give_up_restart(self) -> None:
@@ -247,8 +240,3 @@ class Supervisor(Life):
     def _ended(self, code: int) -> None:
         self._code = code
         self._loop.stop()
-
-
-def _stored_name(listener: str, place: Place) -> str:
-    """Under which the service manager keeps the sockets of a place. Names of listeners may be exchanged by a reload."""
-    return f"{listener}.{place.kind}.{place.address}".replace(":", "_")[-MAX_NAME:]

@@ -80,7 +80,7 @@ def test_work_that_never_comes_back_is_ended() -> None:
     began = time.monotonic()
     with pytest.raises(ApplyError, match=r"within 0\.5 s"):
         child.in_child(_sleeping, seconds=0.5)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < PATIENCE_SECONDS
 
 
 def test_a_crash_is_told() -> None:
@@ -89,7 +89,7 @@ def test_a_crash_is_told() -> None:
 
 
 def _sleeping() -> str:
-    time.sleep(60)
+    time.sleep(10 * PATIENCE_SECONDS)
     return "awake"
 
 

@@ -88,7 +88,7 @@ def test_a_child_ends_in_time_with_a_thousand_files_open() -> None:
         began = time.monotonic()
         with pytest.raises(ApplyError, match=r"within 0\.05 s"):
             child.in_child(lambda: str(threading.Event().wait()), seconds=SHORT)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
     finally:
         for descriptor in held:
             os.close(descriptor)
@@ -106,7 +106,7 @@ def test_a_program_that_never_ends_goes_with_what_it_has_started() -> None:
         runner.INHERITED.discard(writing)
         os.close(writing)
     with os.fdopen(reading, "rb") as stream:
-        ready, _, _ = select.select([stream], [], [], 30)
+        ready, _, _ = select.select([stream], [], [], 60)
         assert ready, "somebody still holds what it was given"
 
 

@@ -62,10 +62,10 @@ def stream(lab: Lab, client: str, server: str, address: object, port: int) -> tu
     with lab.inside(server):
         listening = socket.create_server(("0.0.0.0", port))
     with lab.inside(client, APP if client == HOST else 0):
-        near = socket.create_connection((str(address), port), timeout=10)
+        near = socket.create_connection((str(address), port), timeout=60)
     far, _ = listening.accept()
     listening.close()
-    far.settimeout(10)
+    far.settimeout(60)
     return near, far
 
 

@@ -52,9 +52,9 @@ def test_03_connections_through_the_data_plane_survive_an_uninstall(lab: Lab, en
     with lab.inside(HOST, PROXY):
         listening = socket.create_server(("0.0.0.0", 15001))
     with listening, lab.inside(HOST, APP):
-        near = socket.create_connection((str(REMOTE), 8080), timeout=10)
+        near = socket.create_connection((str(REMOTE), 8080), timeout=60)
         far, _ = listening.accept()
-    far.settimeout(10)
+    far.settimeout(60)
     with near, far:
         with lab.inside(HOST):
             assert "may finish" in tpctl("uninstall").stderr
@@ -79,9 +79,9 @@ def test_03_connections_from_the_data_planes_address_survive_an_uninstall(lab: L
     with lab.inside(HOST, APP):
         listening = socket.create_server((address, 8082), family=socket.AF_INET6)
     with listening, lab.inside(HOST, PROXY):
-        near = socket.create_connection((address, 8082), timeout=10, source_address=("::6", 0))
+        near = socket.create_connection((address, 8082), timeout=60, source_address=("::6", 0))
         far, _ = listening.accept()
-    far.settimeout(10)
+    far.settimeout(60)
     with near, far, lab.inside(HOST):
         assert "1 connection runs from ::6" in tpctl("uninstall").stderr
         assert '"draining": 1' in tpctl("status", "--json", check=False).stdout

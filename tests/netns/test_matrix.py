@@ -149,9 +149,9 @@ def test_running_connections_survive_install_and_uninstall(lab: Lab, variant: st
         server = socket.create_server((str(HOST_ADDRESS[family]), 8080), family=_af(family))
     with lab.inside(PEER):
         far = socket.create_server((str(PEER_ADDRESS[family]), 443), family=_af(family))
-        client = socket.create_connection((str(HOST_ADDRESS[family]), 8080), timeout=10)
+        client = socket.create_connection((str(HOST_ADDRESS[family]), 8080), timeout=60)
     with lab.inside(HOST, APP):
-        app = socket.create_connection((str(PEER_ADDRESS[family]), 443), timeout=10)
+        app = socket.create_connection((str(PEER_ADDRESS[family]), 443), timeout=60)
     with server, far, client, app, server.accept()[0] as accepted, far.accept()[0] as far_accepted:
         pairs = [(client, accepted), (accepted, client), (app, far_accepted), (far_accepted, app)]
         with installed(lab, "--engine", "iptables", "--iptables-mode", variant):
@@ -166,7 +166,7 @@ def _af(family: Family) -> socket.AddressFamily:
 def _exchange(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
     for sender, receiver in pairs:
         sender.sendall(b"still here")
-        receiver.settimeout(10)
+        receiver.settimeout(60)
         assert receiver.recv(64) == b"still here"
 
 

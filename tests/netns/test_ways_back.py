@@ -64,9 +64,9 @@ def redirected(lab: Lab) -> Iterator[tuple[socket.socket, socket.socket]]:
     with lab.inside(HOST, PROXY):
         listening = socket.create_server(("0.0.0.0", 15001))
     with listening, lab.inside(HOST, APP):
-        near = socket.create_connection(("203.0.113.7", 8080), timeout=10)
+        near = socket.create_connection(("203.0.113.7", 8080), timeout=60)
         far, _ = listening.accept()
-    far.settimeout(10)
+    far.settimeout(60)
     with near, far:
         yield near, far
 
@@ -124,9 +124,9 @@ def dialled() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A connection of the data plane's to an application, from ::6."""
     own = str(HOST_ADDRESS[Family.IPV6])
     with socket.create_server((own, 8082), family=socket.AF_INET6) as listening:
-        near = socket.create_connection((own, 8082), timeout=10, source_address=("::6", 0))
+        near = socket.create_connection((own, 8082), timeout=60, source_address=("::6", 0))
         far, _ = listening.accept()
-    far.settimeout(10)
+    far.settimeout(60)
     with near, far:
         yield near, far
 

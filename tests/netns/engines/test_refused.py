@@ -91,7 +91,7 @@ def test_a_table_of_a_process_that_lets_nobody_else_change_it(host: None, where:
                 assert "belongs to the process" in told("uninstall", code=1)
         finally:
             owner.stdin.close()
-            owner.wait(timeout=20)
+            owner.wait(timeout=60)
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here")

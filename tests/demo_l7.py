@@ -199,10 +199,8 @@ def staged(folder: Path) -> Iterator[Stage]:
     """Namespaces, files, servers, and Envoy behind an installed policy."""
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(relay_net.network(redirect=False, passthrough6=False))
-        relay_net.run("ip", "-n", net.peer, "addr", "add", f"{STRANGER[4]}/24", "dev", "eth0")
-        relay_net.run(
-            "ip", "-n", net.peer, "-6", "addr", "add", f"{STRANGER[6]}/64", "dev", "eth0", "preferred_lft", "0"
-        )
+        net.add_address(net.peer, f"{STRANGER[4]}/24")
+        net.add_address(net.peer, f"{STRANGER[6]}/64", "eth0", "preferred_lft", "0")
         pki = Pki(folder)
         for name, value in (("origin", "now-valid"), ("origin.previous", "still-valid"), ("partner", "partner-key")):
             (folder / name).write_text(value)

@@ -137,10 +137,8 @@ def scene() -> Iterator[Scene]:
         net = stack.enter_context(relay_net.network())
         folder = stack.enter_context(relay_net.public_directory())
         for more in (STRANGER, DENIED):
-            relay_net.run("ip", "-n", net.peer, "addr", "add", f"{more[4]}/24", "dev", "eth0")
-            relay_net.run(
-                "ip", "-n", net.peer, "-6", "addr", "add", f"{more[6]}/64", "dev", "eth0", "preferred_lft", "0"
-            )
+            net.add_address(net.peer, f"{more[4]}/24")
+            net.add_address(net.peer, f"{more[6]}/64", "eth0", "preferred_lft", "0")
         pki = Pki(folder)
         secret(folder, "current", "s3cret-current")
         secret(folder, "previous", "s3cret-previous")

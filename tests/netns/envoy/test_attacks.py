@@ -72,7 +72,7 @@ def test_metadata_services_are_not_dialled(scene: Scene, family: int) -> None:
     route = ["ip", "-n", scene.net.host, "-6"] if family == 6 else ["ip", "-n", scene.net.host]
     gateway = {4: relay_net.PEER4, 6: relay_net.PEER6}[family]
     relay_net.run(*route, "route", "add", address, "via", gateway)
-    relay_net.run("ip", "-n", scene.net.peer, "addr", "add", address, "dev", "lo")
+    scene.net.add_address(scene.net.peer, address, "lo")
     try:
         for port in (80, 8201, 8202, 8204):
             servers = [relay_net.Server(scene.net.listen(scene.net.peer, (address, port)), relay_net.echo)] \

@@ -36,8 +36,8 @@ PORTS = (8080, 8081, 8082, 8083)
 def transparent() -> Iterator[tuple[Net, Envoy]]:
     with relay_net.network(redirect=False) as net, relay_net.public_directory() as folder:
         net.hand_over_by_tproxy(*PORTS)
-        relay_net.run("ip", "-n", net.peer, "addr", "add", "10.99.0.66/24", "dev", "eth0")
-        relay_net.run("ip", "-n", net.peer, "-6", "addr", "add", "fd99::66/64", "dev", "eth0", "preferred_lft", "0")
+        net.add_address(net.peer, "10.99.0.66/24")
+        net.add_address(net.peer, "fd99::66/64", "eth0", "preferred_lft", "0")
         for version, gateway in (("-4", PEER4), ("-6", PEER6)):  # answers to clients elsewhere have to have a route
             relay_net.run("ip", "-n", net.host, version, "route", "add", "default", "via", gateway)
         with running(net, folder, TEXT) as envoy:

@@ -91,7 +91,7 @@ class NameServer:
 def network() -> Iterator[Net]:
     """The two namespaces, the peer with two addresses."""
     with relay_net.network() as net:
-        relay_net.run("ip", "-n", net.peer, "addr", "add", f"{PEER_SECOND}/24", "dev", "eth0")
+        net.add_address(net.peer, f"{PEER_SECOND}/24")
         yield net
 
 

@@ -110,13 +110,23 @@ class Net:
         # as those of a dead link.
         for name in (self.host, self.peer):
             until(lambda: " state UP " in run("ip", "-n", name, "link", "show", "eth0"))  # noqa: B023 - asked at once
-        for name, address in ((self.host, HOST6), (self.peer, PEER6)):  # whose own route comes by and by, too
-            until(lambda: f"local {address} " in run("ip", "-n", name, "-6", "route", "show", "table", "local"))  # noqa: B023
+        for name, address in ((self.host, HOST6), (self.peer, PEER6)):
+            until(lambda: self._has_address(name, address))  # noqa: B023
         if passthrough6:
-            run("ip", "-n", self.host, "-6", "addr", "add", "::6/128", "dev", "lo")
+            self.add_address(self.host, "::6/128", "lo")
         if redirect:
             self.restore(4, rules(4))
             self.restore(6, rules(6))
+
+    def add_address(self, name: str, address: str, device: str = "eth0", *options: str) -> None:
+        """Give a namespace another address, for use at once."""
+        run("ip", "-n", name, "address", "add", address, "dev", device, *options)
+        until(lambda: self._has_address(name, address.partition("/")[0]))
+
+    def _has_address(self, name: str, host: str) -> bool:
+        """Whether an address can be bound: a new one of IPv6, and its own route, come by and by."""
+        family = "-6" if ":" in host else "-4"
+        return f"local {host} " in run("ip", "-n", name, family, "route", "show", "table", "local")
 
     def restore(self, family: int, text: str) -> None:
         """Give our host's nat table rules."""

@@ -49,8 +49,8 @@ def net() -> Iterator[Net]:
     """The host has a link-local address, and routes to metadata services, all of which the peer plays."""
     with relay_net.network(redirect=False) as network:
         for address in (f"{LINK_LOCAL}/16", f"{METADATA[0]}/32", f"{METADATA[1]}/128"):
-            relay_net.run("ip", "-n", network.peer, "address", "add", address, "dev", "eth0")
-        relay_net.run("ip", "-n", network.host, "address", "add", "169.254.7.8/16", "dev", "eth0")
+            network.add_address(network.peer, address)
+        network.add_address(network.host, "169.254.7.8/16")
         relay_net.run("ip", "-n", network.host, "-6", "route", "add", METADATA[1], "dev", "eth0")
         yield network
 

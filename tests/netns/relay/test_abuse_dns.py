@@ -36,7 +36,7 @@ def net() -> Iterator[Net]:
     with relay_net.network(redirect=False) as network:
         syn_flood.prepare(network)
         for address in (f"{FAR[socket.AF_INET]}/32", f"{FAR[socket.AF_INET6]}/128"):
-            relay_net.run("ip", "-n", network.peer, "address", "add", address, "dev", "eth0")
+            network.add_address(network.peer, address)
         yield network
 
 

@@ -26,9 +26,8 @@ listeners:
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     with relay_net.network(passthrough6=False) as network:
-        relay_net.run("ip", "-n", network.peer, "address", "add", "10.99.0.7/24", "dev", "eth0")
-        relay_net.run("ip", "-n", network.peer, "address", "add", f"{METADATA[0]}/32", "dev", "eth0")
-        relay_net.run("ip", "-n", network.peer, "address", "add", f"{METADATA[1]}/128", "dev", "eth0")
+        for address in ("10.99.0.7/24", f"{METADATA[0]}/32", f"{METADATA[1]}/128"):
+            network.add_address(network.peer, address)
         for family, via in (("-4", PEER4), ("-6", PEER6)):
             relay_net.run("ip", "-n", network.host, family, "route", "add", "default", "via", via)
         yield network

@@ -33,7 +33,7 @@ listeners:
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
     with relay_net.network(redirect=False) as made:
-        relay_net.run("ip", "-n", made.peer, "address", "add", f"{DENIED}/24", "dev", "eth0")
+        made.add_address(made.peer, f"{DENIED}/24")
         yield made
 
 

@@ -144,7 +144,7 @@ def test_the_values_are_those_of_the_traffic(net: Net, tmp_path: Path) -> None:
 def test_the_clients_with_most_connections_and_bytes(net: Net, tmp_path: Path) -> None:
     many, much = "10.99.0.101", "10.99.0.102"
     for address in (many, much):
-        relay_net.run("ip", "-n", net.peer, "address", "add", f"{address}/24", "dev", "eth0")
+        net.add_address(net.peer, f"{address}/24")
     with (
         configured(net, tmp_path, TEXT),
         serving(net, net.peer, (PEER4, 7003), relay_net.echo),

@@ -141,7 +141,8 @@ class Supervisor:
         """Copies of everything, which Envoy itself finds in order. Raises TpctlError."""
         try:
             staged = stage(wanted.documents, self._about.folder, before, self._folder.put)
-            self._ask(wanted, staged)
+            if before is None or staged.documents != before.documents:
+                self._ask(wanted, staged)
         except BaseException:
             self._keep_copies_of(before)
             raise

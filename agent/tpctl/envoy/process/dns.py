@@ -44,7 +44,7 @@ class Dns:
         `forked` is called in each, to let go of what is only this process's.
         """
         self._loop = loop
-        self._log = log
+        self._log = log.bind(about="DNS")  # or "a worker has died" would not say which
         self._changed = changed
         self._forked = forked
         self._running = _NOTHING

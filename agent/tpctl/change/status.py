@@ -19,7 +19,7 @@ from tpctl.spec.policy import BoundSockets, Policy
 from tpctl.system.errors import ApplyError, HostError
 
 if TYPE_CHECKING:
-    from tpctl.engines.foreign_tables import Listings
+    from tpctl.engines.listings import Listings
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def report(listings: Listings | None, *, verbose: bool = False) -> Report:
     if record and shown.installed:
         problems += health.loopback_problems(record.policy)
         problems += _unreachable_from(record.policy)
-        if listings is not None:
+        if listings is not None and not listings.are_ours(shown.variant):
             from tpctl.engines import precedence
 
             problems += precedence.problems(record.policy, shown.engine, shown.variant, listings)

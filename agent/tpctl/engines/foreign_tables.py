@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from tpctl.engines import foreign_iptables, foreign_nft, presence
 from tpctl.engines.foreign import Place, Table
 from tpctl.engines.iptables import saved, tools
-from tpctl.engines.iptables.backend import read_tables
+from tpctl.engines.listings import Listings, without_ours
 from tpctl.engines.nftables import nft
-from tpctl.engines.presence import OURS, is_ours
+from tpctl.engines.presence import is_ours
 from tpctl.spec.policy import Family
 from tpctl.system.errors import ApplyError, HostError
 
@@ -17,24 +17,6 @@ _READING_SECONDS = 2.0
 """nft reads anew whenever anybody has changed anything meanwhile: beside a busy owner of thousands of rules it may
 never end, and what stands there is then left unsaid."""
 _FAMILIES = frozenset({"ip", "ip6", "inet"})
-
-
-class Listings:
-    """What the programs of iptables list in this network namespace; each is called once, when it is asked for."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, Family], Mapping[str, saved.SavedTable]] = {}
-
-    def of(self, variant: str, family: Family) -> Mapping[str, saved.SavedTable]:
-        """The tables of a variant by their names; none where they cannot be read."""
-        key = (variant, family)
-        if key not in self._held:
-            program = tools.find(variant, family)
-            try:
-                self._held[key] = read_tables(program) if program else {}
-            except (ApplyError, HostError):
-                self._held[key] = {}
-        return self._held[key]
 
 
 def foreign_tables(listings: Listings | None = None) -> tuple[Table, ...]:
@@ -120,14 +102,3 @@ def _of_variant(
         for table in foreign_iptables.tables_of(f"{tools.command(family)}-{variant}", tables):
             if wanted is None or table.name in wanted[nft_family]:
                 yield table
-
-
-def without_ours(table: saved.SavedTable) -> saved.SavedTable:
-    """A table without what is tpctl's. Pure."""
-    rules = tuple(
-        rule
-        for rule in table.rules
-        if saved.owner_of_chain(rule.chain) != OURS and saved.owner_of_rule(rule.text) != OURS
-    )
-    chains = {name: policy for name, policy in table.chains.items() if saved.owner_of_chain(name) != OURS}
-    return saved.SavedTable(table.name, chains, rules, table.policies)

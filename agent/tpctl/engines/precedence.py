@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tpctl.engines import presence
-from tpctl.engines.foreign_tables import Listings
 from tpctl.engines.iptables import order, tools
 from tpctl.engines.iptables.meets import Judge
 from tpctl.engines.iptables.nft_hooks import BUILT_IN
+from tpctl.engines.listings import Listings
 from tpctl.engines.nftables import listing, nft, translations
 from tpctl.engines.nftables.ruleset import ARRIVING_LAST, FIRST, LAST
 from tpctl.engines.nftables.table import NAME

@@ -31,7 +31,7 @@ BESIDE_PROGRAMS = f"inet {OURS}_ebpf"
 _OUR_TABLES = frozenset({OURS, f"{OURS}_ebpf", f"{OURS}_answers"})
 TRACE_TABLE = f"{OURS}_trace"
 """What a table's name begins with in which packets are marked to be traced; it goes with the process that made it."""
-_IPTABLES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+IPTABLES_FAMILIES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 _MOST = 100
 """As many surely come in one part, of which the kernel leaves nothing out when tables come and go meanwhile."""
 
@@ -53,7 +53,7 @@ class Chain(NamedTuple):
     @property
     def is_like_iptables(self) -> bool:
         """Whether iptables-nft has such a chain in such a table, as far as names tell."""
-        if self.family not in _IPTABLES.values() or self.table not in IPTABLES_TABLES:
+        if self.family not in IPTABLES_FAMILIES.values() or self.table not in IPTABLES_TABLES:
             return False
         return not self.kind or (self.name in IPTABLES_CHAINS and (self.kind == "nat") == (self.table == "nat"))
 
@@ -87,7 +87,7 @@ def may_hold_iptables(variant: str, family: Family) -> bool:
     if variant == "legacy":
         return legacy_tables_exist(family)
     held = tables()
-    return held is None or any(found == _IPTABLES[family] for found, _ in held)
+    return held is None or any(found == IPTABLES_FAMILIES[family] for found, _ in held)
 
 
 def may_hold_rules() -> bool:
@@ -123,7 +123,7 @@ def iptables_tables() -> frozenset[tuple[str, str]] | None:
     if held is None or inside is None:
         return None
     theirs = frozenset(each for each in held if not is_ours(*each))
-    likely = all(family in _IPTABLES.values() and name in IPTABLES_TABLES for family, name in theirs)
+    likely = all(family in IPTABLES_FAMILIES.values() and name in IPTABLES_TABLES for family, name in theirs)
     likely = likely and all(chain.is_like_iptables for chain in inside if (chain.family, chain.table) in theirs)
     return theirs if likely else None
 

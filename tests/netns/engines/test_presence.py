@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netns.lab import bare_namespace, run
+from tests.netns.lab import PROXY_USER, bare_namespace, run, tpctl
 from tpctl.engines import foreign_tables, presence, registry
 from tpctl.engines.absent import Absent
 from tpctl.engines.iptables import nft_hooks
+from tpctl.engines.listings import Listings
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Family
 from tpctl.system import netlink
@@ -22,6 +23,13 @@ pytestmark = pytest.mark.root
 def space() -> Iterator[None]:
     with bare_namespace() as made, made.inside():
         yield
+
+
+@pytest.fixture
+def used(space: None) -> Iterator[None]:
+    """The record of what is installed there goes with it."""
+    yield
+    tpctl("uninstall")
 
 
 def test_a_new_namespace_holds_nothing(space: None) -> None:
@@ -128,3 +136,30 @@ def test_what_iptables_does_not_understand_in_a_table_of_its_own_is_listed_by_nf
     run(["nft", "add", "table", "ip", "nat"])
     names = {(table.family, table.name) for table in foreign_tables.foreign_tables()}
     assert {("ip", "filter"), ("ip", "nat")} <= names
+
+
+def test_a_host_with_nothing_but_rules_of_tpctl(used: None) -> None:
+    for variant in ("nft", "legacy"):
+        tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "iptables", "--iptables-mode", variant, "--no-probe")
+        assert presence.others()
+        assert Listings().are_ours(variant)
+        assert not Listings().are_ours(None)
+        assert not Listings().are_ours({"nft": "legacy", "legacy": "nft"}[variant])
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "ip6tables-nft -A FORWARD -j DROP",
+        "iptables-legacy -P INPUT DROP",
+        "iptables-legacy -t nat -N SITE",
+        "nft add table inet theirs",
+        "nft add chain ip nat prerouting { type nat hook prerouting priority -100; }",
+    ],
+)
+def test_something_of_others_beside_it(used: None, variant: str, theirs: str) -> None:
+    run(["nft", "add", "table", "ip", "nat"])
+    run(theirs.split(maxsplit=5) if "{" in theirs else theirs.split())
+    tpctl("install", "--kuma-dp-user", PROXY_USER, "--engine", "iptables", "--iptables-mode", variant, "--no-probe")
+    assert not Listings().are_ours(variant)

@@ -186,11 +186,15 @@ def _by_others(report: InstallReport) -> tuple[str, ...]:
 
     if not presence.others():
         return ()
-    from tpctl.arrival import notices
-    from tpctl.engines import forwarded, precedence
-    from tpctl.engines.foreign_tables import Listings, foreign_tables
+    from tpctl.engines.listings import Listings
 
     listings = Listings()
+    if listings.are_ours(report.variant):
+        return ()
+    from tpctl.arrival import notices
+    from tpctl.engines import forwarded, precedence
+    from tpctl.engines.foreign_tables import foreign_tables
+
     found = forwarded.warnings(report.policy)
     found += precedence.problems(report.policy, report.engine, report.variant, listings)
     beside = foreign_tables(listings)

@@ -32,7 +32,7 @@ def command(svg: Path | None, mermaid: bool) -> None:
     from tpctl.change import status
     from tpctl.cli.commands.status import user_names
     from tpctl.cli.printing import output, picture, picture_svg
-    from tpctl.engines.foreign_tables import Listings
+    from tpctl.engines.listings import Listings
     from tpctl.host.privilege import require_root
 
     if svg is not None and mermaid:

@@ -69,11 +69,12 @@ def command(as_json: bool, as_metrics: bool, probe: bool, verbose: bool, envoy_f
     require_root("tpctl status")
     listings = None
     if presence.others():
-        from tpctl.engines.foreign_tables import Listings
+        from tpctl.engines.listings import Listings
 
         listings = Listings()
     report = status.report(listings, verbose=verbose)
-    if listings is not None and report.record and report.inspection.installed:
+    found = report.inspection
+    if listings is not None and report.record and found.installed and not listings.are_ours(found.variant):
         from tpctl.arrival import notices
         from tpctl.engines.foreign_tables import foreign_tables
 

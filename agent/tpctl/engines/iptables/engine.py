@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from tpctl.engines import refused
@@ -108,7 +108,7 @@ class IptablesEngine:
                     continue
                 before[variant] = {family: backend.save() for family, backend in backends.items()}
                 if listed.owners(before[variant].values()):
-                    self._empty(backends)
+                    self._empty(backends, before[variant])
             except Exception as error:
                 earlier = [done for done in before if done != variant and done in plans]
                 if not earlier:
@@ -172,12 +172,11 @@ class IptablesEngine:
         removed: list[str] = []
         for variant in tools.VARIANTS:
             backends = self._all_backends(variant)
-            held = [
-                line for family, backend in backends.items() for line in listed.listing(variant, family, backend.save())
-            ]
+            before = {family: backend.save() for family, backend in backends.items()}
+            held = [line for family, tables in before.items() for line in listed.listing(variant, family, tables)]
             removed += held
             if held and not dry_run:
-                self._empty(backends)
+                self._empty(backends, before)
             if variant == "nft" and not dry_run and (held or footprint is not None):
                 removed += nft_hooks.remove_empty(keep)
         return Removal(tuple(removed))
@@ -210,13 +209,21 @@ class IptablesEngine:
 
     # -- the parts of apply and remove ---------------------------------------------------------------------------------
 
-    def _empty(self, backends: Mapping[Family, Backend]) -> None:
-        self._retrying(lambda: self._replace(backends, IptablesPlan(())))
+    def _empty(self, backends: Mapping[Family, Backend], held: Mapping[Family, Tables]) -> None:
+        """Take away what is ours, of what was `held` a moment ago."""
+        first = iter([held])
+        self._retrying(lambda: self._replace(backends, IptablesPlan(()), next(first, None)))
 
-    def _replace(self, backends: Mapping[Family, Backend], plan: IptablesPlan) -> dict[Family, Tables]:
-        """Replace what is ours in every family; hands back what the tables held before."""
-        with self._exclusive(backends):
-            before: dict[Family, Tables] = {family: backend.save() for family, backend in backends.items()}
+    def _replace(
+        self, backends: Mapping[Family, Backend], plan: IptablesPlan, held: Mapping[Family, Tables] | None = None
+    ) -> dict[Family, Tables]:
+        """Replace what is ours in every family; hands back what the tables held before.
+
+        `held` is that, if it was read just now. Whoever has to lock the tables reads them once more, under the lock.
+        """
+        with self._exclusive(backends) as is_locked:
+            before = dict(held) if held is not None and not is_locked else None
+            before = before or {family: backend.save() for family, backend in backends.items()}
             try:
                 for family, backend in backends.items():
                     self._commit(backend, plan.changes(family, before[family]), plan.comments)
@@ -266,10 +273,15 @@ class IptablesEngine:
         }
         return "; ".join(sorted(ways)) or None
 
-    def _exclusive(self, backends: Mapping[Family, Backend]) -> AbstractContextManager[None]:
-        """nf_tables transactions are atomic, and iptables-nft takes no lock; of x_tables, whole tables are written."""
+    @contextmanager
+    def _exclusive(self, backends: Mapping[Family, Backend]) -> Iterator[bool]:
+        """nf_tables transactions are atomic, and iptables-nft takes no lock; of x_tables, whole tables are written.
+
+        Hands over whether it takes a lock.
+        """
         legacy = any(backend.variant == "legacy" for backend in backends.values())
-        return xtables_lock(self.options.wait_seconds) if legacy else nullcontext()
+        with xtables_lock(self.options.wait_seconds) if legacy else nullcontext():
+            yield legacy
 
     def _put_back(self, backends: Mapping[Family, Backend], before: Mapping[Family, Tables]) -> str:
         with self._exclusive(backends):

@@ -11,7 +11,6 @@ The resources are what Envoy's JSON is: there is no library of its messages, and
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +87,8 @@ class Documents:
 def version(resources: list[Resource]) -> str:
     """The version_info of resources: the beginning of a hash of them."""
     text = json.dumps(resources, sort_keys=True, separators=(",", ":"))
+    import hashlib  # here: it loads OpenSSL, and `tpctl status` asks this module only where things are
+
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

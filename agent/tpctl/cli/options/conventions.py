@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,15 +28,18 @@ log_format_option = click.option(
 """Of the commands that go on running."""
 
 
-@dataclass(slots=True)
 class Run:
-    """What the whole command has in common; the object of click's context."""
+    """What the whole command has in common; the object of click's context.
 
-    printed: streams.Streams
-    debug: bool = False
-    """Whether a failure is told with its traceback."""
-    problems: list[str] = field(default_factory=list)
-    """What was told to be wrong, without "error: "."""
+    No dataclass: of what `tpctl --help` imports, only this would need that module.
+    """
+
+    def __init__(self, printed: streams.Streams) -> None:
+        self.printed = printed
+        self.debug = False
+        """Whether a failure is told with its traceback."""
+        self.problems: list[str] = []
+        """What was told to be wrong, without "error: "."""
 
 
 class Formatter(click.HelpFormatter):

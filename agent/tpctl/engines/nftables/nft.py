@@ -9,7 +9,7 @@ import errno
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tpctl.engines import presence
@@ -22,6 +22,7 @@ Objects = list[dict[str, Any]]
 """What libnftables-json(5) calls the ruleset objects."""
 
 
+_STATELESS = {"stateless_output": True}
 EXTENSIONS = ("XTABLES_LIBDIR", "IPTABLES_LIB_DIR", "IP6TABLES_LIB_DIR", "IPTABLES_LIBDIR")
 """Variables by which libxtables and python-iptables find what they load, in which the caller shall have no part."""
 
@@ -51,6 +52,10 @@ class Nft(Protocol):
 
     def listing(self, command: str, *, seconds: float = TIMEOUT_SECONDS) -> str:
         """What a list command prints, without counters' values. Raises NftError, ApplyError when it does not end."""
+        ...
+
+    def listing_of(self, text: str, command: str) -> str:
+        """What a list command prints, as `listing` does, once a text was carried out. Raises NftError."""
         ...
 
     def listings(self, commands: Sequence[str]) -> list[str | None]:
@@ -90,6 +95,15 @@ class LibraryNft:
         """See Nft."""
         return self._run(command, seconds=seconds, stateless_output=True)
 
+    def listing_of(self, text: str, command: str) -> str:
+        """See Nft."""
+
+        def work() -> str:
+            self._called(text, {})
+            return self._called(command, _STATELESS)
+
+        return self._in_child(work)
+
     def numbered(self, command: str, *, seconds: float = TIMEOUT_SECONDS) -> str:
         """See Nft."""
         return self._run(command, seconds=seconds, stateless_output=True, handle_output=True)
@@ -106,13 +120,17 @@ class LibraryNft:
 
     def _listed(self, command: str) -> str | None:
         try:
-            return self._called(command, {"stateless_output": True})
+            return self._called(command, _STATELESS)
         except NftError:
             return None
 
     def _run(self, text: str, *, seconds: float = TIMEOUT_SECONDS, **settings: bool) -> str:
+        return self._in_child(lambda: self._called(text, settings), seconds)
+
+    @staticmethod
+    def _in_child(work: Callable[[], str], seconds: float = TIMEOUT_SECONDS) -> str:
         try:
-            return in_child(lambda: self._called(text, settings), seconds=seconds)
+            return in_child(work, seconds=seconds)
         except ChildFailedError as failed:
             raise NftError(_one_line(str(failed))) from None
 
@@ -157,6 +175,11 @@ class ProgramNft:
     def numbered(self, command: str, *, seconds: float = TIMEOUT_SECONDS) -> str:
         """See Nft."""
         return self._run("--stateless", "--handle", command, seconds=seconds)
+
+    def listing_of(self, text: str, command: str) -> str:
+        """See Nft."""
+        self.execute(text)
+        return self.listing(command)
 
     def listings(self, commands: Sequence[str]) -> list[str | None]:
         """See Nft."""

@@ -36,8 +36,7 @@ def _listed_in_thread(nft: Nft, text: str, where: str) -> str:
 def _listed_elsewhere(nft: Nft, text: str, where: str) -> str:
     """Leaves the calling thread in a namespace of its own. Raises OSError when the kernel refuses one."""
     into_own_network()
-    nft.execute(text)
-    return nft.listing(f"list table {where}")
+    return nft.listing_of(text, f"list table {where}")
 
 
 def _listed_dormant(nft: Nft, text: str, where: str) -> str:

@@ -81,6 +81,17 @@ def test_a_data_plane_that_has_just_ended_is_told_from_a_way_that_is_closed(net:
         tpctl("uninstall")
 
 
+def test_one_port_is_enough_for_every_kind(net: Net, tmp_path: Path) -> None:
+    """Nobody listens on the only port that is redirected, so the probes end at a socket of their own."""
+    with relay_net.relay(net, tmp_path), net.inside(net.host):
+        tpctl("install", "--kuma-dp-user", RELAY_USER, "--include-inbound-ports", "8080", "--no-probe")
+        fates, document = checked()
+        assert fates == {f"{kind} over IPv{family}": "arrived" for family in (4, 6) for kind in KINDS if "TCP" in kind}
+        assert all("end to end" in one["detail"] for one in document["probes"])
+        assert document["notProbed"] == []
+        tpctl("uninstall")
+
+
 def test_every_kind_arrives_through_ebpf(net: Net, tmp_path: Path) -> None:
     with own_place() as place:
         flags = ("--engine", "ebpf", "--ebpf-cgroup-path", str(place.cgroup), "--ebpf-bpffs-path", str(place.pins))

@@ -131,15 +131,18 @@ def _reserve(policy: Policy, ends: tuple[tuple[Family, Ends], ...], number: int,
 
 def destinations(probes: Iterable[Probe], outside: Outside, ports: Ports) -> Iterator[Place]:
     """The destinations that probes ask for, as far as they are ours: in the scratch namespace, or on this host."""
+    here: dict[socket.socket, list[Probe]] = {}
     for probe in probes:
         to, port = probe.connection.destination, probe.connection.destination_port
         assert port is not None
         if probe.kind in (Kind.INBOUND, Kind.SELF_CALL):
             for made in ports.held.get((probe.family, port), ()):
-                yield Place(made, probe.family, (probe,))
+                here.setdefault(made, []).append(probe)  # where one port is redirected, both kinds ask for it
         elif outside.is_called_by(probe):
             with outside.cable.space.inside():
                 yield Place(opened(Protocol(probe.connection.protocol), to, port), probe.family, (probe,))
+    for made, askers in here.items():
+        yield Place(made, askers[0].family, tuple(askers))
 
 
 class Audience:

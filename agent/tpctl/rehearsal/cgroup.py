@@ -117,7 +117,7 @@ def own_groups() -> Iterator[OwnGroups]:
             enter(before)
     finally:
         for directory in (below, below.parent, home):
-            _remove(directory)
+            remove(directory)
 
 
 def _made_below(directory: Path) -> Path:
@@ -171,8 +171,8 @@ def _populated(directory: Path) -> bool:
         return True
 
 
-def _remove(directory: Path) -> None:
-    """Nobody is in it any more, but the kernel may still be putting away a process that has ended."""
+def remove(directory: Path) -> None:
+    """Remove a group. Nobody is in it any more, but the kernel may still be putting away a process that has ended."""
     deadline = time.monotonic() + _REMOVE_SECONDS
     while True:
         try:

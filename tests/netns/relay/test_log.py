@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hidden import anybodys_python
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import PEER4, RELAY_USER, Net, Server
 
@@ -47,9 +48,14 @@ def server(net: Net) -> Iterator[Server]:
 @contextlib.contextmanager
 def relay(net: Net, stderr: int, *options: str, prefix: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
     """One whose log goes to a descriptor, and that has to end orderly."""
-    argv = [sys.executable, "-m", "tpctl.cli.main", "relay", "--user", RELAY_USER, "--drain-timeout", "0.2"]
+    # A successor is executed by the relay's user, who may not be allowed to look into this checkout: the relay would
+    # go on, and could not say why.
+    python, environment = anybodys_python()
+    argv = [python, "-m", "tpctl.cli.main", "relay", "--user", RELAY_USER, "--drain-timeout", "0.2"]
     argv += ["--access-log", "--log-format", "json", "--metrics", f"{METRICS[0]}:{METRICS[1]}", *options]
-    process = subprocess.Popen(["nsenter", f"--net=/run/netns/{net.host}", *prefix, *argv], stderr=stderr)
+    process = subprocess.Popen(
+        ["nsenter", f"--net=/run/netns/{net.host}", *prefix, *argv], stderr=stderr, env=environment
+    )
     try:
         relay_net.until(lambda: is_listening(net))
         yield process
@@ -244,10 +250,12 @@ def test_a_successor_starts_beside_a_stalled_log(net: Net, server: Server) -> No
         running.send_signal(signal.SIGUSR2)
         relay_net.until(lambda: running.poll() is not None)
         assert running.returncode == 0
-        served(net)
         successor = listening_process(net)
-        os.kill(successor, signal.SIGTERM)
-        relay_net.until(lambda: not relay_net.is_running(successor))
+        try:
+            served(net)
+        finally:
+            os.kill(successor, signal.SIGTERM)
+            relay_net.until(lambda: not relay_net.is_running(successor))
 
 
 def listening_process(net: Net) -> int:

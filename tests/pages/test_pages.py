@@ -19,8 +19,7 @@ def test_every_command_prints_what_the_page_says(name: str) -> None:
     program = needed((ROOT / name).read_text(encoding="utf-8"))
     if program is not None and not is_here(program):
         pytest.skip(f"{name} needs {program}, which every user may start")
-    # Where others keep every processor busy, a probe may be given up that would have arrived.
-    wrong = _wrong(name) and _wrong(name)
+    wrong = _wrong(name)
     assert not wrong, "write it anew: .venv/bin/python -m tests.pages " + name + "\n" + "\n".join(wrong)
 
 

@@ -26,7 +26,7 @@ def test_every_command_prints_what_the_page_says(name: str) -> None:
 def _wrong(name: str) -> list[str]:
     """The commands of a page that printed something else, with what."""
     shown = [(step, printed) for step, printed in played_apart(name) if not step.is_hidden]
-    assert len(shown) > 3
+    assert shown
     return [f"# {step.command}\n{printed}" for step, printed in shown if not agrees(step.said, printed)]
 
 

@@ -202,18 +202,24 @@ def network(*, redirect: bool = True, passthrough6: bool = True) -> Iterator[Net
         made.remove()
 
 
-def process_status(pid: int) -> dict[str, str]:
+def process_status(pid: int | str) -> dict[str, str]:
     """What the kernel says of a process; proc_pid_status(5)."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended; one that has, and that nobody has waited for, is still listed."""
-    try:
-        return process_status(pid)["State"][0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    """Whether a process has not ended; one that has, and that nobody has waited for, is still listed.
+
+    Its first thread may be over, as if that were all, while others still keep its sockets: one that has been writing to
+    a stalled pipe, for instance, and that nobody has given a processor yet.
+    """
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if process_status(f"{pid}/task/{thread.name}")["State"][0] not in "ZX":
+                    return True
+    return False
 
 
 class Server:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.certificates import Pki
-from tests.netns.relay.net import HOST4, HOST6, PEER4, Net, Relay, until
+from tests.netns.relay.net import HOST4, HOST6, PEER4, Net, Relay, is_running, process_status, until
 from tests.netns.relay.test_listeners import configured, serving, written
 from tests.netns.relay.test_operation import LISTENER, rewrite, said, say, scrape
 
@@ -46,20 +46,12 @@ def children(pid: int) -> set[int]:
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
-def state(pid: int) -> str:
-    """As proc_pid_stat(5) has it; Z for a process that has gone altogether, too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "Z"
-
-
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """A process that hangs while the block lasts. It may be no child of this one."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        until(lambda: state(pid) == "T")
+        until(lambda: process_status(pid)["State"][0] in "TZ")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -76,7 +68,7 @@ def succeeded(running: Relay) -> Iterator[int]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(successor, signal.SIGQUIT)
-        until(lambda: state(successor) == "Z")
+        until(lambda: not is_running(successor))
 
 
 def keepalive_timer(net: Net) -> str:
@@ -209,7 +201,7 @@ def test_who_ends_the_relay_ends_the_successor_that_is_being_started(net: Net, d
         early = "handed over" not in [line["event"] for line in running.lines()]
         if not early:  # it was faster than this test
             os.kill(successor, signal.SIGTERM)
-        until(lambda: state(successor) == "Z")  # noqa: B023
+        until(lambda: not is_running(successor))  # noqa: B023
         with pytest.raises(ConnectionRefusedError):
             net.connect(net.host, ("127.0.0.1", 1101))
         if early:

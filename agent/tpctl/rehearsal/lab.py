@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import os
 import selectors
 import socket
 import struct
@@ -172,9 +173,9 @@ class Lab:
                     scope = socket.if_nametoindex(self.layout.link_of_origin(connection))
                 made.bind(_sockname(connection.source, source_port, scope))
                 assert connection.destination_port is not None
-                made.connect(_sockname(connection.destination, connection.destination_port, scope))
-            except BlockingIOError:
-                pass
+                with contextlib.suppress(BlockingIOError):
+                    made.connect(_sockname(connection.destination, connection.destination_port, scope))
+                _raise_what_came_meanwhile(made)
             except BaseException:
                 made.close()
                 raise
@@ -186,6 +187,16 @@ class Lab:
 
 def _sockname(address: Address, port: int, scope: int) -> tuple[str, int] | tuple[str, int, int, int]:
     return (str(address), port) if address.version == 4 else (str(address), port, 0, scope)
+
+
+def _raise_what_came_meanwhile(made: socket.socket) -> None:
+    """Raises OSError for what has refused a connection already.
+
+    Over veth, an ICMP error can come while connect() still holds the socket; then it is only noted (tcp_v4_err() and
+    tcp_v6_err() in the kernel), and without a look the socket would wait a second, until the SYN is sent again.
+    """
+    if number := made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(number, os.strerror(number))
 
 
 def _outcome(error: OSError) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.hidden import ROOT_DIRECTORY, hide
+from tests.netns.relay.net import is_running
 from tpctl.rehearsal.namespaces import Namespace
 
 START_SECONDS = 120.0
@@ -62,7 +63,7 @@ class Firewall:
         """Stop firewalld as systemd does, and start it again."""
         bus, old = (int(word) for word in (self.configuration / "pids").read_text().split())
         os.kill(old, signal.SIGTERM)
-        _until(lambda: not _alive(old), "firewalld did not end")
+        _until(lambda: not is_running(old), "firewalld did not end")
         script = 'firewalld --nofork --nopid --log-target console >> "$1/log" 2>&1 & echo $! > "$1/new"'
         self.run(["sh", "-c", script, "sh", str(self.configuration)])
         new = (self.configuration / "new").read_text().strip()
@@ -104,13 +105,6 @@ def firewall(configuration: Path, backend: str, space: Namespace) -> Iterator[Fi
         holder.wait()
         if holder.stdout:
             holder.stdout.close()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _until(happened: Callable[[], bool], complaint: str) -> None:

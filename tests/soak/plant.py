@@ -17,6 +17,7 @@ from typing import Any
 from tests.crash.scene import FLAVOURS, PROXY_FLAGS, Host
 from tests.hidden import ROOT_DIRECTORY
 from tests.netns.lab import APP, PROXY_USER
+from tests.netns.relay.net import is_running
 from tests.soak.traffic import Applications, Servers, Way, Window
 from tpctl.rehearsal.cgroup import OwnPlace, own_place
 from tpctl.rehearsal.lab import Lab
@@ -120,10 +121,7 @@ class Relay:
         while time.monotonic() < deadline:
             for process in self._started:
                 process.poll()
-            try:
-                if Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                    return True
-            except (FileNotFoundError, ProcessLookupError):
+            if not is_running(self.pid):
                 return True
             time.sleep(0.05)
         return False

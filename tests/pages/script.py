@@ -24,6 +24,8 @@ _VARIES = (
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?"), "TIME"),
     (re.compile(r"\[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\]"), "[TIME]"),
     (re.compile(r"\b[\d.]+ (?:m?s|(?:milli)?seconds?|minutes?)\b"), "SECONDS"),
+    # Of an install, by a status that came at once.
+    (re.compile(r"\bjust now \("), "SECONDS ago ("),
     (re.compile(r'("(?:seconds|pid)": )[\d.]+'), r"\1N"),
     (re.compile(r"(\bpid |\(process )\d+"), r"\1N"),
     # How far a probe was seen to get, and what conntrack still held, is a matter of milliseconds.

@@ -32,6 +32,8 @@ def _wrong(name: str) -> list[str]:
 
 def test_what_is_compared() -> None:
     assert agrees("took 0.31 s\n", "took 12 s\n")
+    assert agrees("since 1 second ago (x)\n", "since just now (x)\n")
+    assert agrees("since just now (x)\n", "since 1 minute ago (x)\n")
     assert agrees("one\n…\nfour\n", "one\ntwo\nthree\nfour\n")
     assert not agrees("one\n…\nfour\n", "one\ntwo\nthree\n")
     assert not agrees("installed\n", "not installed\n")

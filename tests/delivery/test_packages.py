@@ -152,7 +152,7 @@ def test_a_release_has_a_section_of_the_changelog() -> None:
         release.changes(text, "2.0.0")
     date, said = release.changes((CHECKOUT / "CHANGELOG.md").read_text(), __version__)
     assert date
-    assert "### Added" in said
+    assert "\n### " in said, "it has parts"
 
 
 def test_the_example_of_a_configuration_can_be_read() -> None:

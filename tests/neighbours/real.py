@@ -112,7 +112,7 @@ _PODMAN = Neighbour(
     published=(4, 6),
 )  # fmt: skip
 
-_BEGIN_LIBVIRT = "begin libvirtd libvirtd; await virsh --connect qemu:///system version"
+_BEGIN_LIBVIRT = "begin libvirtd libvirtd; await virsh --connect qemu:///system net-list"
 _LIBVIRT = f"""
 mkdir -p /run/libvirt /var/lib/libvirt /var/log/libvirt
 rm -f /etc/libvirt/qemu/networks/*.xml

@@ -210,6 +210,8 @@ def _nft_only(policy: Policy, kind: str, spot: Spot, table: Table) -> str | None
             return "asked at both priorities: only rules of others in between could tell"
     if spot.rule == "g1" and spot.chain.startswith("prerouting_last") and kind == "drop a condition":
         return "asked at both priorities: only rules of others in between could tell"
+    if spot.rule == "g1" and kind == "drop a rule" and spot.text.endswith("reject with tcp reset"):
+        return "the rule after it refuses everything, connections by an ICMP error"
     if spot.part == "family" and kind == "drop a condition":
         if re.search(r"ip6? [sd]addr", spot.text):
             return "the address says the family too"

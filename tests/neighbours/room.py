@@ -85,7 +85,7 @@ class Room:
 
     def serve_dns(self, uid: int, port: int) -> None:
         """Answer every query that gets to a port, of either family, as a user, until the room is left."""
-        self.script(f"begin dns setpriv --reuid={uid} --clear-groups /usr/bin/python3 -c '{_DNS}' {port}\n"
+        self.script(f"begin dns setpriv --reuid={uid} --clear-groups /usr/bin/python3 -I -c '{_DNS}' {port}\n"
                     f"await sh -c 'test $(ss -Hlun sport = :{port} | wc -l) = 2'")  # fmt: skip
 
     def tpctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

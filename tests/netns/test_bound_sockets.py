@@ -158,7 +158,7 @@ def test_nothing_leaves_by_an_interface_that_does_not_lead_to_the_data_plane(net
         net.on_host("ip", version, "route", "add", "default", "via", PEER[family])
         net.on_host("ip", version, "neigh", "replace", LOOPBACK[family], "lladdr", "02:00:00:00:00:01", "dev", "eth0")
     with net.inside(net.peer):
-        sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # hears nothing until it is bound
     with sniffer:
         sniffer.bind(("eth0", 3))
         sniffer.settimeout(relay_net.TIMEOUT)

@@ -67,7 +67,7 @@ def senders(net: Net, link: str) -> Iterator[set[bytes]]:
     """The link addresses from which anything comes by a container's link meanwhile; filled at the end."""
     found: set[bytes] = set()
     with net.inside(net.peer):
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing until it is bound
     with tap:
         tap.bind((link, 3))
         tap.setblocking(False)

@@ -21,16 +21,30 @@ _FIRST_DESCRIPTOR = 7
 
 def opened(path: Path) -> Path:
     """The path by which every user may reach a file of the code, if there is one."""
+    shown = _shown(path)
+    return shown if shown.exists() else path
+
+
+def _shown(path: Path) -> Path:
     for number, place in enumerate(CODE):
-        shown = OPEN / str(number)
-        if path.is_relative_to(place) and shown.exists():
-            return shown / path.relative_to(place)
+        if path.is_relative_to(place):
+            return OPEN / str(number) / path.relative_to(place)
     return path
 
 
 def anybodys_python() -> tuple[str, dict[str, str]]:
     """The interpreter with the tested package, for a process that is not root's: its path and its environment."""
     return str(opened(Path(sys.executable))), {**os.environ, "PYTHONPATH": str(opened(ROOT_DIRECTORY) / "agent")}
+
+
+def shown_python() -> list[str]:
+    """What to put before the arguments of that interpreter in a mount namespace that has an empty /run of its own."""
+    show = "".join(
+        f"mountpoint -q {where} || {{ mkdir -p {where} && mount --rbind {shlex.quote(str(place))} {where}; }}\n"
+        for place, where in ((place, shlex.quote(str(_shown(place)))) for place in CODE)
+    )
+    package = shlex.quote(str(_shown(ROOT_DIRECTORY) / "agent"))
+    return ["sh", "-ec", f'{show}PYTHONPATH={package} exec "$@"', "sh", str(_shown(Path(sys.executable)))]
 
 
 def hide(folder: str, options: str = "mode=755") -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash.scene import FLAVOURS, PROXY_FLAGS, Host
-from tests.hidden import ROOT_DIRECTORY, anybodys_python
+from tests.hidden import ROOT_DIRECTORY, shown_python
 from tests.netns.lab import APP, PROXY_USER
 from tests.netns.relay.net import is_running
 from tests.soak.traffic import Applications, Servers, Way, Window
@@ -83,11 +83,8 @@ class Relay:
         before = len(self._events("ready"))
         argv = ["relay", "--config", str(self._folder / "relay.yaml"), "--user", PROXY_USER, "--log-format", "json"]
         with self._lab.inside(HOST), self._log.open("ab") as log:
-            python, environment = anybodys_python()
-            argv = [*self._host.beside(), python, "-m", "tpctl.cli.main", *argv]
-            self._started.append(
-                subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-            )
+            argv = [*self._host.beside(), *shown_python(), "-m", "tpctl.cli.main", *argv]
+            self._started.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         self.pid = self._started[-1].pid
         self._wait("ready", before)
 

@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 
+from tpctl.change import ended
 from tpctl.engines import leftovers
 from tpctl.host import conntrack, sockets
 from tpctl.host.conntrack import Flow
@@ -36,11 +37,15 @@ def running_connections_known() -> Iterator[None]:
 
     The rules that come in the block keep it at work. As far as that goes: without nf_tables, or where the kernel takes
     no entries, nothing happens.
+
+    A connection that ended while its entry was being made would be known for days, and the next one from the same port
+    would be taken for it and go past the rules. So conntrack forgets what is over before the block is left.
     """
     with leftovers.conntrack_at_work():
         with contextlib.suppress(OSError):
             remember()
         yield
+        ended.forget()
 
 
 def remember() -> int:

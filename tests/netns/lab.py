@@ -6,11 +6,11 @@ import re
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from tests.hidden import ROOT_DIRECTORY
+from tests.netns.relay.net import has_address, until
 from tests.schemas import validated
 from tpctl.rehearsal.lab import Lab
 from tpctl.rehearsal.layout import HOST
@@ -119,17 +119,6 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-_PATIENCE_SECONDS = 60.0
-
-
-def _await_route(address: str) -> None:
-    """The kernel adds the route of a new IPv6 address in its own time (addrconf_dad_work in net/ipv6/addrconf.c)."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while f"local {address} " not in run(["ip", "-6", "route", "show", "table", "local"]).stdout:
-        assert time.monotonic() < deadline, f"there is no route to {address}"
-        time.sleep(0.01)
-
-
 @contextmanager
 def bare_namespace() -> Iterator[Namespace]:
     """A namespace with nothing but a loopback interface, where nothing moves that the test did not send."""
@@ -140,7 +129,7 @@ def bare_namespace() -> Iterator[Namespace]:
             # Down, so that it sends nothing by itself; the address is there for the tool to see that IPv6 is in use.
             run(["ip", "link", "add", "quiet", "type", "veth", "peer", "name", "far"])
             run(["ip", "-6", "address", "add", "fd77::1/64", "dev", "quiet", "nodad"])
-            _await_route("fd77::1")
+            until(lambda: has_address("fd77::1"))
         yield space
     finally:
         space.close()

@@ -95,8 +95,7 @@ def tracked() -> int:
 def capture(interface: str) -> Iterator[list[bytes]]:
     """The TCP and UDP packets that pass the interface meanwhile."""
     found: list[bytes] = []
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as tap:  # nothing until it is bound to one
-        tap.bind((interface, 3))
+    with relay_net.hearing(interface, socket.SOCK_DGRAM) as tap:
         tap.setblocking(False)
         yield found
         with contextlib.suppress(BlockingIOError):

@@ -158,9 +158,8 @@ def test_nothing_leaves_by_an_interface_that_does_not_lead_to_the_data_plane(net
         net.on_host("ip", version, "route", "add", "default", "via", PEER[family])
         net.on_host("ip", version, "neigh", "replace", LOOPBACK[family], "lladdr", "02:00:00:00:00:01", "dev", "eth0")
     with net.inside(net.peer):
-        sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # hears nothing until it is bound
+        sniffer = relay_net.hearing("eth0", socket.SOCK_DGRAM)
     with sniffer:
-        sniffer.bind(("eth0", 3))
         sniffer.settimeout(relay_net.TIMEOUT)
         for family in FAMILIES:
             with bound(net, family, socket.SOCK_STREAM) as client, bound(net, family, socket.SOCK_DGRAM) as asking:

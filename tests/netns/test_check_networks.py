@@ -67,9 +67,8 @@ def senders(net: Net, link: str) -> Iterator[set[bytes]]:
     """The link addresses from which anything comes by a container's link meanwhile; filled at the end."""
     found: set[bytes] = set()
     with net.inside(net.peer):
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing until it is bound
+        tap = relay_net.hearing(link, socket.SOCK_RAW)
     with tap:
-        tap.bind((link, 3))
         tap.setblocking(False)
         yield found
         with contextlib.suppress(BlockingIOError):

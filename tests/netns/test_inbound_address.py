@@ -34,8 +34,8 @@ ORIGINAL_DESTINATION = 80
 @pytest.fixture
 def net() -> Iterator[Net]:
     with relay_net.network(redirect=False, passthrough6=False) as network:
-        network.on_host("ip", "addr", "add", ROUTED[socket.AF_INET], "dev", "lo")
-        network.on_host("ip", "addr", "add", ROUTED[socket.AF_INET6], "dev", "lo", "nodad")
+        for address in ROUTED.values():
+            network.add_address(network.host, address, "lo")
         for family, via in ((socket.AF_INET, HOST4), (socket.AF_INET6, HOST6)):
             relay_net.run("ip", "-n", network.peer, "route", "add", ROUTED[family], "via", via)
         yield network

@@ -166,8 +166,7 @@ class Wire:
 
     def __init__(self, net: Net) -> None:
         with net.inside(net.peer):
-            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # hears nothing until it is bound
-        self.socket.bind(("eth0", 3))
+            self.socket = relay_net.hearing("eth0", socket.SOCK_RAW)
         self.socket.settimeout(relay_net.TIMEOUT)
         own = self.socket.getsockname()[4]
         with net.inside(net.host), socket.socket() as asking:

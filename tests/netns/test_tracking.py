@@ -32,7 +32,7 @@ def test_what_ended_while_it_was_told_is_forgotten_and_what_runs_is_known(host: 
             ending.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             ending.close()  # by a reset, so that nothing of it is left
             assert not any(known(port) for port in ports)
-            listed = mock.patch.object(sockets, "connections", side_effect=[there, there, sockets.connections()])
+            listed = mock.patch.object(sockets, "connections", side_effect=[there, sockets.connections()])
             with listed, tracking.running_connections_known():
                 assert all(known(port) for port in ports)
                 run(

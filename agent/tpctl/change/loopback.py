@@ -12,7 +12,6 @@ import sys
 
 from tpctl.host import interfaces, sockets
 from tpctl.host.interfaces import ipv6_addresses
-from tpctl.host.proc import read_net
 from tpctl.spec.policy import PASSTHROUGH6
 from tpctl.system import netlink
 from tpctl.system.errors import ApplyError
@@ -40,8 +39,7 @@ def present(interface: str) -> bool:
 
 def connections() -> int:
     """How many TCP connections run from ::6, and would be cut if it went."""
-    found = sockets.parse_connections(read_net("tcp6"))
-    return sum(1 for ends in found if ends.local == PASSTHROUGH6.packed)
+    return sum(1 for ends in sockets.connections() if ends.local == PASSTHROUGH6.packed)
 
 
 def add(interface: str) -> bool:

@@ -52,9 +52,10 @@ def remember() -> int:
     """Make entries for the connections that have none. Hands back how many were made. Raises OSError."""
     made = 0
     deadline = time.monotonic() + _LIMIT_SECONDS
+    unknown = list(_unknown())
     for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
-        unknown = [ends for ends in _unknown() if len(ends.local) == size]
-        made += _remember(family, unknown, deadline) if unknown else 0
+        some = [ends for ends in unknown if len(ends.local) == size]
+        made += _remember(family, some, deadline) if some else 0
     return made
 
 

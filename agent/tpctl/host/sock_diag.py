@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from tpctl.system import netlink
 
-TIME_WAIT, CLOSE, LISTEN = 6, 7, 10
-"""include/net/tcp_states.h; a bound UDP socket that is not connected is in CLOSE."""
+TIME_WAIT, CLOSE, LISTEN, BOUND_INACTIVE = 6, 7, 10, 13
+"""include/net/tcp_states.h; a bound UDP socket that is not connected is in CLOSE. TCP_BOUND_INACTIVE (Linux 6.8) is
+only told when it is asked for."""
 ANY_STATE = (1 << 32) - 1
 
 _SOCK_DIAG = 4

@@ -15,7 +15,8 @@ from tpctl.host.routes import interface_name
 from tpctl.spec.policy import Address, Protocol
 from tpctl.system import text
 
-_NO_CONNECTION = frozenset((sock_diag.TIME_WAIT, sock_diag.CLOSE, sock_diag.LISTEN))
+_NO_CONNECTION = frozenset((sock_diag.TIME_WAIT, sock_diag.CLOSE, sock_diag.LISTEN, sock_diag.BOUND_INACTIVE))
+_CONNECTION_STATES = sock_diag.ANY_STATE - sum(1 << state for state in _NO_CONNECTION)
 _MAPPED = bytes(10) + b"\xff\xff"
 _IDLE_STATE = {Protocol.TCP: sock_diag.LISTEN, Protocol.UDP: sock_diag.CLOSE}
 _NUMBER = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
@@ -156,8 +157,22 @@ def owner_of(remote: bytes, port: int) -> int | None:
 
 
 def connections() -> frozenset[Ends]:
-    """Every TCP connection that a socket of this network namespace has, and that has not ended."""
-    return frozenset(ends for name in ("tcp", "tcp6") for ends in parse_connections(read_net(name)))
+    """Every TCP connection that a socket of this network namespace has, and that has not ended.
+
+    The kernel is asked for those alone: with tens of thousands in TIME-WAIT, to read /proc/net/tcp takes seconds.
+    """
+    try:
+        return frozenset(_connections())
+    except OSError:  # a kernel without the modules of sock_diag(7)
+        return frozenset(ends for name in ("tcp", "tcp6") for ends in parse_connections(read_net(name)))
+
+
+def _connections() -> Iterator[Ends]:
+    """An IPv4 one of an IPv6 socket is an IPv4 one."""
+    for family in _FAMILIES:
+        for found in sock_diag.dump(family, socket.IPPROTO_TCP, _CONNECTION_STATES):
+            local, remote = (host.removeprefix(_MAPPED) for host in (found.local, found.remote))
+            yield Ends(local, found.local_port, remote, found.remote_port)
 
 
 def process_uid(inode: int) -> int | None:

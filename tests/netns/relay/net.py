@@ -35,6 +35,8 @@ HOST = {socket.AF_INET: HOST4, socket.AF_INET6: HOST6}
 LIBC = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
 Service = Callable[[socket.socket, Any], None]
+_EVERY_PROTOCOL = 3
+"""ETH_P_ALL (linux/if_ether.h)."""
 TIMEOUT = 30.0
 """For each answer, on a busy machine."""
 PATIENCE = 60.0
@@ -54,6 +56,19 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def has_address(host: str, *where: str) -> bool:
+    """Whether an address can be bound, by options of ip(8): a new one of IPv6, and its own route, come by and by."""
+    family = "-6" if ":" in host else "-4"
+    return f"local {host} " in run("ip", *where, family, "route", "show", "table", "local")
+
+
+def hearing(interface: str, kind: socket.SocketKind) -> socket.socket:
+    """A packet socket of an interface. One made for a protocol hears all interfaces until it is bound (packet(7))."""
+    made = socket.socket(socket.AF_PACKET, kind, 0)
+    made.bind((interface, _EVERY_PROTOCOL))
+    return made
 
 
 def rules(family: int) -> str:
@@ -111,7 +126,7 @@ class Net:
         for name in (self.host, self.peer):
             until(lambda: " state UP " in run("ip", "-n", name, "link", "show", "eth0"))  # noqa: B023 - asked at once
         for name, address in ((self.host, HOST6), (self.peer, PEER6)):
-            until(lambda: self._has_address(name, address))  # noqa: B023
+            until(lambda: has_address(address, "-n", name))  # noqa: B023
         if passthrough6:
             self.add_address(self.host, "::6/128", "lo")
         if redirect:
@@ -121,12 +136,7 @@ class Net:
     def add_address(self, name: str, address: str, device: str = "eth0", *options: str) -> None:
         """Give a namespace another address, for use at once."""
         run("ip", "-n", name, "address", "add", address, "dev", device, *options)
-        until(lambda: self._has_address(name, address.partition("/")[0]))
-
-    def _has_address(self, name: str, host: str) -> bool:
-        """Whether an address can be bound: a new one of IPv6, and its own route, come by and by."""
-        family = "-6" if ":" in host else "-4"
-        return f"local {host} " in run("ip", "-n", name, family, "route", "show", "table", "local")
+        until(lambda: has_address(address.partition("/")[0], "-n", name))
 
     def restore(self, family: int, text: str) -> None:
         """Give our host's nat table rules."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NoReturn
 
 import pytest
 
+from tpctl.host import sock_diag
 from tpctl.host.sockets import Ends, Listener, connections, listeners, parse_connections, parse_listeners, process_uid
 from tpctl.spec.policy import Protocol
 
@@ -56,9 +59,18 @@ def test_parse_connections() -> None:
     assert list(parse_connections("")) == []
 
 
+@pytest.mark.parametrize("asked", ["sock_diag", "/proc"])
 @pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.needs("ipv6"))])
-def test_both_ends_of_a_connection_are_seen_until_it_is_over(address: str) -> None:
+def test_both_ends_of_a_connection_are_seen_until_it_is_over(
+    address: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server's socket is one of IPv6 for both: an IPv4 client's address is seen as that, not as a mapped one."""
+
+    def lacking(*_of: object) -> NoReturn:
+        raise OSError(errno.ENOENT, "no tcp_diag")
+
+    if asked == "/proc":
+        monkeypatch.setattr(sock_diag, "dump", lacking)
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         dialler = socket.create_connection((address, listener.getsockname()[1]))
         accepted, _ = listener.accept()

@@ -9,6 +9,8 @@ import time
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
+from tests.netns.relay.net import is_running
+
 
 def name(process: int) -> str:
     """What a process calls itself."""
@@ -86,12 +88,16 @@ def _running() -> Iterator[tuple[int, int]]:
 
 
 def _found(folder: Path) -> tuple[int, int] | None:
-    """A process by its folder (proc_pid_stat(5)); None when it has ended."""
+    """A process by its folder (proc_pid_stat(5)); None when it has ended.
+
+    The state that the kernel tells there is that of its first thread.
+    """
     try:
         state, parent, *_ = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else (int(folder.name), int(parent))
+    process = int(folder.name)
+    return (process, int(parent)) if state not in "ZX" or is_running(process) else None
 
 
 def _command_line(process: int) -> str:

@@ -17,10 +17,11 @@ DOCKER_PACKAGES = docker.io $(shell . /etc/os-release && [ "$$ID" = debian ] && 
 NEIGHBOUR_PACKAGES = ufw firewalld dbus fail2ban $(DOCKER_PACKAGES) netavark libvirt-daemon-system libvirt-clients \
 	dnsmasq-base wireguard-tools wireguard-go busybox-static iproute2
 BENCH_PACKAGES := nginx-common nginx-light wrk
+BENCH_DNS_PACKAGES := dnsperf dnsmasq-base unbound
 BENCH_RELAY_PACKAGES := $(BENCH_PACKAGES) haproxy libnginx-mod-stream
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv dev demo demo-l7 test test-all test-without check fix test-equivalence test-mutations fuzz test-crash test-envoy test-prometheus test-vm test-vm-ebpf test-userspace test-neighbours test-envoy-run vagrant-box torture soak bench-install bench-swap bench-scale bench-engines bench-relay lock lock-check man sbom clean
+.PHONY: help system venv dev demo demo-l7 test test-all test-without check fix test-equivalence test-mutations fuzz test-crash test-envoy test-prometheus test-vm test-vm-ebpf test-userspace test-neighbours test-envoy-run vagrant-box torture soak bench-install bench-swap bench-scale bench-engines bench-relay bench-dns lock lock-check man sbom clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -157,6 +158,10 @@ bench-engines: dev ## each engine through the same Envoy and the same relay, in 
 bench-relay: dev ## the relay beside HAProxy, Envoy, nginx and no proxy: rates, latency, CPU time, memory (six minutes)
 	@.ci/packages $(BENCH_RELAY_PACKAGES)
 	@$(BIN)/python -m tests.bench.relay $(if $(N),--rounds $(N)) --picture docs/relay-bench.svg
+
+bench-dns: dev ## the relay's DNS beside dnsmasq, unbound and, where it is installed, CoreDNS (two minutes)
+	@.ci/packages $(BENCH_DNS_PACKAGES)
+	@$(BIN)/python -m tests.bench.dns $(if $(N),--rounds $(N))
 
 lock: dev ## pin what a release needs, with hashes, in .ci/requirements.txt
 	$(BIN)/python .ci/lock.py

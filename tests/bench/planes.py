@@ -69,11 +69,12 @@ NGINX_RULE = f"OUTPUT 1 -p tcp -d {SERVER} --dport {STREAM_PORT} -m owner --uid-
 
 
 @contextlib.contextmanager
-def process(net: Net, *argv: str, port: int = OUTBOUND) -> Iterator[None]:
-    """A program on our host that listens on a port."""
-    running = subprocess.Popen([*inside(net.host), *argv], stdout=subprocess.DEVNULL)
+def process(net: Net, *argv: str, port: int = OUTBOUND, space: str | None = None) -> Iterator[None]:
+    """A program that listens on a port, on our host or in another namespace."""
+    space = space or net.host
+    running = subprocess.Popen([*inside(space), *argv], stdout=subprocess.DEVNULL)
     try:
-        wait_for_listener(net.host, port, running)
+        wait_for_listener(space, port, running)
         yield
     finally:
         running.terminate()

@@ -83,6 +83,11 @@ class Documents:
         found = {secret_file(one["name"]): version([one]) for one in self.secrets}
         return {**found, CLUSTERS: version(self.clusters), LISTENERS: version(self.listeners)}
 
+    def ports(self) -> frozenset[int]:
+        """The ports of TCP on which Envoy listens. It lets every thread have a socket of its own (SO_REUSEPORT)."""
+        bound = (one["address"] for one in self.listeners if one.get("bind_to_port", True))
+        return frozenset(one["socket_address"]["port_value"] for one in bound if "socket_address" in one)
+
 
 def version(resources: list[Resource]) -> str:
     """The version_info of resources: the beginning of a hash of them."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dns.exception
 import pytest
 
 from tests.extent import takes_long
@@ -265,6 +266,51 @@ def test_what_cannot_be_had_changes_nothing(net: Net, directory: Path) -> None:
             envoy.file.write_text(text + listener)
         for how in TRANSPORTS:
             assert asked(net, "app.mesh", how, ("127.0.0.1", OTHER)) == ["192.0.2.1"]
+
+
+def test_a_port_moves_between_envoy_and_dns_in_one_step(net: Net, directory: Path) -> None:
+    """There and back, all or nothing: while somebody else has another port of the same file, it stays where it is."""
+    plain = file_for(directory)
+    of_dns = f'  - {{listen: "[::]:{OTHER} ipv6only=off", direction: dns}}\n'
+    of_envoy = f'  - {{listen: "[::]:{OTHER} ipv6only=off", direction: outbound, upstream: "{HOST4}:{WEB}"}}\n'
+    more_dns = '  - {listen: "127.0.0.1:15055", direction: dns}\n'
+    more_envoy = '  - {listen: "127.0.0.1:15055", direction: outbound}\n'
+
+    def is_envoys() -> bool:
+        with net.connect(net.host, ("127.0.0.1", OTHER)) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return relay_net.read_all(sock).startswith(b"HTTP/1.")
+
+    def answers() -> bool:
+        where = ("127.0.0.1", OTHER)
+        try:
+            return all(asked(net, "app.mesh", how, where) == ["192.0.2.1"] for how in TRANSPORTS)
+        except (OSError, EOFError, dns.exception.DNSException):
+            return False  # each of Envoy's threads leaves a port a moment later
+
+    with running(net, directory, plain + of_envoy) as envoy:
+        first = envoy.envoy()
+        for _ in range(2):
+            until(is_envoys)
+            with net.inside(net.host):
+                other = socket.create_server(("127.0.0.1", 15055))
+            with other:
+                with envoy.taken("the configuration is invalid, the old one stays"):
+                    envoy.file.write_text(plain + of_dns + more_dns)
+                assert is_envoys()
+            with envoy.taken("DNS is answered as the file says"):
+                envoy.file.write_text(plain + of_dns)
+            until(answers)
+            with net.inside(net.host):
+                other = socket.create_server(("127.0.0.1", 15055))
+            with other:
+                with envoy.taken("Envoy has refused an update, the old configuration stays"):
+                    envoy.file.write_text(plain + of_envoy + more_envoy)
+                until(answers)
+            with envoy.taken("DNS is answered as the file says"):
+                envoy.file.write_text(plain + of_envoy)
+            until(is_envoys)
+        assert envoy.envoy() == first
 
 
 def test_a_port_that_is_in_use_at_the_start(net: Net, directory: Path) -> None:

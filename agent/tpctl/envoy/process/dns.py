@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ from tpctl.relay.loop.loop import Loop
 from tpctl.relay.process import activation
 from tpctl.relay.process.privileges import raise_descriptor_limit, reserved_descriptors
 from tpctl.relay.process.running import Running
-from tpctl.relay.process.sockets import Sockets
+from tpctl.relay.process.sockets import Sockets, begin_listening, share_port
 from tpctl.relay.process.workers import Workers, close
 from tpctl.relay.settings.listen import show
 from tpctl.relay.settings.model import Settings
@@ -72,10 +73,16 @@ class Dns:
         """Whether there is no process, and none to come."""
         return self._workers is None and not self._leaving
 
-    def prepare(self, settings: Settings) -> Prepared:
-        """Open the sockets that settings need, and change nothing yet. Raises TpctlError."""
+    def prepare(self, settings: Settings, left_soon: frozenset[int]) -> Prepared:
+        """Open the sockets that settings need, and change nothing that anybody would see. Raises TpctlError.
+
+        Ports move between DNS and Envoy in one step: those of `left_soon` are Envoy's until it has taken the same file,
+        and it may take those that are not needed any more before they are closed.
+        """
         with reserved_descriptors():
-            return Prepared(*(self._running if settings.listeners else _NOTHING).renewed(settings))
+            prepared = Prepared(*(self._running if settings.listeners else _NOTHING).renewed(settings, left_soon))
+        self._share_leaving(prepared, shared=True)
+        return prepared
 
     def inherit(self, settings: Settings) -> Prepared:
         """The first state, with the sockets that an earlier process has left with the service manager."""
@@ -87,6 +94,13 @@ class Dns:
         """Close what was opened: the state will not be used."""
         for sockets in prepared.added.values():
             close(sockets)
+        self._share_leaving(prepared, shared=False)
+
+    def _share_leaving(self, prepared: Prepared, *, shared: bool) -> None:
+        for place in self._running.sockets.keys() - prepared.running.sockets.keys():
+            if place.kind is socket.SOCK_STREAM:
+                for sock in self._running.sockets[place]:
+                    share_port(sock, shared=shared)
 
     def use(self, prepared: Prepared) -> None:
         """Answer by this state from now on."""
@@ -94,6 +108,7 @@ class Dns:
         after = self._running.settings
         if after == before:
             return
+        begin_listening(after, added)
         activation.keep(before, self._running)
         if not after.listeners:
             self._leave()

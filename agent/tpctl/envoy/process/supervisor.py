@@ -183,7 +183,7 @@ class Supervisor:
         try:
             wanted = self._about.load()
             staged = self._stage(wanted, self._staged)
-            self._coming_dns = self._dns.prepare(wanted.dns)
+            self._coming_dns = self._dns.prepare(wanted.dns, self._present.ports())
         except Exception as error:  # noqa: BLE001 - systemd waits for the end of a reload, whatever it is
             self._log.debug("the configuration cannot be read", exc_info=error)
             self._watch.look_at(self._wanted.watched, before)

@@ -30,8 +30,8 @@ class Running:
         """From nothing but sockets that somebody else has opened. Raises HostError when another cannot be opened."""
         return cls(settings, open_sockets(settings, held)[0], _slots({}, settings))
 
-    def renewed(self, settings: Settings) -> tuple[Running, Sockets]:
-        """The state with other settings, and its sockets that are new.
+    def renewed(self, settings: Settings, left_soon: frozenset[int] = frozenset()) -> tuple[Running, Sockets]:
+        """The state with other settings, and its sockets that are new; see `open_sockets` for `left_soon`.
 
         Raises InputError when that takes a restart, HostError when a socket cannot be opened; then nothing has changed.
         """
@@ -41,7 +41,7 @@ class Running:
             problems.append(f"listeners: more than {MAX_LISTENERS} names since the start; another one {_RESTART}")
         if problems:
             raise InputError(problems)
-        sockets, _new = open_sockets(settings, self.sockets)
+        sockets, _new = open_sockets(settings, self.sockets, left_soon)
         self._forget_keepalive(settings)
         added = {place: sockets[place] for place in sockets.keys() - self.sockets.keys()}
         return Running(settings, sockets, slots), added

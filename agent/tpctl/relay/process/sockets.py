@@ -43,11 +43,15 @@ def places(listener: ListenerSettings) -> tuple[Place, ...]:
 
 
 def open_sockets(
-    settings: Settings, held: Mapping[Place, Sequence[socket.socket]] | None = None
+    settings: Settings,
+    held: Mapping[Place, Sequence[socket.socket]] | None = None,
+    left_soon: frozenset[int] = frozenset(),
 ) -> tuple[Sockets, list[socket.socket]]:
     """Every socket the settings need, and which of them are new; those that are `held` already are used.
 
-    Raises HostError, naming the address, when one cannot be had; nothing new is open then.
+    `left_soon` are ports of TCP on which another process of this user listens yet, with SO_REUSEPORT: sockets for them
+    are bound, and do not listen before `begin_listening`. Raises HostError, naming the address, when one cannot be had;
+    nothing new is open then.
 
     Several workers share a port by SO_REUSEPORT, which would also let two relays of one user share it without a word.
     So the port is first taken without it, as a single worker does.
@@ -66,6 +70,10 @@ def open_sockets(
                         _adapt(sock, listener.listen, place)
                     except OSError as error:
                         raise HostError(_reason(listener, place, error)) from error
+                continue
+            if listener.listen.port in left_soon and place.kind is socket.SOCK_STREAM:
+                found[place] = [_bind(listener, place, shared=True, listening=False)]
+                new += found[place]
                 continue
             shared = listener.listen.reuseport and settings.workers > 1
             alone = _bind(listener, place, shared=False)
@@ -96,13 +104,27 @@ def deal(sockets: Sequence[socket.socket], worker: int, workers: int) -> list[so
     return list(sockets[worker::workers])
 
 
-def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.socket:
+def begin_listening(settings: Settings, added: Sockets) -> None:
+    """Listen on those of the new sockets whose ports another process has left, and share these with nobody more."""
+    for listener, place in wanted(settings):
+        for sock in added.get(place, ()):
+            if place.kind is socket.SOCK_STREAM and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                sock.listen(listener.listen.backlog)
+                share_port(sock, shared=False)
+
+
+def share_port(sock: socket.socket, *, shared: bool) -> None:
+    """Whether another socket of this user may be bound to the same port; that one has to agree too."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+
+
+def _bind(listener: ListenerSettings, place: Place, *, shared: bool, listening: bool = True) -> socket.socket:
     listen, address = listener.listen, listener.listen.address
     sock: socket.socket | None = None
     try:
         sock, name = _socket(listen, place.kind)
         if shared:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            share_port(sock, shared=True)
         if listen.transparent:
             make_transparent(sock)
         if place.kind is socket.SOCK_DGRAM:
@@ -112,7 +134,7 @@ def _bind(listener: ListenerSettings, place: Place, *, shared: bool) -> socket.s
         if isinstance(address, PurePosixPath):
             _clear_stale(Path(address))
         sock.bind(name)
-        _adapt(sock, listen, place)
+        _adapt(sock, listen, place, listening=listening)
     except OSError as error:
         if sock is not None:
             sock.close()
@@ -176,7 +198,7 @@ def _socket(listen: Listen, kind: socket.SocketKind) -> tuple[socket.socket, tup
     return socket.socket(socket.AF_INET, kind), (host, address.port)
 
 
-def _adapt(sock: socket.socket, listen: Listen, place: Place) -> None:
+def _adapt(sock: socket.socket, listen: Listen, place: Place, *, listening: bool = True) -> None:
     """Options that may change while a socket listens."""
     sock.setblocking(False)
     if place.kind is socket.SOCK_DGRAM:
@@ -189,7 +211,8 @@ def _adapt(sock: socket.socket, listen: Listen, place: Place) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _DEFER_SECONDS if listen.deferred else 0)
         if listen.keepalive is not None:
             keep_alive(sock, listen.keepalive)
-    sock.listen(listen.backlog)
+    if listening:
+        sock.listen(listen.backlog)
 
 
 def _clear_stale(path: Path) -> None:

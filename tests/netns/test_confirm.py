@@ -302,6 +302,12 @@ def opened(process: Path) -> set[str]:
     return found
 
 
+def loaded(process: Path) -> set[str]:
+    """The files whose code a process runs, by its folder in /proc."""
+    maps = (line.split(maxsplit=5) for line in (process / "maps").read_text().splitlines())
+    return {fields[5] for fields in maps if "x" in fields[1] and len(fields) > 5}
+
+
 def test_a_guardian_owns_nothing_of_the_session(lab: Lab) -> None:
     with lab.inside(HOST):
         tpctl(*INSTALL, *LONG)
@@ -313,8 +319,8 @@ def test_a_guardian_owns_nothing_of_the_session(lab: Lab) -> None:
         assert session not in (os.getsid(0), pid)
         assert (folder / "cwd").readlink() == Path("/")
         assert (folder / "ns" / "net").readlink() == Path("/proc/thread-self/ns/net").readlink()
-        # While it starts, it reads modules.
-        until(lambda: opened(folder) <= {"/dev/null"})
+        # While it starts, it reads modules. A library may keep its own file open, as newer ones of libffi do.
+        until(lambda: opened(folder) - loaded(folder) == {"/dev/null"})
         tpctl("uninstall")
         until(lambda: not guardians(pending.token))
 

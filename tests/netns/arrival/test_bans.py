@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.netns.arrival.test_foreign_filters import LOST_SECONDS, POLICY, REMOTE, connection, redirecting
-from tests.netns.lab import PROXY, run
+from tests.netns.lab import PROXY, PROXY_USER, installed, run, tpctl
 from tpctl.arrival import bans, notices
 from tpctl.engines import foreign_tables
-from tpctl.rehearsal.layout import HOST
+from tpctl.rehearsal.lab import Lab
+from tpctl.rehearsal.layout import HOST, Layout
 from tpctl.spec.policy import Family, Inbound, Policy, PortRange, Redirection
 
 pytestmark = pytest.mark.root
@@ -80,3 +83,13 @@ def test_a_rule_for_loopback_or_another_protocol_is_no_ban() -> None:
         for rule in rules:
             run(["iptables-nft", "-A", "INPUT", *rule.split()])
         assert not notices.bypasses(POLICY, "nftables")
+
+
+def test_a_ban_that_comes_after_the_install_is_told_by_status() -> None:
+    """fail2ban makes its rules with the first ban."""
+    with Lab(Layout()) as lab, installed(lab, "--kuma-dp-user", PROXY_USER), lab.inside(HOST):
+        assert "fail2ban" not in tpctl("status", "--json", check=False).stdout
+        run(["sh", "-ec", FAIL2BAN_NFT.format(banned=BANNED)])
+        found = json.loads(tpctl("status", "--json", check=False).stdout)
+        assert any("fail2ban does not refuse redirected connections" in warning for warning in found["warnings"])
+        assert not any("fail2ban" in problem for problem in found["problems"])

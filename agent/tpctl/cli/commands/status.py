@@ -78,8 +78,13 @@ def command(as_json: bool, as_metrics: bool, probe: bool, verbose: bool, envoy_f
         from tpctl.arrival import notices
         from tpctl.engines.foreign_tables import foreign_tables
 
-        beside = notices.problems(report.record.policy, report.record.options.engine, foreign_tables(listings))
-        report = dataclasses.replace(report, problems=(*report.problems, *beside))
+        asked = (report.record.policy, report.record.options.engine, foreign_tables(listings))
+        report = dataclasses.replace(
+            report,
+            problems=(*report.problems, *notices.problems(*asked)),
+            # Also at install, but the first ban often makes its rule later.
+            warnings=(*report.warnings, *notices.bypasses(*asked)),
+        )
     envoy = _envoy(envoy_folder)
     if envoy:
         report = dataclasses.replace(report, problems=(*report.problems, *envoy.problems))

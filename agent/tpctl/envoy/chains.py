@@ -101,13 +101,9 @@ class Chains:
     def _outbound(self, port: int, services: Sequence[Service]) -> Iterator[Resource]:
         """By the destination: the most specific `to` wins, and the listener's own rules hold where there is none."""
         for service in services:
-            inside = [
-                one
-                for other in services
-                for one in other.to.networks
-                if other is not service and _is_inside(one, service.to.networks)
-            ]
-            territory = minus(service.to.networks, inside)
+            others = [one for other in services if other is not service for one in other.to.networks]
+            # Network by network: a part of one may be another's, and a part of that this service's again.
+            territory = minus([left for own in service.to.networks for left in minus([own], _inside(own, others))], ())
             match = {"destination_port": port}
             yield from self._to(self._name(service), match, territory, service.access, self._handlings(service))
         named = [one for service in services for one in service.to.networks]
@@ -236,8 +232,9 @@ def _is_detected(service: Service) -> bool:
     return service.protocol is ServiceProtocol.DETECT
 
 
-def _is_inside(network: Network, others: Iterable[Network]) -> bool:
-    return any(one.version == network.version and network.subnet_of(one) for one in others)  # type: ignore[arg-type]
+def _inside(network: Network, others: Iterable[Network]) -> list[Network]:
+    """Those of the others that are a part of a network."""
+    return [one for one in others if one.version == network.version and one.subnet_of(network)]  # type: ignore[arg-type]
 
 
 def _handled(name: str, match: Resource, handlings: _Handlings) -> Iterator[Resource]:

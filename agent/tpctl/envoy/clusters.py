@@ -9,16 +9,16 @@ from urllib.parse import urlsplit
 
 from tpctl.envoy.documents import TYPE, Resource
 from tpctl.envoy.secrets import Secrets, is_address
-from tpctl.envoy.words import APART, address_of, duration, endpoints, extension, socket_address, typed
+from tpctl.envoy.words import APART, duration, endpoints, extension, socket_address, typed
 from tpctl.relay.settings.model import (
     ClientTls,
     FixedAddress,
     Jwt,
     ListenerSettings,
     Service,
+    ServicePorts,
     ServiceProtocol,
     Source,
-    Upstream,
 )
 from tpctl.spec.policy import RESERVED, Family
 
@@ -85,7 +85,7 @@ class Clusters:
         cluster["connect_timeout"] = duration(listener.timeouts.connect or 3600)
         limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
         cluster["circuit_breakers"] = {"thresholds": [dict.fromkeys(limits, _NO_BREAKER)]}
-        if listener.source is Source.PASSTHROUGH and not _is_elsewhere(what.upstream):
+        if listener.source is Source.PASSTHROUGH and self._is_here(what):
             first, second = ({"address": _passthrough(family), "port_value": 0} for family in RESERVED)
             cluster["upstream_bind_config"] = {
                 "source_address": first,
@@ -98,6 +98,14 @@ class Clusters:
             cluster["transport_socket"] = socket
         self.found[name] = cluster
         return name
+
+    def _is_here(self, what: ListenerSettings | Service) -> bool:
+        """Whether an upstream is on this host; another one could not answer 127.0.0.6.
+
+        Dialled from an address of its own, this host would redirect the connection to Envoy again (rule o3).
+        """
+        host, _ = _dialled(what)
+        return host is None or ip_address(host).is_loopback or host in self.secrets.places.here
 
     def _transport(self, name: str, tls: ClientTls | None, proxy_protocol: int | None) -> Resource | None:
         inner = None if tls is None else _tls_socket(tls.server_name, self._context(name, tls))
@@ -128,18 +136,28 @@ class Clusters:
 
 
 def _addresses(name: str, what: ListenerSettings | Service) -> Resource:
-    if isinstance(what.upstream, FixedAddress):
-        return {"type": "STATIC", "load_assignment": endpoints(name, address_of(what.upstream.destination))}
-    return {"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "cleanup_interval": "60s"}
+    host, port = _dialled(what)
+    if host is not None:
+        assert port is not None
+        return {"type": "STATIC", "load_assignment": endpoints(name, socket_address(host, port))}
+    other = {} if port is None else {"original_dst_lb_config": {"upstream_port_override": port}}
+    return {"type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "cleanup_interval": "60s", **other}
+
+
+def _dialled(what: ListenerSettings | Service) -> tuple[str | None, int | None]:
+    """The address and the port; None: those that the client called."""
+    upstream = what.upstream
+    if isinstance(upstream, FixedAddress):
+        return upstream.destination.host, upstream.destination.port
+    if isinstance(upstream, ServicePorts):
+        assert isinstance(what, Service)
+        host, port = upstream.of(what.port)
+        return host, None if host is None and port == what.port else port
+    return None, None
 
 
 def _passthrough(family: Family) -> str:
     return str(RESERVED[family].passthrough.network_address)
-
-
-def _is_elsewhere(upstream: Upstream) -> bool:
-    """Whether an upstream may be on another host, which could not answer 127.0.0.6."""
-    return isinstance(upstream, FixedAddress) and not ip_address(upstream.destination.host).is_loopback
 
 
 def _tls_socket(server_name: str | None, context: Resource) -> Resource:

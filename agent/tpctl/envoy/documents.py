@@ -43,6 +43,8 @@ class Places:
     """Where the secrets of `{credential: NAME}` are: systemd's $CREDENTIALS_DIRECTORY. None: there are none."""
     authorities: Path = Path("/etc/ssl/certs/ca-certificates.crt")
     """The host's own, for upstream_tls without a ca_file; `tpctl.envoy.referenced.host_authorities` finds them."""
+    here: frozenset[str] = frozenset()
+    """Upstreams that are addresses of this host; `tpctl.envoy.referenced.here` finds them."""
     connections: int = 50_000
     """Connections of clients at the same time, beyond which Envoy closes new ones; each may need two descriptors."""
 

@@ -13,9 +13,11 @@ from tpctl.envoy.documents import Places
 from tpctl.envoy.secrets import secret_path
 from tpctl.host.users import uid_of
 from tpctl.relay.connections import certificates, tls
+from tpctl.relay.connections.routes import is_surely_local
 from tpctl.relay.dns.local import read_zone
-from tpctl.relay.settings.model import ListenerSettings, Service, Settings
+from tpctl.relay.settings.model import ListenerSettings, Service, Settings, Upstream
 from tpctl.relay.settings.trusted_files import group_of, named_files, require_file, untrusted
+from tpctl.relay.settings.upstream import named_upstreams
 from tpctl.system.child import in_child
 from tpctl.system.errors import InputError
 from tpctl.system.input_files import UnusableFileError, read_bytes
@@ -38,6 +40,14 @@ class Findings:
 def host_authorities() -> Path:
     """The file of the authorities that this host trusts; where there is none, the name that it has on Debian."""
     return next((Path(path) for path in _BUNDLES if Path(path).is_file()), Path(_BUNDLES[0]))
+
+
+def here(settings: Settings) -> frozenset[str]:
+    """The upstreams that are addresses of this host."""
+    upstreams: list[Upstream] = []
+    for listener in settings.listeners:
+        upstreams += [listener.upstream, *(service.upstream for service in listener.services)]
+    return frozenset(one.host for upstream in upstreams for one in named_upstreams(upstream) if is_surely_local(one))
 
 
 def look(settings: Settings, places: Places) -> Findings:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tpctl.envoy.chains import Chains
 from tpctl.envoy.clusters import Clusters
+from tpctl.envoy.dataplane import expanded
 from tpctl.envoy.documents import CLUSTERS, LISTENERS, Documents, Places, Resource
 from tpctl.envoy.listeners import listeners, metrics_listener
 from tpctl.envoy.secrets import Secrets
@@ -46,6 +47,7 @@ _FIELDS = {
 
 def render(settings: Settings, places: Places) -> Documents:
     """The documents of settings that `tpctl.envoy.settings` has not refused, without listeners for DNS."""
+    settings = expanded(settings)
     secrets = Secrets(places, dict(settings.secrets))
     clusters = Clusters(secrets)
     found = [

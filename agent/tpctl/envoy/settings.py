@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from tpctl.envoy.dataplane import expanded
 from tpctl.relay.settings import file
 from tpctl.relay.settings.dns import DnsSettings
 from tpctl.relay.settings.model import (
@@ -18,7 +19,6 @@ from tpctl.relay.settings.model import (
     OriginalDestination,
     Role,
     Service,
-    ServicePorts,
     ServiceProtocol,
     Settings,
     Source,
@@ -57,11 +57,12 @@ def refusals(settings: Settings) -> Iterator[str]:
         yield "dns: has no effect without a listener for DNS, as in {listen: '*:15053', direction: dns}"
     if settings.accelerate is not Acceleration.OFF:
         yield f"accelerate: {_RELAY}; leave it out"
-    for listener in settings.listeners:
+    dialled = expanded(settings)
+    for listener in dialled.listeners:
         for problem in _of_listener(listener):
             yield f"listener {listener.name}: {problem}"
         for service in listener.services:
-            for problem in _of_service(service, _dialled_ports(settings, listener)):
+            for problem in _of_service(service, _dialled_ports(dialled, listener)):
                 yield f"listener {listener.name}: service {service.name}: {problem}"
 
 
@@ -84,8 +85,6 @@ def _of_listener(listener: ListenerSettings) -> Iterator[str]:
         yield f"listen: a unix socket: {_RELAY}"
     if listen.proxy_protocol:
         yield f"listen: proxy_protocol for every port: {_RELAY}; write proxy_protocol: true at each service"
-    if isinstance(listener.upstream, ServicePorts):
-        yield f"upstream: dataplane: {_RELAY}"
     if listener.limits.connections_per_source:
         yield f"limits.connections_per_source: {_RELAY}; limits.connections is for all sources together"
     if listener.limits.connections and any(service.proxy_protocol for service in listener.services):

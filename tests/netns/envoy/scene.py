@@ -17,7 +17,7 @@ import envoy  # type: ignore[import-untyped]
 from tests.netns.envoy.application import Asked
 from tests.netns.relay.net import PATIENCE, RELAY_UID, RELAY_USER, TIMEOUT, Net
 from tpctl.envoy.documents import BOOTSTRAP, Places
-from tpctl.envoy.referenced import host_authorities
+from tpctl.envoy.referenced import here, host_authorities
 from tpctl.envoy.render import render
 from tpctl.envoy.settings import load
 from tpctl.relay.process.privileges import needed_capabilities
@@ -51,7 +51,9 @@ class Envoy:
         own.mkdir()
         os.chown(own, RELAY_UID, -1)
         self._admin = own / "admin.sock"
-        places = Places(folder / "run", self._admin, authorities=host_authorities())
+        with net.inside(net.host):
+            own_addresses = here(found)
+        places = Places(folder / "run", self._admin, authorities=host_authorities(), here=own_addresses)
         for name, content in render(found, places).files().items():
             path = places.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,16 @@ listeners:
 """
 
 
+DATAPLANE = """
+type: Dataplane
+networking:
+  inbound:
+    - {port: 25, servicePort: 2525}
+    - {port: 443, servicePort: 8443, serviceAddress: 127.0.0.1}
+    - {port: 9999}
+"""
+
+
 def write_files(there: Path) -> Pki:
     """Certificates, a JWKS and secrets in a directory."""
     pki = Pki(there)
@@ -72,6 +82,7 @@ def write_files(there: Path) -> Pki:
         (there / name).write_text(f"secret-{name}")
         (there / name).chmod(0o640)
     write_jwks(there / "jwks.json", new_key(there / "jwt.key"))
+    (there / "dataplane.yaml").write_text(DATAPLANE)
     return pki
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tpctl.envoy.documents import Documents, Resource
 from tpctl.relay.loop.original_destination import Destination
 from tpctl.relay.settings.access import Access, is_metadata
-from tpctl.relay.settings.model import ListenerSettings, Role, Service, ServiceProtocol, Settings
+from tpctl.relay.settings.model import ListenerSettings, Role, Service, ServicePorts, ServiceProtocol, Settings
 
 PORTS = (25, 80, 443, 8080)
 """Few, so that services meet on one."""
@@ -95,6 +95,8 @@ def files(draw: st.DrawFn, there: Path) -> dict[str, Any]:
                                     "access": draw(ACCESS), "services": own}  # fmt: skip
         if role == "inbound":
             listener["trusted_ips"] = draw(TRUSTED)
+            if draw(st.booleans()):
+                listener |= {"upstream": "dataplane", "dataplane_file": f"{there}/dataplane.yaml"}
         listener["allow_metadata_addresses"] = draw(st.booleans())
         listeners.append(listener)
     secrets = {name: {"file": f"{there}/{name}"} for name in ("current", "previous")}
@@ -134,7 +136,10 @@ def expected(settings: Settings, listener: ListenerSettings, connection: Connect
         return f"{service.name} http{' forwarded' if forwarded else ''}"
     if listener.role is Role.INBOUND and not access.admits(connection.source):
         return REFUSED
-    return listener.name if service is None else f"{service.name} tcp"
+    if service is not None:
+        return f"{service.name} tcp"
+    is_of_dataplane = isinstance(listener.upstream, ServicePorts) and connection.port in listener.upstream.services
+    return f"dataplane+{connection.port} tcp" if is_of_dataplane else listener.name
 
 
 def is_read_as_http(service: Service, connection: Connection) -> bool:

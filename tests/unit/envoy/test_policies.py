@@ -29,6 +29,7 @@ from tests.unit.envoy.policies import (
     is_read_as_http,
     taken,
 )
+from tpctl.config.yaml_text import parse_yaml
 from tpctl.envoy.documents import static
 from tpctl.envoy.render import render
 from tpctl.envoy.settings import settings_of
@@ -73,6 +74,25 @@ def is_possible(tree: dict[str, Any]) -> bool:
     except InputError:
         return False
     return True
+
+
+def test_a_network_of_one_service_in_a_network_of_another_in_a_network_of_the_first() -> None:
+    text = """
+listeners:
+  - listen: "*:15001"
+    direction: outbound
+    services:
+      - {port: 25, name: rest, protocol: http}
+      - {port: 25, name: odd, to: [0.0.0.0/0, 10.1.2.3/32]}
+      - {port: 25, name: even, to: [10.0.0.0/8]}
+"""
+    settings = settings_of(parse_yaml(text), "e.yaml")
+    documents, (listener,) = render(settings, places(Path("/run/x"))), settings.listeners
+    for destination, service in (("10.1.2.3", "odd tcp"), ("10.1.2.4", "even tcp"), ("11.0.0.1", "odd tcp"),
+                                 ("fd00::1", "rest http")):  # fmt: skip
+        connection = Connection(25, ADDRESSES[0], destination, ADDRESSES[0], is_http=True)
+        assert described(taken(documents, listener, connection), listener) == service
+        assert expected(settings, listener, connection) == service
 
 
 @MANY

@@ -74,7 +74,9 @@ def check(file: Path, program: str | None, user: str | None) -> int:
     if settings.user is not None and uid_of(settings.user) is None:
         where = "--user" if user is not None else f"file {file}: user"
         raise InputError(f"{where}: there is no user {settings.user!r} on this host")
-    places = Places(credentials=_credentials(), authorities=referenced.host_authorities())
+    places = Places(
+        credentials=_credentials(), authorities=referenced.host_authorities(), here=referenced.here(settings)
+    )
     found = referenced.look(settings, places)
     policy = load_policy()
     fits = fit.misfits(settings, policy) if policy is not None else fit.Misfits()
@@ -116,8 +118,10 @@ def rendered(file: Path, out: Path | None) -> int:
     Example:
       tpctl envoy render /etc/tpctl/envoy.yaml --out /tmp/envoy
     """
+    from dataclasses import replace
+
     from tpctl.envoy.documents import Places
-    from tpctl.envoy.referenced import host_authorities
+    from tpctl.envoy.referenced import here, host_authorities
     from tpctl.envoy.render import render
 
     settings = _settings(file)
@@ -127,12 +131,12 @@ def rendered(file: Path, out: Path | None) -> int:
             f"Envoy, `tpctl relay --config {file} --only dns` does that",
             err=True,
         )
-    credentials, authorities = _credentials(), host_authorities()
+    places = Places(credentials=_credentials(), authorities=host_authorities(), here=here(settings))
     if out is None:
-        _show(render(settings, Places(credentials=credentials, authorities=authorities)))
+        _show(render(settings, places))
         return 0
     folder = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links, and Envoy shall not depend on them
-    places = Places(folder, folder / "admin.sock", credentials, authorities)
+    places = replace(places, folder=folder, admin=folder / "admin.sock")
     for name, content in render(settings, places).files().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,7 @@ def _wanted(settings: Settings, file: Path, places: Places) -> Wanted:
     from tpctl.envoy.process.wanted import Wanted
     from tpctl.envoy.render import render
     from tpctl.relay.settings import services
+    from tpctl.relay.settings.model import ServicePorts
     from tpctl.system.errors import InputError
 
     found = referenced.look(settings, places)
@@ -130,9 +131,11 @@ def _wanted(settings: Settings, file: Path, places: Places) -> Wanted:
         raise InputError([f"file {file}: {problem}" for problem in found.problems])
     asked, descriptors = settings.limits.connections, limits.descriptors()
     connections = limits.connections(asked, places.connections, descriptors)
-    documents = render(settings, replace(places, connections=connections))
+    documents = render(settings, replace(places, connections=connections, here=referenced.here(settings)))
     own = [service for listener in settings.listeners for service in listener.services]
     named = [path for service in own for _, path, _ in services.files_of(service)]
+    upstreams = [listener.upstream for listener in settings.listeners]
+    named += [one.file for one in upstreams if isinstance(one, ServicePorts) and one.file is not None]
     watched = dict.fromkeys([file.absolute(), *map(Path, files_of(documents.secrets)), *named])
     shortage = limits.shortage(asked, descriptors)
     return Wanted(

@@ -17,7 +17,8 @@ from tpctl.relay.connections.proxy_protocol import Header
 from tpctl.relay.connections.tls import ListenerTls
 from tpctl.relay.loop.original_destination import Destination
 from tpctl.relay.settings.access import is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
-from tpctl.relay.settings.model import FixedAddress, ListenerSettings, Role, ServicePorts, Source, Upstream
+from tpctl.relay.settings.model import FixedAddress, ListenerSettings, Role, ServicePorts, Source
+from tpctl.relay.settings.upstream import at, named_upstreams
 from tpctl.spec.policy import is_scoped
 
 MAX_HOPS = 5
@@ -85,7 +86,7 @@ class Route:
         self.slot = slot
         """Of its counters, see `tpctl.relay.connections.tally`."""
         self._surroundings = surroundings
-        named = _named(settings.upstream)
+        named = named_upstreams(settings.upstream)
         self._elsewhere = frozenset(one.host for one in named if not surroundings.is_local(one))
         """Upstreams on other hosts, which could not answer 127.0.0.6."""
 
@@ -140,7 +141,7 @@ class Route:
         if not hops or own is not None or not is_of_this_relay(link, accepted):
             return None, hops
         # Another worker's, of whose dial only the ends are known. What was dialled in a client's name is not ours.
-        if not around.is_surely_local(_at(peer.host, 0)):
+        if not around.is_surely_local(at(peer.host, 0)):
             return None, hops
         return Dial(destination, peer.host if peer.host in dials.PASSTHROUGH.values() else None, hops=hops), hops
 
@@ -188,10 +189,10 @@ class Route:
 
     def _service(self, destination: Destination) -> Destination:
         upstream = self.settings.upstream
-        if not isinstance(upstream, ServicePorts) or destination.port not in upstream.services:
+        if not isinstance(upstream, ServicePorts):
             return destination
-        address, port = upstream.services[destination.port]
-        return destination._replace(port=port) if address is None else _at(address, port)
+        address, port = upstream.of(destination.port)
+        return destination._replace(port=port) if address is None else at(address, port)
 
     def _dials(
         self, peer: Peer, destination: Destination, sender: Peer | None, translated: bool = False
@@ -213,7 +214,7 @@ class Route:
         """
         if peer.port not in client_ports.PRIVILEGED or not peer.host:
             return False
-        return self.settings.role is Role.OUTBOUND and self._surroundings.is_surely_local(_at(peer.host, 0))
+        return self.settings.role is Role.OUTBOUND and self._surroundings.is_surely_local(at(peer.host, 0))
 
     def _is_away(self, destination: Destination) -> bool:
         return not self._surroundings.is_local(destination)
@@ -228,15 +229,3 @@ class Route:
         if destination.host.startswith("127.") or destination.is_link_local or is_scoped(ip_address(client)):
             return False
         return self._is_away(destination._replace(host=client))
-
-
-def _named(upstream: Upstream) -> list[Destination]:
-    """The upstreams that stand in the configuration."""
-    if isinstance(upstream, FixedAddress):
-        return [upstream.destination]
-    services = upstream.services.values() if isinstance(upstream, ServicePorts) else ()
-    return [_at(address, port) for address, port in services if address is not None]
-
-
-def _at(address: str, port: int) -> Destination:
-    return Destination(address, port, socket.AF_INET6 if ":" in address else socket.AF_INET)

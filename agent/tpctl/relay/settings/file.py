@@ -15,7 +15,9 @@ from tpctl.relay.settings.model import (
     Acceleration,
     Limits,
     ListenerSettings,
+    OriginalDestination,
     Role,
+    ServicePorts,
     Settings,
     Source,
     Timeouts,
@@ -108,6 +110,7 @@ def _listener(section: ConfigSection, defaults: _Defaults) -> ListenerSettings:
     upstream = read_upstream(section)
     default_source = Source.PASSTHROUGH if role is Role.INBOUND else Source.KERNEL
     trusted_ips = section.take("trusted_ips", read.trusted, defaults.trusted_ips)
+    of_services = upstream if isinstance(upstream, ServicePorts) else OriginalDestination()
     settings = ListenerSettings(
         name=section.take("name", read.name, f"{role}-{_suffix(listen)}"),
         role=role,
@@ -122,7 +125,7 @@ def _listener(section: ConfigSection, defaults: _Defaults) -> ListenerSettings:
         send_proxy_protocol=section.take("send_proxy_protocol", read.proxy_protocol_version, None),
         ssl=server_tls(section.section("ssl")) if "ssl" in section else None,
         upstream_tls=client_tls(section.section("upstream_tls")) if "upstream_tls" in section else None,
-        services=read_services(section, Surroundings(role, defaults.secrets, trusted_ips)),
+        services=read_services(section, Surroundings(role, defaults.secrets, trusted_ips, of_services)),
     )
     if role is Role.DNS:
         for key in ("source", "allow_metadata_addresses", "limits", "timeouts", "trusted_ips"):

@@ -69,6 +69,12 @@ class ServicePorts:
 
     services: Mapping[int, tuple[str | None, int]]
     """By the inbound's port: its service address (None: the address the client meant) and its service port."""
+    file: Path | None = None
+    """The Dataplane."""
+
+    def of(self, port: int) -> tuple[str | None, int]:
+        """What to dial for a port: an address, or None, and a port."""
+        return self.services.get(port, (None, port))
 
 
 METRICS = "metrics"

@@ -14,7 +14,6 @@ from tpctl.relay.settings.headers import claim_header, own_header, real_ip_heade
 from tpctl.relay.settings.jwks import read_jwks
 from tpctl.relay.settings.model import (
     Jwt,
-    OriginalDestination,
     OriginVerify,
     RateLimit,
     Role,
@@ -22,6 +21,7 @@ from tpctl.relay.settings.model import (
     Service,
     ServiceProtocol,
     TrustedSources,
+    Upstream,
 )
 from tpctl.relay.settings.partition import admitted
 from tpctl.relay.settings.section import ConfigSection
@@ -44,6 +44,8 @@ class Surroundings(NamedTuple):
     secrets: Mapping[str, Secret]
     trusted_ips: TrustedSources
     """The listener's."""
+    upstream: Upstream
+    """Of services that do not name one."""
 
 
 def read_services(section: ConfigSection, surroundings: Surroundings) -> tuple[Service, ...]:
@@ -88,7 +90,7 @@ def _service(section: ConfigSection, surroundings: Surroundings) -> Service:
         port=port,
         to=section.take("to", read.networks, NONE),
         protocol=protocol,
-        upstream=section.take("upstream", read_address_or_original, OriginalDestination()),
+        upstream=section.take("upstream", read_address_or_original, surroundings.upstream),
         access=read.access(section),
         trusted_ips=section.take("trusted_ips", read.trusted, surroundings.trusted_ips),
         origin_verify=_origin_verify(section, surroundings),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tpctl.host.users import uid_of
-from tpctl.relay.settings.model import Settings
+from tpctl.relay.settings.model import ServicePorts, Settings
 from tpctl.relay.settings.services import files_of
 from tpctl.system import input_files
 from tpctl.system.errors import InputError
@@ -58,6 +58,8 @@ def named_files(settings: Settings) -> Iterator[tuple[str, Path, bool]]:
                 path = getattr(getattr(listener, section), name, None)
                 if path is not None:
                     yield f"listener {listener.name}: {section}.{name}", path, name == "certificate_key"
+        if isinstance(listener.upstream, ServicePorts) and listener.upstream.file is not None:
+            yield f"listener {listener.name}: dataplane_file", listener.upstream.file, False
         for service in listener.services:
             for key, path, is_key in files_of(service):
                 yield f"listener {listener.name}: service {service.name}: {key}", path, is_key

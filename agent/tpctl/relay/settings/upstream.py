@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from tpctl.config.dataplane import read_networking
@@ -30,7 +32,7 @@ def read_upstream(section: ConfigSection) -> Upstream:
         section.complain("upstream", "dataplane needs dataplane_file, the path of a Dataplane resource")
         return OriginalDestination()
     try:
-        return ServicePorts(service_ports(read_networking(path, variables)))
+        return ServicePorts(service_ports(read_networking(path, variables)), Path(path))
     except UnusableFileError as error:
         section.complain("dataplane_file", f"{path} {error}")
     except BadValueError as bad:
@@ -61,6 +63,19 @@ def service_ports(networking: Mapping[str, Any]) -> dict[int, tuple[str | None, 
     if problems:
         raise BadValueError(problems)
     return found
+
+
+def named_upstreams(upstream: Upstream) -> list[Destination]:
+    """The addresses that stand in the configuration."""
+    if isinstance(upstream, FixedAddress):
+        return [upstream.destination]
+    services = upstream.services.values() if isinstance(upstream, ServicePorts) else ()
+    return [at(host, port) for host, port in services if host is not None]
+
+
+def at(host: str, port: int) -> Destination:
+    """An address and port as a destination."""
+    return Destination(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def _address(value: object, port: int) -> Destination:

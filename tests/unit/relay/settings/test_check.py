@@ -42,7 +42,7 @@ listeners:
     dataplane_variables: {{port: 7070}}
 """
     expected = {8080: (None, 80), 9090: ("127.0.0.1", 9090), 7070: ("::1", 6)}
-    assert settings(text).listeners[0].upstream == ServicePorts(expected)
+    assert settings(text).listeners[0].upstream == ServicePorts(expected, tmp_path / "dp.yaml")
 
 
 @pytest.mark.parametrize(

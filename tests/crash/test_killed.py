@@ -72,6 +72,29 @@ def test_killed_on_the_way_back_of_the_very_last_step(made: Scene) -> None:
     check(attempt(made, command, interference, at, (INSTALL, UNINSTALL)[_OFFSET // 2 % 2]))
 
 
+def test_a_table_that_could_not_be_taken_back_at_once_is_taken_back_again(tmp_path: Path) -> None:
+    """The child that does so is killed, when the last of the programs was refused."""
+    with own_place() as place, scene("ebpf", place, tmp_path) as made:
+        attached = [at for at, point in enumerate(points_of(made, "install"), 1) if point == "bpf create a link"]
+        way = way_back.of(made, "install", attached[-1])
+        assert way
+        (later, *_) = (number for number, point in enumerate(way.points, 1) if "nf_tables transaction" in point)
+        killed = dataclasses.replace(way.failure, then=KILLS[0].how, later=later)
+        check(attempt(made, "install", killed, way.at, UNINSTALL))
+
+
+def test_an_uninstall_takes_the_empty_folder_away_that_a_killed_one_left(tmp_path: Path) -> None:
+    with own_place() as place, scene("ebpf", place, tmp_path) as made:
+        made.install("old")
+        points = made.host("uninstall").points
+        at = next(at for at, point in enumerate(points, 1) if point == "rmdir /sys/fs/bpf/tpctl")
+        made.install("old")
+        assert made.host("uninstall", faults=KILLS[1].faults(at)).hit
+        assert "/sys/fs/bpf/tpctl/" in made.held()
+        made.uninstall()
+        assert made.held() == made.base
+
+
 def test_a_first_install_that_fails_leaves_no_base_chain(tmp_path: Path) -> None:
     with own_place() as place, scene("iptables nft", place, tmp_path) as made:
         points = points_of(made, "install")

@@ -189,17 +189,17 @@ def _pinned_ebpf(options: EngineOptions) -> Engine[Any] | None:
 
     where = _pins()
     try:
-        pinned = where.folder.is_dir() or any(where.elsewhere())
+        pinned = where.home.is_dir() or any(where.elsewhere())
     except OSError:
         return None
     return EbpfEngine(where, options, chooses_sockets=True) if pinned else None
 
 
 def _may_hold_programs() -> bool:
-    """Whether there may be pins of this network namespace, or of dead ones, or the table beside the programs."""
+    """Whether there may be pins of this network namespace, or of dead ones, or their folder, or the table beside."""
     where = _pins()
     try:
-        pinned = any(where.folders()) or any(where.elsewhere())
+        pinned = where.home.is_dir() or any(where.elsewhere())
     except OSError:
         return True
     return pinned or not presence.lacks(presence.BESIDE_PROGRAMS)

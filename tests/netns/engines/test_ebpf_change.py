@@ -17,6 +17,7 @@ from tpctl.bpf.programs import PROGRAMS
 from tpctl.engines.ebpf import companion, installed
 from tpctl.engines.ebpf import place as ebpf_place
 from tpctl.engines.ebpf.engine import load
+from tpctl.engines.nftables import nft
 from tpctl.host import cgroups
 from tpctl.rehearsal.cgroup import OwnPlace, enter, group
 from tpctl.rehearsal.layout import HOST
@@ -28,7 +29,7 @@ from tpctl.spec.policy import (
     VirtualNetwork,
     WhenProxyDown,
 )
-from tpctl.system.errors import ApplyError, HostError, InputError
+from tpctl.system.errors import ApplyError, HalfDoneError, HostError, InputError
 
 pytestmark = pytest.mark.root
 
@@ -128,10 +129,25 @@ def test_programs_that_are_refused_leave_the_table_as_it_was(scene: Scene, monke
     for policy in (replace(with_network, outbound=Outbound(port=15011)), PLAIN):
         with monkeypatch.context() as patch:
             patch.setattr(syscall, "replace", refuse)
-            with pytest.raises(ApplyError, match="as it was before"):
+            with pytest.raises(ApplyError, match="as they were before"):
                 scene.apply(policy)
         with scene.lab.inside(HOST):
             assert scene.engine.inspect(plan).drift == ()
+
+
+def test_a_table_that_cannot_be_put_back_is_told(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_network = replace(PLAIN, virtual_networks=(VirtualNetwork("br0", ip_network("172.30.0.0/16")),))
+    scene.apply(with_network)
+
+    with monkeypatch.context() as patch:
+
+        def refuse_from_now_on(*_: object) -> None:
+            patch.setattr(nft, "held", refuse)
+            refuse()
+
+        patch.setattr(syscall, "replace", refuse_from_now_on)
+        with pytest.raises(HalfDoneError, match=r"nf_tables back failed too: Operation not permitted.*tpctl status"):
+            scene.apply(replace(with_network, outbound=Outbound(port=15011)))
 
 
 def refuse(*_: object) -> None:
@@ -152,7 +168,7 @@ def test_replacing_changes_everything_or_nothing(scene: Scene, monkeypatch: pyte
         real(link, program)
 
     monkeypatch.setattr(syscall, "replace", failing)
-    with pytest.raises(ApplyError, match=r"connect6.*as it was before|connect6"):
+    with pytest.raises(ApplyError, match=r"connect6.*as they were before"):
         scene.apply(replace(PLAIN, outbound=Outbound(port=10001)))
     monkeypatch.undo()
     with scene.lab.inside(HOST):

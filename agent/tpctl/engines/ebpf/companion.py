@@ -21,11 +21,13 @@ from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Cgroup, Dns, Inbound, Outbound, Policy, PortRange
 from tpctl.spec.ssh_guard import captures
 from tpctl.system import memory
-from tpctl.system.errors import HostError
+from tpctl.system.errors import ApplyError, HalfDoneError, HostError, described
 
 TABLE = f"{FAMILY} {NAME}_ebpf"
 INVALID_PACKETS = "invalid packets"
 GUARD = "the guard of the data plane's own ports"
+_ATTEMPTS = 2
+"""To put the table back: the first child may have been killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,8 @@ def _purposes(policy: Policy, chooses_sockets: bool) -> Iterator[str]:
 def put(wanted: Companion | None) -> Iterator[None]:
     """Put the table in place before the block, or take it away after it; as it was before when the block fails.
 
-    Raises HostError when nf_tables does not work here, ApplyError when it refuses; nothing was changed then.
+    Raises HostError when nf_tables does not work here, ApplyError when it refuses; nothing was changed then. Raises
+    HalfDoneError when the block fails and the table cannot be put back.
     """
     engine = _engine(wanted)
     before = _text(engine) if engine else None
@@ -153,14 +156,34 @@ def put(wanted: Companion | None) -> Iterator[None]:
         engine.apply(engine.fitted(wanted.plan))
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         memory.give_back()
-        if engine and wanted:
-            with suppress(Exception):  # why the block failed is what the user has to know
-                engine.nft.execute(f"delete table {TABLE}\n{before or ''}")
+        stays = _put_back(engine, before) if engine and wanted else ""
+        if stays and isinstance(error, Exception):
+            raise HalfDoneError(f"{described(error)}. {stays}") from error
         raise
     if engine and before is not None and not wanted:
         engine.remove(draining=False)
+
+
+def _put_back(engine: NftablesEngine, before: str | None) -> str:
+    """Make the table what it was; what cannot be done is handed back in words."""
+    failed = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            gone = f"delete table {TABLE}\n" if nft.held(engine.nft, TABLE) is not None else ""
+            if lines := gone + (before or ""):
+                engine.nft.execute(lines)
+        except Exception as error:  # noqa: BLE001 - why the block failed is what the user has to know, too
+            failed = described(error)
+            if isinstance(error, ApplyError):  # it took its time, and would again
+                break
+        else:
+            return ""
+    return (
+        f"Putting the table {TABLE} of nf_tables back failed too: {failed}. Run `tpctl uninstall`, then look at "
+        "`tpctl status`"
+    )
 
 
 def _engine(wanted: Companion | None) -> NftablesEngine | None:

@@ -171,7 +171,7 @@ def _undone(undo: ExitStack) -> str:
             f"Taking the others back failed in part: {failed.strerror}. Run `tpctl uninstall`, then look at "
             "`tpctl status`"
         )
-    return "Everything is as it was before"
+    return "The programs are as they were before"
 
 
 def _put_back(old: Attached) -> None:

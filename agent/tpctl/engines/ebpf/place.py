@@ -60,14 +60,19 @@ class Place:
         return cgroups.root() / cgroup.path if cgroup else self.top
 
     @property
+    def home(self) -> Path:
+        """The folder of all pins. It goes with the last of them; a tpctl that was killed may leave it empty."""
+        return self.bpffs / _OURS
+
+    @property
     def folder(self) -> Path:
         """The pins of this network namespace."""
-        return self.bpffs / _OURS / netns().key
+        return self.home / netns().key
 
     def make_folder(self) -> Path:
         """Its folder, made if need be; only root may look into it. Raises ApplyError."""
         try:
-            for directory in (self.bpffs / _OURS, self.folder):
+            for directory in (self.home, self.folder):
                 private_folder.prepare(directory, 0o700)
         except OSError as error:
             raise ApplyError(f"{self.folder} cannot be made: {error.strerror}. Nothing was changed") from error
@@ -82,8 +87,7 @@ class Place:
 
     def folders(self) -> Iterator[Path]:
         """The pins of every network namespace, dead ones too."""
-        ours = self.bpffs / _OURS
-        return iter(sorted(ours.iterdir())) if ours.is_dir() else iter(())
+        return iter(sorted(self.home.iterdir())) if self.home.is_dir() else iter(())
 
 
 def _device(path: Path) -> int | None:

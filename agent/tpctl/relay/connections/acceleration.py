@@ -28,6 +28,7 @@ from typing import NamedTuple
 from tpctl.bpf import syscall
 from tpctl.relay.connections.pump import DONE, END, READ, SENT, Flow, PipePool
 from tpctl.relay.connections.sockmap import Sockmap
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.loop import Loop
 
 ENOUGH = 64
@@ -60,7 +61,7 @@ class ChattyFlow(Flow):
 
     __slots__ = ("_small",)
 
-    def __init__(self, source: socket.socket, sink: socket.socket, buffer: memoryview, pool: PipePool) -> None:
+    def __init__(self, source: Socket, sink: Socket, buffer: memoryview, pool: PipePool) -> None:
         super().__init__(source, sink, buffer, pool)
         self._small = 0
 
@@ -161,12 +162,12 @@ class _Info(NamedTuple):
     """Bytes that have come in order, the FIN counted as one."""
 
     @classmethod
-    def of(cls, sock: socket.socket) -> _Info:
+    def of(cls, sock: Socket) -> _Info:
         """Raises OSError."""
         return cls(*_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)))
 
 
-def _queued(sock: socket.socket, request: int) -> int:
+def _queued(sock: Socket, request: int) -> int:
     """Bytes that have come and were not read, or were written and are not acknowledged."""
     raw: bytes = fcntl.ioctl(sock, request, bytes(4))
     return int.from_bytes(raw, "little")

@@ -9,6 +9,7 @@ from functools import partial
 from select import EPOLLIN
 from typing import Any
 
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.loop import EXHAUSTED, Loop, Timer
 
@@ -28,7 +29,7 @@ class Acceptor:
         self,
         loop: Loop,
         complaints: Complaints,
-        accepted: Callable[[socket.socket, Any, str], None],
+        accepted: Callable[[Socket, Any, str], None],
         is_full: Callable[[str], str | None],
     ) -> None:
         """`is_full` says why no further connection may be accepted for a listener, and None when one may."""
@@ -36,14 +37,14 @@ class Acceptor:
         self._complaints = complaints
         self._accepted = accepted
         self._is_full = is_full
-        self._sockets: dict[socket.socket, str] = {}
-        self._families: dict[socket.socket, int] = {}
-        self._resting: set[socket.socket] = set()
+        self._sockets: dict[Socket, str] = {}
+        self._families: dict[Socket, int] = {}
+        self._resting: set[Socket] = set()
         self._pause: Timer | None = None
         self.paused: Callable[[], None] | None = None
         """Called when accepting is paused."""
 
-    def listen(self, sock: socket.socket, name: str) -> None:
+    def listen(self, sock: Socket, name: str) -> None:
         """Accept the connections of a listening socket. Once more for the same socket, to give it another name."""
         is_new = sock not in self._sockets
         self._sockets[sock] = name
@@ -51,7 +52,7 @@ class Acceptor:
         if is_new:
             self._watch(sock)
 
-    def leave(self, sock: socket.socket) -> None:
+    def leave(self, sock: Socket) -> None:
         """Accept no more of its connections; they wait for whoever else has the socket. It is closed here."""
         self._sockets.pop(sock)
         self._families.pop(sock)
@@ -70,10 +71,10 @@ class Acceptor:
         for sock in tuple(self._sockets):
             self.leave(sock)
 
-    def _watch(self, sock: socket.socket) -> None:
+    def _watch(self, sock: Socket) -> None:
         self._loop.watch(sock.fileno(), _WATCHED, partial(self._on_waiting, sock))
 
-    def _on_waiting(self, sock: socket.socket, _mask: int) -> None:
+    def _on_waiting(self, sock: Socket, _mask: int) -> None:
         for _ in range(_BATCH):
             reason = self._is_full(self._sockets[sock])
             if reason is not None:
@@ -83,7 +84,7 @@ class Acceptor:
             if not self._accept_one(sock):
                 return
 
-    def _accept_one(self, sock: socket.socket) -> bool:
+    def _accept_one(self, sock: Socket) -> bool:
         """Whether another connection may be waiting."""
         try:
             # Not accept(): that converts the family and the type of the listener to enumerations every time.
@@ -96,7 +97,7 @@ class Acceptor:
                 self._rest(self._sockets)
                 return False
             return True  # the client has gone already (accept(2))
-        client = socket.socket(self._families[sock], socket.SOCK_STREAM, 0, descriptor)
+        client = Socket(self._families[sock], socket.SOCK_STREAM, 0, descriptor)
         try:
             self._accepted(client, peer, self._sockets[sock])
         except OSError:
@@ -106,11 +107,11 @@ class Acceptor:
             self._loop.contain(error, self._accepted)
         return True
 
-    def break_off(self, _error: Exception, sock: socket.socket) -> None:
+    def break_off(self, _error: Exception, sock: Socket) -> None:
         """Pause because of an error that nobody expected (`Loop.contain`)."""
         self._rest((sock,))
 
-    def _rest(self, sockets: Iterable[socket.socket]) -> None:
+    def _rest(self, sockets: Iterable[Socket]) -> None:
         """Stop accepting for a moment: the waiting connections would wake the loop over and over."""
         for sock in sockets:
             if sock not in self._resting:

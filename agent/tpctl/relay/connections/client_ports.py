@@ -13,6 +13,7 @@ import random
 import socket
 
 from tpctl.relay.connections.socket_options import make_transparent
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.original_destination import Destination
 from tpctl.relay.loop.sock_diag import is_connected
 
@@ -30,7 +31,7 @@ class NoPortError(OSError):
     """The port that was bound is one of the client's own: another socket has to be tried."""
 
 
-def bind(sock: socket.socket, host: str, destination: Destination) -> None:
+def bind(sock: Socket, host: str, destination: Destination) -> None:
     """Give a socket a client's address, and a port that the client does not have towards the destination.
 
     Raises NoPortError when another socket may have more luck, OSError when the kernel refuses.
@@ -49,7 +50,7 @@ def bind(sock: socket.socket, host: str, destination: Destination) -> None:
         raise NoPortError(errno.EADDRNOTAVAIL, "the client has a connection of the same port")
 
 
-def bind_privileged(sock: socket.socket) -> None:
+def bind_privileged(sock: Socket) -> None:
     """Give a socket a port below 1024, if this process may; else the kernel chooses at connect()."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ports of ended connections (TIME_WAIT) will do
     for port in random.sample(_CLIENTS_PRIVILEGED, _TRIES):

@@ -28,6 +28,7 @@ from tpctl.relay.connections.plan import Context, Plan, UpstreamTls
 from tpctl.relay.connections.pump import DONE, END, READ, WRITE, Flow, Wish
 from tpctl.relay.connections.socket_options import keep_alive
 from tpctl.relay.connections.states import Ending, State
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.failures import shown
 from tpctl.relay.loop.original_destination import Destination
 
@@ -48,14 +49,14 @@ class Connection:
         "_shaking", "_since", "_up", "_upstream", "_upstream_mask", "ending", "error", "state",
     )  # fmt: skip
 
-    def __init__(self, context: Context, client: socket.socket, plan: Plan, done: Callable[[Connection], None]) -> None:
+    def __init__(self, context: Context, client: Socket, plan: Plan, done: Callable[[Connection], None]) -> None:
         self._context = context
         self._client = client
         self._plan = plan
         self._done = done
         self.state = State.DIALLING
         self._dialling = Dialling(context.exchange, plan.dials, plan.deadlines, self._on_reached, self._on_failed)
-        self._upstream: socket.socket | None = None
+        self._upstream: Socket | None = None
         self._shaking: Handshake | None = None
         self._up: AnyFlow | None = None
         self._down: AnyFlow | None = None
@@ -135,7 +136,7 @@ class Connection:
     def _on_failed(self, error: OSError) -> None:
         self.reset(error, Ending.NOT_REACHED)
 
-    def _on_reached(self, upstream: socket.socket) -> None:
+    def _on_reached(self, upstream: Socket) -> None:
         self._upstream = upstream
         self._since = time.monotonic()
         if self._plan.reached is not None:
@@ -153,7 +154,7 @@ class Connection:
             self._down = kind(upstream, self._client, self._context.buffer, self._context.pool)
             self._begin(upstream)
 
-    def _shake_hands(self, upstream: socket.socket, secure: UpstreamTls) -> None:
+    def _shake_hands(self, upstream: Socket, secure: UpstreamTls) -> None:
         """Begin TLS with the upstream; whoever it is must show a certificate before it hears of the client's bytes."""
         name = secure.tls.server_name or self._dialling.destination.host
 
@@ -183,7 +184,7 @@ class Connection:
             self.reset(error, self._who_reset())
         self._arm()
 
-    def _begin(self, upstream: socket.socket) -> None:
+    def _begin(self, upstream: Socket) -> None:
         """Wait for bytes of either side."""
         self.state = State.RELAYING
         loop = self._context.exchange.loop
@@ -195,7 +196,7 @@ class Connection:
             loop.change(self._client.fileno(), EPOLLIN)
         self._client_mask = EPOLLIN
 
-    def _announce(self, upstream: socket.socket) -> bool:
+    def _announce(self, upstream: Socket) -> bool:
         """Whether the upstream has taken the header: a socket that has just been connected has room for it."""
         try:
             if upstream.send(self._plan.header) == len(self._plan.header):
@@ -232,9 +233,7 @@ class Connection:
         self._upstream_mask = self._on_event(mask, self._upstream, self._upstream_mask, (self._down, self._up))
         self._arm()
 
-    def _on_event(
-        self, mask: int, sock: socket.socket, watched: int, flows: tuple[AnyFlow | None, AnyFlow | None]
-    ) -> int:
+    def _on_event(self, mask: int, sock: Socket, watched: int, flows: tuple[AnyFlow | None, AnyFlow | None]) -> int:
         """Move what the event allows; hands back what to watch the socket for. `flows`: what reads it and writes it."""
         reads, writes = flows
         try:
@@ -260,7 +259,7 @@ class Connection:
             self.reset(error, self._who_reset())
         return watched
 
-    def _look_away(self, sock: socket.socket) -> int:
+    def _look_away(self, sock: Socket) -> int:
         self._context.exchange.loop.forget(sock.fileno())
         return _UNWATCHED
 
@@ -318,7 +317,7 @@ class Connection:
             self.reset(error, self._who_reset())
         self._arm()
 
-    def _watch(self, sock: socket.socket, watched: int, wanted: int, handler: Callable[[int], None]) -> int:
+    def _watch(self, sock: Socket, watched: int, wanted: int, handler: Callable[[int], None]) -> int:
         if watched != _UNWATCHED:
             self._context.exchange.loop.change(sock.fileno(), wanted)
         elif wanted:
@@ -338,7 +337,7 @@ class Connection:
             if flow is not None:
                 loop.attempt(flow.abandon)
         loop.attempt(self._dialling.close)
-        loop.close(self._client)
+        loop.hang_up(self._client)
         self._done(self)
         # What refers to each other is taken apart, so that it goes at once, without the garbage collector.
         self._up = self._down = self._shaking = None

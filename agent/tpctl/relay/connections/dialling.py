@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from select import EPOLLOUT
+from select import EPOLLERR, EPOLLHUP, EPOLLOUT
 from typing import NamedTuple
 
 from tpctl.relay.connections import client_ports
@@ -16,6 +16,7 @@ from tpctl.relay.connections.dials import Dial
 from tpctl.relay.connections.held_ports import HeldPorts
 from tpctl.relay.connections.hops import Hops, Link
 from tpctl.relay.loop import sock_diag
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.failures import shown
 from tpctl.relay.loop.loop import Loop
@@ -27,11 +28,12 @@ IP_BIND_ADDRESS_NO_PORT = 24
 _INFO = struct.Struct("=44xI4xI72xQ")
 """linux/tcp.h, struct tcp_info: tcpi_last_data_sent and tcpi_last_data_recv, milliseconds ago, both since the beginning
 while there was none; tcpi_bytes_received."""
+_FAILED = EPOLLERR | EPOLLHUP
 _SAME_TIME_MS = 50
 _INTERRUPTED_SECONDS, _LOOKS = 0.01, 10
 
 
-def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
+def are_one(dial: Socket, accepted: Socket) -> bool:
     """Whether an accepted socket is the far end of our own dial, whose ends its own name already shows.
 
     The name is no proof: two connections of one client port to different servers are redirected to the same listener,
@@ -44,7 +46,7 @@ def are_one(dial: socket.socket, accepted: socket.socket) -> bool:
         return False
 
 
-def is_of_this_relay(link: Link, accepted: socket.socket) -> bool:
+def is_of_this_relay(link: Link, accepted: Socket) -> bool:
     """The same for a dial of another worker, which `Hops` knows by these ends: its socket is asked of the kernel.
 
     An application may have taken the port when the dial had just ended. But its socket belongs to another user.
@@ -61,7 +63,7 @@ def is_of_this_relay(link: Link, accepted: socket.socket) -> bool:
         return False
 
 
-def _began_together(dial: Callable[[], bytes], accepted: socket.socket) -> bool:
+def _began_together(dial: Callable[[], bytes], accepted: Socket) -> bool:
     """Whether an accepted socket was established when a dial was, whose tcp_info shows no answer.
 
     The kernel says how long ago. So it is asked again about both when this process was interrupted between the two.
@@ -88,7 +90,7 @@ class OwnDial(NamedTuple):
     one. The application's socket is gone, so the kernel may well choose its port for a dial of the relay.
     """
 
-    socket: socket.socket
+    socket: Socket
     dial: Dial
 
 
@@ -119,7 +121,7 @@ class Dialling:
         exchange: Exchange,
         dials: Sequence[Dial],
         deadlines: Deadlines[Dialling],
-        reached: Callable[[socket.socket], None],
+        reached: Callable[[Socket], None],
         failed: Callable[[OSError], None],
     ) -> None:
         self._exchange = exchange
@@ -128,7 +130,7 @@ class Dialling:
         self._reached = reached
         self._failed = failed
         self._attempt = 0
-        self._socket: socket.socket | None = None
+        self._socket: Socket | None = None
         self._link: Link | None = None
 
     @property
@@ -190,10 +192,10 @@ class Dialling:
         self._exchange.own_dials[link] = OwnDial(upstream, dial)
         self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
 
-    def _bound(self, dial: Dial) -> tuple[socket.socket, Destination]:
+    def _bound(self, dial: Dial) -> tuple[Socket, Destination]:
         """A socket, and what to dial with it."""
         for left in reversed(range(client_ports.SOCKETS)):
-            upstream = socket.socket(dial.destination.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            upstream = Socket(dial.destination.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._socket = upstream
             upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -204,7 +206,7 @@ class Dialling:
                     raise
         raise AssertionError("unreachable")
 
-    def _bind(self, upstream: socket.socket, dial: Dial) -> Destination:
+    def _bind(self, upstream: Socket, dial: Dial) -> Destination:
         """Choose the source address; returns what to dial from there."""
         if dial.source is None:
             if dial.privileged:
@@ -225,11 +227,11 @@ class Dialling:
             return dial.substitute
         return dial.destination
 
-    def _on_event(self, _mask: int) -> None:
+    def _on_event(self, mask: int) -> None:
         upstream = self._socket
         assert upstream is not None
         self._deadlines.discard(self)
-        code = upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        code = upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if mask & _FAILED else 0
         if code:
             self._drop()
             self._next(OSError(code, os.strerror(code)))
@@ -243,5 +245,5 @@ class Dialling:
             self._exchange.hops.forget(self._link)
             self._link = None
         if self._socket is not None:
-            self._exchange.loop.close(self._socket)
+            self._exchange.loop.hang_up(self._socket)
             self._socket = None

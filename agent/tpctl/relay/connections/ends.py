@@ -6,12 +6,12 @@ OpenSSL works on memory here (SSLObject), not on the socket: so one direction ca
 from __future__ import annotations
 
 import contextlib
-import socket
 import ssl
 from typing import Protocol
 
 from tpctl.relay.connections.pump import end_stream
 from tpctl.relay.connections.tls import ChainTooLongError, Tls, check_depth
+from tpctl.relay.loop.bare_socket import Socket
 
 _CHUNK = 64 * 1024
 _RECORD = 16 * 1024
@@ -42,7 +42,7 @@ class End(Protocol):
 class PlainEnd:
     """A socket as it is."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Socket) -> None:
         self._socket = sock
         self._unsent = b""
         self._closing = False
@@ -78,7 +78,7 @@ class PlainEnd:
 class TlsEnd:
     """A socket with TLS on it. A stream that ends without a close_notify was cut off, and is an error."""
 
-    def __init__(self, sock: socket.socket, tls: Tls, server_name: str | None = None) -> None:
+    def __init__(self, sock: Socket, tls: Tls, server_name: str | None = None) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = tls

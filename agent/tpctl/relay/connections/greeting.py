@@ -8,6 +8,7 @@ from select import EPOLLIN
 
 from tpctl.relay.connections.proxy_protocol import HeaderReader, MalformedHeaderError
 from tpctl.relay.connections.route import Refusal
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.loop import Loop
 
 _AT_ONCE = 2048
@@ -19,7 +20,7 @@ class Greeting:
 
     __slots__ = ("_done", "_loop", "_socket", "reader")
 
-    def __init__(self, loop: Loop, client: socket.socket, done: Callable[[Refusal | None], None]) -> None:
+    def __init__(self, loop: Loop, client: Socket, done: Callable[[Refusal | None], None]) -> None:
         self._loop = loop
         self._socket = client
         self._done = done

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from collections.abc import Callable
 from select import EPOLLIN, EPOLLOUT
 
 from tpctl.relay.connections.ends import TlsEnd
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.failures import shown
 from tpctl.relay.loop.loop import Loop
 
@@ -18,7 +18,7 @@ class Handshake:
 
     __slots__ = ("_done", "_loop", "_socket", "end")
 
-    def __init__(self, loop: Loop, sock: socket.socket, end: TlsEnd, done: Callable[[OSError | None], None]) -> None:
+    def __init__(self, loop: Loop, sock: Socket, end: TlsEnd, done: Callable[[OSError | None], None]) -> None:
         self._loop = loop
         self._socket = sock
         self._done: Callable[[OSError | None], None] | None = done

@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.descriptors import SPARE, unlimited
 from tpctl.relay.loop.shares import Shares
 
@@ -103,7 +104,7 @@ class Wish(enum.IntEnum):
 READ, WRITE, DONE, END, SENT = Wish
 
 
-def end_stream(sock: socket.socket) -> None:
+def end_stream(sock: Socket) -> None:
     """Send the end of a stream to a peer, unless that has gone: whether it was still needed is found out elsewhere."""
     try:
         sock.shutdown(socket.SHUT_WR)
@@ -117,7 +118,7 @@ class Flow:
 
     __slots__ = ("_buffer", "_bulk", "_held", "_in_pipe", "_pipe", "_pool", "moved", "sink", "source", "wish")
 
-    def __init__(self, source: socket.socket, sink: socket.socket, buffer: memoryview, pool: PipePool) -> None:
+    def __init__(self, source: Socket, sink: Socket, buffer: memoryview, pool: PipePool) -> None:
         self.source = source
         self.sink = sink
         self._buffer = buffer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from tpctl.relay.connections.handshake import Handshake
 from tpctl.relay.connections.proxy_protocol import Header
 from tpctl.relay.connections.route import Peer, Refusal, Route
 from tpctl.relay.connections.tls import Tls
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.failures import shown
 from tpctl.relay.loop.loop import Loop
@@ -54,7 +54,7 @@ class Guest:
         "use",
     )
 
-    def __init__(self, sock: socket.socket, route: Route, peer: Peer, destination: Destination) -> None:
+    def __init__(self, sock: Socket, route: Route, peer: Peer, destination: Destination) -> None:
         self.socket = sock
         self.route = route
         self.peer = peer
@@ -84,7 +84,7 @@ class Guest:
         """For a dial of the relay's own that the kernel has brought back: what to dial once more, and nothing else."""
 
     @classmethod
-    def accepted(cls, sock: socket.socket, name: Any, route: Route) -> Guest:
+    def accepted(cls, sock: Socket, name: Any, route: Route) -> Guest:
         """With what the kernel knows of it; `name` is what accept() returned. Raises OSError if it has gone."""
         if isinstance(name, tuple):
             guest = cls(sock, route, Peer(unmapped(name[0]), name[1]), recover(sock, name[0]))

@@ -15,6 +15,7 @@ from tpctl.relay.connections.dials import Dial, SelfDialGuard
 from tpctl.relay.connections.hops import Hops, Link
 from tpctl.relay.connections.proxy_protocol import Header
 from tpctl.relay.connections.tls import ListenerTls
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.original_destination import Destination
 from tpctl.relay.settings.access import is_metadata, reaches_loopback_from_afar, reaches_neighbours_from_afar
 from tpctl.relay.settings.model import FixedAddress, ListenerSettings, Role, ServicePorts, Source
@@ -125,7 +126,7 @@ class Route:
             or Refusal.NO_UPSTREAM
         )
 
-    def brought_back(self, peer: Peer, destination: Destination, accepted: socket.socket) -> tuple[Dial | None, int]:
+    def brought_back(self, peer: Peer, destination: Destination, accepted: Socket) -> tuple[Dial | None, int]:
         """The dial of the relay whose far end a connection is, as it is to be dialled again; None for all others.
 
         The bytes it brings have been through everything already: access rules, PROXY protocol, TLS. Beside it, how

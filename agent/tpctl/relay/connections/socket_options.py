@@ -6,6 +6,7 @@ import contextlib
 import socket
 from pathlib import Path
 
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.settings.listen import MAX_KEEPALIVE, Keepalive
 
 IP_TRANSPARENT = 19
@@ -13,7 +14,7 @@ IPV6_TRANSPARENT = 75
 """linux/in.h, linux/in6.h."""
 
 
-def keep_alive(sock: socket.socket, keepalive: Keepalive) -> None:
+def keep_alive(sock: Socket, keepalive: Keepalive) -> None:
     """Set the TCP keep-alive of a socket. What is not given becomes the kernel's, whatever it was before."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, keepalive.on)
     for option, given, name, most in (
@@ -27,12 +28,12 @@ def keep_alive(sock: socket.socket, keepalive: Keepalive) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, min(value, most))
 
 
-def is_transparent(sock: socket.socket) -> bool:
+def is_transparent(sock: Socket) -> bool:
     """Whether a socket may have an address of somebody else. IPv4 and IPv6 share the flag."""
     return bool(sock.getsockopt(socket.SOL_IP, IP_TRANSPARENT))
 
 
-def make_transparent(sock: socket.socket) -> None:
+def make_transparent(sock: Socket) -> None:
     """Let a socket have an address of somebody else. Needs CAP_NET_ADMIN or CAP_NET_RAW."""
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)

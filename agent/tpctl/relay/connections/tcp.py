@@ -23,6 +23,7 @@ from tpctl.relay.connections.route import Refusal, Route
 from tpctl.relay.connections.states import Ending
 from tpctl.relay.connections.tally import Tally
 from tpctl.relay.loop.arrival import is_from_this_host
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.descriptors import A_CONNECTION, INBOUND, OUTBOUND, OUTBOUND_OF_OTHERS
@@ -112,7 +113,7 @@ class TcpRelay:
             return LIMIT_REACHED
         return None if self._room.has_room(_USES[route.settings.role], A_CONNECTION) else OUT_OF_ROOM
 
-    def _on_accepted(self, client: socket.socket, name: Any, listener: str) -> None:
+    def _on_accepted(self, client: Socket, name: Any, listener: str) -> None:
         route = self._routes[listener]
         self._counts.add(route.slot, tally.ACCEPTED)
         guest = Guest.accepted(client, name, route)
@@ -193,7 +194,7 @@ class TcpRelay:
             return
         if guest.socket.family != socket.AF_UNIX:
             guest.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-        self._loop.close(guest.socket)
+        self._loop.hang_up(guest.socket)
         self._counts.add(guest.route.slot, tally.REFUSED[why])
         name, client, destination = guest.route.settings.name, str(guest.peer), str(guest.destination)
         self._complaints.warn(why, listener=name, client=client, destination=destination, reason=reason)

@@ -15,6 +15,7 @@ from tpctl.relay.dns.message import Rcode
 from tpctl.relay.dns.tcp_upstream import LENGTH_SIZE, Shared, TcpUpstream, framed, take_frame
 from tpctl.relay.dns.waiting import OF_OTHERS, OWN
 from tpctl.relay.loop.arrival import is_from_this_host
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.descriptors import A_CONNECTION, DNS, DNS_OF_OTHERS
 from tpctl.relay.loop.loop import Timer
@@ -48,7 +49,7 @@ class DnsStream:
     """The connection of one client."""
 
     def __init__(
-        self, streams: DnsStreams, client: socket.socket, source: Source, shared: Shared, local_answer: LocalAnswer
+        self, streams: DnsStreams, client: Socket, source: Source, shared: Shared, local_answer: LocalAnswer
     ) -> None:
         self._streams = streams
         self.source = source
@@ -290,7 +291,7 @@ class DnsStreams:
         if self.idle is not None and not self.busy:
             self.idle()
 
-    def _serve(self, client: socket.socket, peer: tuple[str, int], name: str) -> None:
+    def _serve(self, client: Socket, peer: tuple[str, int], name: str) -> None:
         host = unmapped(peer[0])
         if not self._allows[name](host):
             client.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 from tpctl.relay.connections.acceptor import LIMIT_REACHED, Acceptor
 from tpctl.relay.figures.metrics import CONTENT_TYPE
+from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.loop import Loop
@@ -34,7 +35,7 @@ class _Client:
 
     __slots__ = ("answer", "request", "socket")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Socket) -> None:
         self.socket = sock
         self.request = b""
         self.answer = b""
@@ -81,7 +82,7 @@ class MetricsServer:
     def _is_full(self, _name: str) -> str | None:
         return LIMIT_REACHED if len(self._clients) >= MAX_CLIENTS else None
 
-    def _on_accepted(self, sock: socket.socket, _peer: Any, _name: str) -> None:
+    def _on_accepted(self, sock: Socket, _peer: Any, _name: str) -> None:
         sock.setblocking(False)
         client = _Client(sock)
         self._loop.watch(sock.fileno(), EPOLLIN, partial(self._on_event, client))

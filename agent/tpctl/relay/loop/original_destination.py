@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tpctl.relay.loop.arrival import interface_of
+from tpctl.relay.loop.bare_socket import Socket
 
 SO_ORIGINAL_DST = 80
 """linux/netfilter_ipv4.h; an option of SOL_IP."""
@@ -96,7 +97,7 @@ def from_socket_name(name: tuple[str, int] | tuple[str, int, int, int]) -> Desti
     return Destination(host.partition("%")[0], port, socket.AF_INET6, name[3] if len(name) == 4 else 0)
 
 
-def recover(connection: socket.socket, peer_host: str) -> Destination:
+def recover(connection: Socket, peer_host: str) -> Destination:
     """Where the client of an accepted connection wanted to go; `peer_host` is its address as accept() returned it.
 
     A connection that nobody redirected was going to the address it arrived at: a direct hit on the listener, TPROXY,
@@ -109,7 +110,7 @@ def recover(connection: socket.socket, peer_host: str) -> Destination:
     return found
 
 
-def _recover(connection: socket.socket, peer_host: str) -> Destination:
+def _recover(connection: Socket, peer_host: str) -> Destination:
     try:
         # The kernel keeps the two families' translations apart, and a dual-stack socket has connections of both.
         if ":" not in peer_host or is_mapped(peer_host):

@@ -54,6 +54,7 @@ class Successor:
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Until the handlers of this process are gone, which would take a signal and do nothing.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        loop.share()
         self._pid = os.fork()
         if self._pid == 0:
             _become_successor(sockets, writer, sockmap or ())
@@ -69,6 +70,7 @@ class Successor:
 
     def _on_word(self, _mask: int) -> None:
         word = os.read(self._reader, _MAX_WORD)
+        self._loop.be_alone()
         self._loop.forget(self._reader)
         os.close(self._reader)
         self._timer.cancel()

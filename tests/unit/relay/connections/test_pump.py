@@ -142,3 +142,43 @@ def test_a_socket_closed_in_a_batch_gets_no_more_events_and_keeps_its_descriptor
     assert all(near.fileno() == -1 for near, _ in pairs)
     for _, far in pairs:
         far.close()
+
+
+def test_a_socket_that_was_hung_up_while_another_process_has_it_is_told_of_no_more(loop: Loop) -> None:
+    # By its number, which is another socket's by then.
+    before, after = socket.socketpair(), socket.socketpair()
+    numbers = [before[0].fileno(), after[0].fileno()]
+    copies = [before[0].dup(), after[0].dup()]  # as a process that was forked has them
+    handled: list[int] = []
+
+    def hang_up() -> None:
+        loop.hang_up(before[0])
+        loop.share()
+        loop.hang_up(after[0])
+
+    def reuse() -> None:
+        for number, (_, far) in zip(numbers, (before, after), strict=True):
+            loop._handlers[number] = handled.append
+            far.close()
+        loop.later(0.05, loop.stop)
+
+    for near, _ in (before, after):
+        loop.watch(near.fileno(), select.EPOLLIN, handled.append)
+    loop.later(0.0, hang_up)
+    loop.later(0.01, reuse)
+    loop.run()
+    assert handled == []
+    for copy in copies:
+        copy.close()
+
+
+def test_a_socket_that_was_hung_up_is_closed_and_told_of_no_more(loop: Loop) -> None:
+    near, far = socket.socketpair()
+    handled: list[int] = []
+    loop.watch(near.fileno(), select.EPOLLIN, handled.append)
+    loop.later(0.0, lambda: loop.hang_up(near))
+    loop.later(0.01, far.close)
+    loop.later(0.02, loop.stop)
+    loop.run()
+    assert near.fileno() == -1
+    assert handled == []

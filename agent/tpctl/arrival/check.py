@@ -218,7 +218,15 @@ def _results(sender: Sender, probes: tuple[Probe, ...], known: _KnownPorts, aliv
         second = _once_more(sender, [results[at].probe for at in lost], known, alive)
         for at, result in zip(lost, second, strict=True):
             results[at] = result
-    return tuple(results)
+    return tuple(_explained(one) for one in results)
+
+
+def _explained(result: Result) -> Result:
+    if result.outcome.fate is not Fate.PASSED_BY or result.finding:
+        return result
+    from tpctl.arrival.diagnosis import why_passed_by
+
+    return dataclasses.replace(result, finding=why_passed_by(result.probe))
 
 
 def _once_more(sender: Sender, lost: list[Probe], known: _KnownPorts, alive: int) -> Iterator[Result]:

@@ -51,6 +51,16 @@ def diagnose(lost: Sequence[Probe], again: Again) -> tuple[Finding | None, ...]:
     return tuple(found)
 
 
+def why_passed_by(probe: Probe) -> Finding | None:
+    """A rule that keeps a connection from being translated, by what it says."""
+    record = state.load()
+    if record is None:
+        return None
+    trip = journey.of_connection(probe.connection, probe.expected, record.options.engine, record.policy.proxy_uid)
+    found = obstacles.on_the_way(foreign_tables.foreign_tables(), trip, with_nat=False)
+    return next((_finding(one) for one in found if one.verdict is Verdict.UNTRACK and one.extent is Matching.ALL), None)
+
+
 class _Watch:
     """What was seen while the probes were sent once more."""
 
@@ -89,9 +99,10 @@ class _Diagnosis:
         self.watch = watch
 
     def foreseen(self, tables: Sequence[Table]) -> Finding | None:
-        """A rule that certainly takes the packet, by what it says."""
-        ends = (one for one in obstacles.on_the_way(tables, self.trip, with_nat=False) if one.verdict in ENDS)
-        return next((_finding(one) for one in ends if one.extent is Matching.ALL), None)
+        """A rule that certainly takes the packet, or keeps it from being translated, by what it says."""
+        found = obstacles.on_the_way(tables, self.trip, with_nat=False)
+        likely = (one for one in found if one.verdict in ENDS | {Verdict.UNTRACK})
+        return next((_finding(one) for one in likely if one.extent is Matching.ALL), None)
 
     def watched(self) -> Finding | None:
         """What took it."""
@@ -160,8 +171,7 @@ class _Diagnosis:
 
 
 def _finding(found: Obstacle) -> Finding:
-    verb = "rejects" if found.verdict is Verdict.REJECT else "drops"
-    return Finding(f"{found.place.text} {verb} {found.packet.what}", str(found.owner), advice(found))
+    return Finding(f"{found.place.text} {found.does}", str(found.owner), advice(found))
 
 
 def _addresses(probe: Probe) -> tuple[Address, ...]:

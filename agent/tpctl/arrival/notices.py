@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tpctl.arrival import bans, beside, obstacles
+from tpctl.arrival import bans, beside, obstacles, untracked
 from tpctl.arrival.journey import Trip, Way, of_connection
 from tpctl.arrival.obstacles import Obstacle, advice
 from tpctl.arrival.owners import Owner, owner_of
 from tpctl.arrival.packets import Matching
 from tpctl.engines import foreign_tables
 from tpctl.engines.foreign import Place, Table, Verdict
-from tpctl.host import interfaces
+from tpctl.host import interfaces, routes
 from tpctl.spec.connection import Connection, Direction
 from tpctl.spec.policy import DNS_PORT, Address, Family, Policy, Protocol
 from tpctl.spec.verdict import Verdict as Decision
@@ -24,8 +24,12 @@ _MOST_SHOWN = 5
 def problems(policy: Policy, engine: str, tables: tuple[Table, ...] | None = None) -> tuple[str, ...]:
     """What certainly ends connections because they are redirected, a line each. `tables` if they were read already."""
     tables = foreign_tables.foreign_tables() if tables is None else tables
-    found = obstacles.brought_about(tables, trips(policy, engine))
-    return tuple(_problem(one) for one in found[:_MOST_SHOWN])
+    kinds = [*trips(policy, engine)]
+    found = obstacles.brought_about(tables, kinds)
+    return (
+        *(_problem(one) for one in found[:_MOST_SHOWN]),
+        *untracked.problems(tables, policy, engine, kinds, routes.is_local),
+    )
 
 
 def bypasses(policy: Policy, engine: str, tables: tuple[Table, ...] | None = None) -> tuple[str, ...]:
@@ -128,6 +132,10 @@ def _stands(found: Obstacle) -> str:
         Verdict.DROP: ("drops", "drop"),
         Verdict.REJECT: ("rejects", "reject"),
         Verdict.TRANSLATE: ("translates", "translate"),
+        Verdict.UNTRACK: (
+            "keeps conntrack, and so every rule of nat, from seeing",
+            "keep conntrack, and so every rule of nat, from seeing",
+        ),
         Verdict.MARK: ("marks, so that a rule of ip-rule(8) can re-route,", "mark, and so re-route,"),
     }
     verb = verbs.get(found.verdict, ("acts on", "act on"))[bool(certain)]

@@ -6,11 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tpctl.arrival import journey, walk
-from tpctl.arrival.journey import Trip
+from tpctl.arrival.journey import Trip, Way
 from tpctl.arrival.owners import Owner, owner_of
-from tpctl.arrival.packets import Matching, Packet
+from tpctl.arrival.packets import LOOPBACK, Matching, Packet
 from tpctl.arrival.remedies import keeping, remedy
-from tpctl.engines.foreign import ENDS, Place, Table, Verdict
+from tpctl.engines.foreign import ENDS, Hook, Place, Table, Verdict
+
+CONNTRACK = -200
+"""What comes before it, by priority, can keep a packet from it (NF_IP_PRI_CONNTRACK in linux/netfilter_ipv4.h)."""
+_HINDERS = ENDS | {Verdict.UNTRACK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,15 @@ class Obstacle:
     @property
     def remedy(self) -> str | None:
         """What lets such packets pass; None where it ends nothing, or is a rule of tpctl's own, which means it."""
-        if self.verdict not in ENDS or self.owner is Owner.TPCTL:
+        if self.verdict not in _HINDERS or self.owner is Owner.TPCTL:
             return None
         return remedy(self.owner, self.place, self.packet)
+
+    @property
+    def does(self) -> str:
+        """What the rule does to `packet`, in words, as in "drops an answer of the data plane"."""
+        verb = {Verdict.REJECT: "rejects", Verdict.UNTRACK: "keeps conntrack, and so every rule of nat, from seeing"}
+        return f"{verb.get(self.verdict, 'drops')} {self.packet.what}"
 
 
 def advice(found: Obstacle) -> str | None:
@@ -48,9 +58,24 @@ def on_the_way(tables: Sequence[Table], trip: Trip, *, with_nat: bool = True) ->
         Obstacle(stop.place, stop.verdict, stop.extent, packet)
         for packet in journey.packets(trip)
         for stop in walk.stops(tables, packet, with_nat=with_nat)
-        if stop.verdict is not Verdict.ACCEPT
+        if stop.verdict is not Verdict.ACCEPT and (stop.verdict is not Verdict.UNTRACK or _counts(trip, packet, stop))
     )
     return tuple(found)
+
+
+def _counts(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
+    """Whether it matters that a packet is not tracked: it would be translated, and conntrack does not know it yet.
+
+    It knows what comes over lo from the hook output.
+    """
+    return (
+        trip.redirected_to is not None
+        and trip.way is Way.NAT
+        and stop.place.base.priority < CONNTRACK
+        and packet.priorities[0] < CONNTRACK
+        and packet.hook in (Hook.PREROUTING, Hook.OUTPUT)
+        and not (packet.hook is Hook.PREROUTING and packet.in_interface == LOOPBACK)
+    )
 
 
 def brought_about(tables: Sequence[Table], trips: Iterable[Trip]) -> tuple[Obstacle, ...]:

@@ -18,6 +18,8 @@ _DEEPEST = 16
 
 
 _EVERY_BIT = 0xFFFFFFFF
+_GOES_ON = frozenset({Verdict.ACCEPT, Verdict.TRANSLATE})
+"""What ends a base chain, and lets the next one be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def _base(way: _Way, table: Table, chain: Chain, entering: Matching) -> Matching
     """What goes on to the next base chain."""
     before = len(way.stops)
     left = _chain(way, table, (chain,), entering)
-    accepted = max((stop.extent for stop in way.stops[before:] if stop.verdict not in ENDS), default=Matching.NEVER)
+    accepted = max((one.extent for one in way.stops[before:] if one.verdict in _GOES_ON), default=Matching.NEVER)
     if chain.policy in ENDS and left:
         way.stops.append(Stop(Place(table, chain, None, (chain.name,)), chain.policy, left))
         return accepted
@@ -108,7 +110,7 @@ def _after(way: _Way, rule: Rule, left: Matching, found: Matching) -> Matching:
         mark = _marked(way.packet.mark, rule.text) if found is Matching.ALL else None
         way.packet = dataclasses.replace(way.packet, mark=mark)
         return left
-    if rule.verdict in ENDS and found is not Matching.ALL:
+    if rule.verdict is Verdict.UNTRACK or (rule.verdict in ENDS and found is not Matching.ALL):
         return left
     return _rest(left, found)
 

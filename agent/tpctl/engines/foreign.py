@@ -31,6 +31,8 @@ class Verdict(enum.StrEnum):
     """It changes an address or a port, and ends the chain."""
     MARK = "mark"
     """It sets the packet's mark, by which ip-rule(8) may send it another way."""
+    UNTRACK = "untrack"
+    """It keeps conntrack from seeing the packet, so no rule of nat is asked, and the next rule is."""
     CONTINUE = "continue"
     """Anything else: it counts, logs or changes something, and the next rule is asked."""
 

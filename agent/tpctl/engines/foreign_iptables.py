@@ -27,12 +27,13 @@ _TARGETS = {
     "ACCEPT": Verdict.ACCEPT, "DROP": Verdict.DROP, "REJECT": Verdict.REJECT, "TARPIT": Verdict.REJECT,
     "STEAL": Verdict.DROP, "RETURN": Verdict.RETURN, "MARK": Verdict.MARK, "CONNMARK": Verdict.MARK,
     "REDIRECT": Verdict.TRANSLATE,
-    "DNAT": Verdict.TRANSLATE, "TPROXY": Verdict.TRANSLATE,
+    "DNAT": Verdict.TRANSLATE, "TPROXY": Verdict.TRANSLATE, "NOTRACK": Verdict.UNTRACK,
 }  # fmt: skip
 _SILENT = frozenset(
     {"comment", "tcp", "udp", "multiport", "conntrack", "state", "addrtype", "owner", "mark", "iprange"}
 )
 """Matches (-m) that ask nothing but by the options above."""
+_NOT_TRACKED = "-j CT --notrack"
 _PRETEND_STATE = "dnat"
 """A state that conntrack's match adds for what was translated (iptables-extensions(8))."""
 
@@ -70,6 +71,8 @@ def rule(text: str) -> Rule:
         if option in ("-j", "-g"):
             target = values[0] if values else ""
             verdict = _TARGETS.get(target, Verdict.GOTO if option == "-g" else Verdict.JUMP)
+            if target == "CT" and text.endswith(_NOT_TRACKED):
+                verdict = Verdict.UNTRACK
             break  # what follows are the target's own options
         if option == "-m":
             conditions += [Condition(f"-m {name}") for name in values if name not in _SILENT]

@@ -37,7 +37,7 @@ _FAMILIES = {"ip": "ipv4", "ip6": "ipv6"}
 _VERDICTS = {verdict.value: verdict for verdict in (Verdict.ACCEPT, Verdict.DROP, Verdict.REJECT, Verdict.RETURN)}
 _CALLS = {"jump": Verdict.JUMP, "goto": Verdict.GOTO}
 _TRANSLATES = frozenset({"dnat", "redirect", "tproxy"})
-_DOES = frozenset({*_VERDICTS, *_CALLS, *_TRANSLATES, "counter", "log", "limit", "comment", "queue"})
+_DOES = frozenset({*_VERDICTS, *_CALLS, *_TRANSLATES, "notrack", "counter", "log", "limit", "comment", "queue"})
 _NUMBERED = frozenset({"packets", "bytes", "level", "group", "prefix", "flags", "snaplen", "queue-threshold"})
 
 Sets = Mapping[str, tuple[str, ...]]
@@ -118,13 +118,15 @@ class _Reader:
                 self.at += 2
         elif word == "comment":
             self.at += 1
+        elif word == "notrack":
+            self.verdict = Verdict.UNTRACK
         elif word == "fib":
             self._pass_over("fib")
         elif word == "tcp" and self._peek() == "flags":
             self._flags()
         elif self.tokens[self.at : self.at + 2] and "set" in self.tokens[self.at : self.at + 2]:
             self._setting()
-        elif word not in ("notrack", "masquerade", "continue"):
+        elif word not in ("masquerade", "continue"):
             self.conditions.append(Condition(f"? {word}"))
 
     def _expression(self, words: tuple[str, ...], field: str) -> None:

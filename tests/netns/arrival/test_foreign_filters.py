@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 
 from tests.netns.lab import APP, PROXY, run, tpctl
-from tpctl.arrival import notices, obstacles
+from tpctl.arrival import journey, notices, obstacles
 from tpctl.arrival.obstacles import Obstacle
 from tpctl.arrival.owners import Owner
 from tpctl.change import loopback
 from tpctl.engines import foreign_tables, registry
+from tpctl.engines.foreign import Verdict
 from tpctl.rehearsal.lab import Lab
 from tpctl.rehearsal.layout import HOST, HOST_ADDRESS, Layout
 from tpctl.spec.connection import Connection
 from tpctl.spec.decide import decide
 from tpctl.spec.engine_options import EngineOptions
-from tpctl.spec.policy import Family, Policy
+from tpctl.spec.policy import Family, Policy, PortRange
 
 pytestmark = pytest.mark.root
 
@@ -183,6 +185,77 @@ def test_explain_ends_with_what_stands_beside_the_connection() -> None:
         assert "drops an answer of the data plane at input; to let it pass: iptables-nft -I INPUT -i lo" in said
         beside = json.loads(tpctl(*asked, "--json").stdout)["onThisHost"]
         assert len(beside) == len(said.strip().splitlines())
+
+
+UNTRACKED = {
+    "what leaves": ("out", "-t raw -A OUTPUT -p tcp --dport 443 -j {target}"),
+    "answers over lo": ("out", "-t raw -A OUTPUT -o lo -j {target}"),
+    "what arrives": ("in", "-t raw -A PREROUTING -p tcp --dport 8080 -j {target}"),
+    "answers to others": ("in", "-t raw -A OUTPUT -p tcp --sport 15006 -j {target}"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_what_conntrack_does_not_see(name: str, variant: str) -> None:
+    """It is not translated, and goes past the data plane; an answer is lost."""
+    way, words = UNTRACKED[name]
+    target = "NOTRACK" if variant == "legacy" else "CT --notrack"
+    with redirecting("iptables", variant) as lab:
+        expect_arrival(lab, way, Family.IPV4)
+        with lab.inside(HOST):
+            assert not notices.problems(POLICY, "iptables")
+            run([f"iptables-{variant}", *words.format(target=target).split()])
+        asked = connection(lab, way, Family.IPV4)
+        assert str(lab.dial(asked, timeout=LOST_SECONDS)) not in ("host:15006", "host:15001")
+        with lab.inside(HOST):
+            (line,) = notices.problems(POLICY, "iptables")
+            assert f"iptables-{variant} raw" in line
+            assert "keeps conntrack" in line
+            (told, *_) = notices.on_this_host(POLICY, asked, decide(POLICY, asked), "iptables")
+            assert told.startswith(f"iptables-{variant} raw")
+            assert notices.problems(POLICY, "ebpf") == ()
+            (found,) = (
+                one
+                for one in obstacles.on_the_way(
+                    foreign_tables.foreign_tables(),
+                    journey.of_connection(asked, decide(POLICY, asked), "iptables", PROXY),
+                    with_nat=False,
+                )
+                if one.verdict is Verdict.UNTRACK
+            )
+            run(shlex.split(found.remedy or ""))
+        expect_arrival(lab, way, Family.IPV4)
+
+
+TRACKED_ALL_THE_SAME = """table inet site {
+    chain out { type filter hook output priority raw
+        tcp sport { 8080, 443 } notrack
+        udp dport 53 notrack
+        meta mark & 0xf00 == 0xa00 notrack
+        ip daddr 192.0.2.0/24 tcp dport 5432 notrack
+    }
+    chain in { type filter hook prerouting priority raw
+        iifname "lo" notrack
+        tcp dport 22 notrack
+    }
+    chain late { type filter hook output priority -150; tcp dport 443 notrack; }
+}"""
+
+
+def test_nothing_is_said_of_untracked_connections_that_are_not_redirected() -> None:
+    """Answers of applications, excluded ports and addresses, and what conntrack knows already."""
+    policy = dataclasses.replace(
+        POLICY,
+        inbound=dataclasses.replace(POLICY.inbound, exclude_ports=(PortRange(22),)),
+        outbound=dataclasses.replace(POLICY.outbound, exclude_destinations=(ip_network("192.0.2.0/24"),)),
+    )
+    with redirecting() as lab:
+        with lab.inside(HOST):
+            run(["nft", "-f", "-"], stdin=TRACKED_ALL_THE_SAME)
+            assert notices.problems(policy, "nftables") == ()
+            assert notices.problems(POLICY, "nftables") != ()
+        expect_arrival(lab, "out", Family.IPV4)
+        expect_arrival(lab, "in", Family.IPV4)
 
 
 HARMLESS = (

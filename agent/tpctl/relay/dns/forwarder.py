@@ -1,14 +1,13 @@
 """Forwards DNS queries over UDP to the name servers of resolv.conf, and their answers back.
 
-Each query has a socket of its own, connected to one server: the kernel chooses an unpredictable port and drops what
-other addresses send to it. An answer counts only under the id that was drawn for this try and with the question that
-was asked (RFC 5452, 9.1). What arrives on the socket under another id is a guess, of which few are allowed.
+Each query has a socket to itself as long as it waits, connected to one server (`outgoing`). An answer counts only under
+the id that was drawn for this try and with the question that was asked (RFC 5452, 9.1). What arrives on the socket
+under another id is a guess, of which few are allowed.
 """
 
 from __future__ import annotations
 
 import errno
-import secrets
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +16,13 @@ from select import EPOLLIN
 from tpctl.relay.dns import message as dns_message
 from tpctl.relay.dns.counters import DnsCounters
 from tpctl.relay.dns.message import Question, Rcode
+from tpctl.relay.dns.outgoing import Outgoing, OutgoingSockets
 from tpctl.relay.dns.upstreams import Plan, Upstreams
 from tpctl.relay.dns.waiting import OF_OTHERS, OWN, Waiting, WaitingRoom
 from tpctl.relay.loop import descriptors, packet_info
 from tpctl.relay.loop.complaints import Complaints
-from tpctl.relay.loop.loop import EXHAUSTED, Loop, Timer
+from tpctl.relay.loop.deadlines import Deadlines
+from tpctl.relay.loop.loop import EXHAUSTED, Loop
 from tpctl.relay.loop.original_destination import Destination, unmapped
 from tpctl.relay.loop.shares import Shares
 
@@ -43,8 +44,7 @@ class Query:
     """A query on its way: to one name server after the other, until one answers."""
 
     __slots__ = (
-        "fallback", "guesses", "identifier", "kind", "local", "message", "plan", "question", "timer", "tries",
-        "upstream", "waiting",
+        "deadlines", "fallback", "kind", "message", "outgoing", "plan", "question", "tries", "waiting",
     )  # fmt: skip
 
     def __init__(self, message: bytes, question: Question, plan: Plan, first: Waiting) -> None:
@@ -55,13 +55,11 @@ class Query:
         """Whose descriptor it holds until it has an answer or is out of tries."""
         self.waiting = {first: None}
         self.tries = 0
-        self.guesses = 0
-        self.identifier = 0
         self.fallback: bytes | None = None
         """An answer that another server may have a better one for."""
-        self.local: tuple[str, int] | None = None
-        self.upstream: socket.socket | None = None
-        self.timer: Timer | None = None
+        self.outgoing: Outgoing[Query] | None = None
+        self.deadlines: Deadlines[Query] | None = None
+        """Where it is while it waits for an answer."""
 
 
 class DnsForwarder:
@@ -86,7 +84,9 @@ class DnsForwarder:
         self._listeners: dict[socket.socket, Callable[[str], bool]] = {}
         self._queries: dict[bytes, Query] = {}
         """By what stands behind the id: equal queries share a socket, or each would be one more to guess right."""
-        self._own: set[tuple[str, int]] = set()
+        self._outgoing = OutgoingSockets[Query](loop, descriptors, self._on_answer)
+        self._deadlines: dict[float, Deadlines[Query]] = {}
+        """By the seconds that a server has."""
         self._room = WaitingRoom[Query]()
         self._draining = False
         self.idle: Callable[[], None] | None = None
@@ -127,12 +127,16 @@ class DnsForwarder:
         for query in tuple(self._queries.values()):
             self._finish(query)
 
-    def break_off(self, _error: Exception, subject: socket.socket | Query, *_arguments: object) -> None:
+    def break_off(self, _error: Exception, subject: socket.socket | Outgoing[Query] | Query) -> None:
         """Refuse a query, or let a listener pause, because of an error that nobody expected (`Loop.contain`)."""
-        if not isinstance(subject, Query):
+        if isinstance(subject, socket.socket):
             self._rest(subject)
-        elif subject.message[2:] in self._queries:
-            self._fail(subject)
+            return
+        query = subject if isinstance(subject, Query) else subject.query
+        if query is not None and query.message[2:] in self._queries:
+            self._fail(query)
+        elif isinstance(subject, Outgoing):
+            self._outgoing.discard(subject)
 
     def _rest(self, listener: socket.socket) -> None:
         """Read nothing for a moment: what cannot be read would wake the loop over and over."""
@@ -170,7 +174,7 @@ class DnsForwarder:
 
     def _take(self, message: bytes, client: Waiting) -> None:
         self._counters.udp += 1
-        if (unmapped(client.client[0]), client.client[1]) in self._own:
+        if self._outgoing.is_own((unmapped(client.client[0]), client.client[1])):
             self._complaints.warn(
                 "dropped: the relay's own DNS queries come back to it; does it run as the policy's data plane user?"
             )
@@ -260,14 +264,14 @@ class DnsForwarder:
 
     def _ask(self, query: Query) -> None:
         """Ask the next server; out of servers, the query has failed."""
-        self._hang_up(query)
         # One answer is enough not to ask anybody twice.
         tries = len(query.plan.servers) if query.fallback is None else query.plan.distinct
         while query.tries < tries:
             server = query.plan.servers[query.tries]
             query.tries += 1
             try:
-                self._send(query, server)
+                outgoing = query.outgoing = self._outgoing.take(server, query)
+                outgoing.sock.send(dns_message.with_id(query.message, outgoing.identifier))
             except OSError as error:
                 self._hang_up(query)
                 if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -275,54 +279,67 @@ class DnsForwarder:
                     break
                 self._upstreams.failed(server)
             else:
-                query.timer = self._loop.later(query.plan.timeout_seconds, partial(self._on_silence, query, server))
+                seconds = query.plan.timeout_seconds
+                query.deadlines = self._deadlines.get(seconds) or self._new_deadlines(seconds)
+                query.deadlines.add(query)
                 return
         self._fail(query)
 
-    def _send(self, query: Query, server: Destination) -> None:
-        upstream = socket.socket(server.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        query.upstream = upstream
-        # The kernel takes a random port of ip_local_port_range for a socket that is not bound. Nothing can arrive
-        # before the peer is set as well.
-        upstream.connect(server.sockaddr)
-        query.identifier = secrets.randbits(16)
-        query.guesses = 0
-        host, port = upstream.getsockname()[:2]
-        query.local = (host, port)
-        self._own.add(query.local)
-        upstream.send(dns_message.with_id(query.message, query.identifier))
-        self._loop.watch(upstream.fileno(), EPOLLIN, partial(self._on_answer, query, server))
+    def _new_deadlines(self, seconds: float) -> Deadlines[Query]:
+        made = self._deadlines[seconds] = Deadlines(self._loop, seconds, self._on_silence)
+        return made
 
-    def _on_silence(self, query: Query, server: Destination) -> None:
+    def _on_silence(self, query: Query) -> None:
+        assert query.outgoing is not None
+        server = query.outgoing.server
         self._counters.timeouts += 1
         self._upstreams.failed(server)
+        self._hang_up(query)
+        self._outgoing.close_idle()  # they may have a source address that this host has no more
         self._ask(query)
 
-    def _on_answer(self, query: Query, server: Destination, _mask: int) -> None:
-        assert query.upstream is not None
+    def _on_answer(self, outgoing: Outgoing[Query], _mask: int) -> None:
+        query = outgoing.query
         try:
-            message = query.upstream.recv(_MAX_MESSAGE)
+            message = outgoing.sock.recv(_MAX_MESSAGE)
         except BlockingIOError:
             return
         except OSError:  # the server does not listen, or cannot be reached
-            self._upstreams.failed(server)
+            if query is None:
+                self._outgoing.discard(outgoing)
+                return
+            self._upstreams.failed(outgoing.server)
+            self._hang_up(query)
             self._ask(query)
             return
-        if not dns_message.is_answer_to(message, query.identifier, query.message, query.question):
-            self._on_guess(query, server)
-            return
-        self._upstreams.answered(server)
+        if query is None:
+            self._counters.mismatched += 1
+            self._outgoing.discard(outgoing)
+        elif not dns_message.is_answer_to(message, outgoing.identifier, query.message, query.question):
+            self._on_guess(outgoing, query)
+        else:
+            self._upstreams.answered(outgoing.server)
+            query.outgoing = None
+            self._outgoing.give(outgoing)
+            self._on_message(query, message)
+
+    def _on_message(self, query: Query, message: bytes) -> None:
+        """What a server has answered."""
         if dns_message.rcode_of(message) in dns_message.ELSEWHERE and query.tries < query.plan.distinct:
             query.fallback = message
+            self._hang_up(query)
             self._ask(query)
         else:
             self._finish(query, message)
 
-    def _on_guess(self, query: Query, server: Destination) -> None:
+    def _on_guess(self, outgoing: Outgoing[Query], query: Query) -> None:
         self._counters.mismatched += 1
-        query.guesses += 1
-        if query.guesses >= MAX_GUESSES:
-            self._complaints.warn("DNS answers are being guessed: asking again from another port", server=str(server))
+        outgoing.strange += 1
+        if outgoing.strange >= MAX_GUESSES:
+            self._complaints.warn(
+                "DNS answers are being guessed: asking again from another port", server=str(outgoing.server)
+            )
+            self._hang_up(query)
             self._ask(query)
 
     def _answer(self, client: Waiting, message: bytes) -> None:
@@ -332,15 +349,13 @@ class DnsForwarder:
             self._complaints.warn("a DNS answer could not be sent", reason=error.strerror)
 
     def _hang_up(self, query: Query) -> None:
-        if query.timer is not None:
-            query.timer.cancel()
-            query.timer = None
-        if query.local is not None:
-            self._own.discard(query.local)
-            query.local = None
-        if query.upstream is not None:
-            self._loop.close(query.upstream)
-            query.upstream = None
+        """Wait no more for the server that was asked."""
+        if query.deadlines is not None:
+            query.deadlines.discard(query)
+            query.deadlines = None
+        if query.outgoing is not None:
+            self._outgoing.discard(query.outgoing)
+            query.outgoing = None
 
     def _finish(self, query: Query, answer: bytes | None = None) -> None:
         """Forget a query; with an answer, give it to all who wait for it."""

@@ -31,6 +31,7 @@ from tests.netns.relay.dns_net import (
     relay_for,
 )
 from tests.netns.relay.net import HOST4, PEER4, Net
+from tests.netns.relay.test_operation import scrape
 from tpctl.relay.dns.forwarder import MAX_GUESSES
 
 pytestmark = pytest.mark.root
@@ -268,6 +269,27 @@ def test_guessing_ends_on_another_port_and_id(net: Net, tmp_path: Path) -> None:
     (port, identifier), (next_port, next_identifier) = server.seen
     assert (port, identifier) != (next_port, next_identifier)
     assert port != next_port
+
+
+def test_what_comes_between_two_queries_ends_the_use_of_a_port(net: Net, tmp_path: Path) -> None:
+    """Whoever has found a port out has nothing to gain by it. Once more where the port has grown old before."""
+
+    def port_found_out() -> bool:
+        assert ask(net, PEER4) == answer_to(query(0x1234), 1)
+        port = server.seen[-1][0]
+        server.sock.sendto(answer_to(query(0x4321), 66), (HOST4, port))
+        relay_net.until(lambda: not sockets(port))
+        return scrape(net, 9902)['dns_total{kind="mismatched"}'] >= 1
+
+    def sockets(port: int) -> str:
+        return net.on_host("ss", "-Hanu", f"sport = :{port}")
+
+    with (
+        name_server(net, PEER4, lambda message: [answer_to(message, 1)]) as server,
+        relay_for(net, tmp_path, PEER4, options=("--metrics", "127.0.0.1:9902")),
+    ):
+        relay_net.until(port_found_out)
+        assert ask(net, PEER4) == answer_to(query(0x1234), 1)
 
 
 def test_an_answer_to_another_question_is_ignored(net: Net, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tpctl.relay.loop import descriptors, packet_info
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.loop import EXHAUSTED, Loop
-from tpctl.relay.loop.original_destination import Destination, unmapped
+from tpctl.relay.loop.original_destination import unmapped
 from tpctl.relay.loop.shares import Shares
 
 MAX_QUERY = 4096
@@ -35,20 +35,25 @@ _PAUSE_SECONDS = 0.1
 _DESCRIPTORS = {OWN: descriptors.DNS, OF_OTHERS: descriptors.DNS_OF_OTHERS}
 _OUT_OF_DESCRIPTORS = "a DNS query failed: out of descriptors"
 _MAX_MESSAGE = 65535
+_TRUNCATED = int(socket.MSG_TRUNC)
 
 LocalAnswer = Callable[[bytes, Question, bool], bytes | None]
 """The answer to a query that must not be forwarded, else None; the last argument says that it goes over UDP."""
+Remembered = Callable[[bytes], bytes | None]
+"""The answer that was given to the same query before, without looking at it; both without their ids."""
 
 
 class Query:
     """A query on its way: to one name server after the other, until one answers."""
 
     __slots__ = (
-        "deadlines", "fallback", "kind", "message", "outgoing", "plan", "question", "tries", "waiting",
+        "deadlines", "fallback", "kind", "message", "outgoing", "plan", "question", "rest", "tries", "waiting",
     )  # fmt: skip
 
     def __init__(self, message: bytes, question: Question, plan: Plan, first: Waiting) -> None:
         self.message = message
+        self.rest = message[2:]
+        """What stands behind the id."""
         self.question = question
         self.plan = plan
         self.kind = _DESCRIPTORS[first.kind]
@@ -70,6 +75,7 @@ class DnsForwarder:
         loop: Loop,
         upstreams: Upstreams,
         local_answer: LocalAnswer,
+        remembered: Remembered,
         counters: DnsCounters,
         complaints: Complaints,
         *,
@@ -79,6 +85,7 @@ class DnsForwarder:
         self._descriptors = descriptors
         self._upstreams = upstreams
         self._local_answer = local_answer
+        self._remembered = remembered
         self._counters = counters
         self._complaints = complaints
         self._listeners: dict[socket.socket, Callable[[str], bool]] = {}
@@ -133,7 +140,7 @@ class DnsForwarder:
             self._rest(subject)
             return
         query = subject if isinstance(subject, Query) else subject.query
-        if query is not None and query.message[2:] in self._queries:
+        if query is not None and query.rest in self._queries:
             self._fail(query)
         elif isinstance(subject, Outgoing):
             self._outgoing.discard(subject)
@@ -154,9 +161,10 @@ class DnsForwarder:
 
     def _on_queries(self, listener: socket.socket, _mask: int) -> None:
         allows = self._listeners[listener]
+        receive = listener.recvmsg
         for _ in range(_BATCH):
             try:
-                message, ancillary, flags, client = listener.recvmsg(MAX_QUERY, packet_info.ANCILLARY_SIZE)
+                message, ancillary, flags, client = receive(MAX_QUERY, packet_info.ANCILLARY_SIZE)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -165,20 +173,26 @@ class DnsForwarder:
                     self._rest(listener)
                     return
                 continue  # an error of an earlier answer, which recvmsg reports once (udp(7))
-            if flags & socket.MSG_TRUNC or not dns_message.is_query(message):
+            if flags & _TRUNCATED or not dns_message.is_query(message):
                 continue
-            if allows(unmapped(client[0])):
-                source = tuple(packet_info.answer_from(ancillary))
-                kind = OWN if packet_info.came_over_loopback(ancillary) else OF_OTHERS
-                self._take(message, Waiting(listener, client, source, dns_message.message_id(message), kind))
+            host = unmapped(client[0])
+            if not allows(host):
+                continue
+            self._counters.udp += 1
+            if self._outgoing.is_own((host, client[1])):
+                self._complaints.warn(
+                    "dropped: the relay's own DNS queries come back to it; does it run as the policy's data plane user?"
+                )
+                continue
+            source, is_own = packet_info.origin(tuple(ancillary))
+            known = self._remembered(message[2:])
+            if known is not None:
+                self._send(listener, message[:2] + known, source, client)
+                continue
+            kind = OWN if is_own else OF_OTHERS
+            self._take(message, Waiting(listener, client, source, dns_message.message_id(message), kind))
 
     def _take(self, message: bytes, client: Waiting) -> None:
-        self._counters.udp += 1
-        if self._outgoing.is_own((unmapped(client.client[0]), client.client[1])):
-            self._complaints.warn(
-                "dropped: the relay's own DNS queries come back to it; does it run as the policy's data plane user?"
-            )
-            return
         question = dns_message.question_of(message)
         if question is None:
             self._counters.malformed += 1
@@ -189,10 +203,10 @@ class DnsForwarder:
             self._answer(client, local)
             return
         same = self._queries.get(message[2:])
-        if same is not None and client in same.waiting:
-            return  # sent again by a client that is waiting already
         if same is None:
             self._forward(message, question, client)
+        elif client in same.waiting:
+            return  # sent again by a client that is waiting already
         elif self._enter(client, same):
             same.waiting[client] = None
         else:
@@ -247,7 +261,7 @@ class DnsForwarder:
             self._refuse(client, message, question)
             return
         self._counters.forwarded += 1
-        self._queries[message[2:]] = query
+        self._queries[query.rest] = query
         self._ask(query)
 
     def _refuse(self, client: Waiting, message: bytes, question: Question) -> None:
@@ -343,8 +357,17 @@ class DnsForwarder:
             self._ask(query)
 
     def _answer(self, client: Waiting, message: bytes) -> None:
+        self._send(client.listener, message, client.ancillary, client.client)
+
+    def _send(
+        self,
+        listener: socket.socket,
+        message: bytes,
+        ancillary: tuple[packet_info.Ancillary, ...],
+        client: tuple[str, int],
+    ) -> None:
         try:
-            client.listener.sendmsg([message], client.ancillary, 0, client.client)
+            listener.sendmsg((message,), ancillary, 0, client)
         except OSError as error:  # the client will ask again
             self._complaints.warn("a DNS answer could not be sent", reason=error.strerror)
 
@@ -360,7 +383,7 @@ class DnsForwarder:
     def _finish(self, query: Query, answer: bytes | None = None) -> None:
         """Forget a query; with an answer, give it to all who wait for it."""
         self._hang_up(query)
-        del self._queries[query.message[2:]]
+        del self._queries[query.rest]
         self._descriptors.give(query.kind)
         for client in query.waiting:
             self._room.leave(client)

@@ -105,6 +105,13 @@ class LocalZone:
         """The virtual addresses of the zone."""
         return self._zone.vips if self._zone is not None else Vips()
 
+    def remembered(self, rest: bytes) -> bytes | None:
+        """The answer to a query, both without their ids, if it was given before."""
+        known = self._answers.get(rest)
+        if known is not None:
+            self._counters.local += 1
+        return known
+
     def answer(self, query: bytes, question: Question, udp: bool) -> bytes | None:
         """The answer to a query for a name of the zone; None for all others, which are for the name servers."""
         zone = self._zone
@@ -112,11 +119,11 @@ class LocalZone:
             if self._coming is not None and self._coming.covers(question.name):
                 return failure(query, Rcode.SERVFAIL, question)
             return None
-        self._counters.local += 1
-        key = query[2:]
-        known = self._answers.get(key)
+        rest = query[2:]
+        known = self.remembered(rest)
         if known is not None:
             return query[:2] + known
+        self._counters.local += 1
         try:
             answer = zone.answer(query, question, udp=udp)
         except OSError:  # dnspython imports the kinds of records when it meets them, and there are no descriptors left
@@ -124,7 +131,7 @@ class LocalZone:
         if len(query) <= _MAX_CACHED_QUERY and _is_lasting(answer):
             if len(self._answers) >= _MAX_CACHED:
                 self._answers.clear()
-            self._answers[key] = answer[2:]
+            self._answers[rest] = answer[2:]
         return answer
 
     def refresh(self) -> None:

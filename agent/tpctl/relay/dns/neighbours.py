@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from ipaddress import ip_address
 
 from tpctl.relay.connections import routes
@@ -36,14 +35,12 @@ class Neighbours:
 
     def __call__(self, host: str) -> bool:
         """True for an address of this host, and for one that is reached without a router."""
-        if _is_loopback(host):
-            return True
         now = self._clock()
         if now - self._since > _SECONDS or len(self._known) >= _REMEMBERED:
             self._known, self._since = {}, now
         verdict = self._known.get(host)
         if verdict is None:
-            verdict = self._known[host] = self._is_near(host)
+            verdict = self._known[host] = _is_loopback(host) or self._is_near(host)
         if not verdict:
             self._complaints.warn(
                 "refused: a DNS query from a network this host is not attached to; see access", client=host
@@ -51,6 +48,5 @@ class Neighbours:
         return verdict
 
 
-@lru_cache(maxsize=_REMEMBERED)
 def _is_loopback(host: str) -> bool:
     return ip_address(host.partition("%")[0]).is_loopback

@@ -92,15 +92,14 @@ class OutgoingSockets(Generic[Q]):
 
     def give(self, outgoing: Outgoing[Q]) -> None:
         """Return a socket whose query has been answered. It may serve another one."""
-        if outgoing.strange or outgoing.uses >= MAX_USES or outgoing.generation != self._generation:
-            self.discard(outgoing)
-        elif self._idle_count >= self._room and not self._more_room():
-            self.discard(outgoing)
-        else:
+        is_fresh = outgoing.uses < MAX_USES and outgoing.generation == self._generation and not outgoing.strange
+        if is_fresh and (self._idle_count < self._room or self._more_room()):
             outgoing.query = None
             server = outgoing.server
             self._idle.setdefault((server.host, server.port, server.scope), []).append(outgoing)
             self._idle_count += 1
+        else:
+            self.discard(outgoing)
 
     def discard(self, outgoing: Outgoing[Q]) -> None:
         """Close a socket: an answer that comes late is nobody's."""

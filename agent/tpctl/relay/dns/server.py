@@ -49,7 +49,13 @@ class DnsServer:
         self._over_udp = Upstreams(self._resolv_conf, guard, complaints)
         self._over_tcp = Upstreams(self._resolv_conf, guard, complaints)
         self._udp = DnsForwarder(
-            loop, self._over_udp, self._zone.answer, self.counters, complaints, descriptors=descriptors
+            loop,
+            self._over_udp,
+            self._zone.answer,
+            self._zone.remembered,
+            self.counters,
+            complaints,
+            descriptors=descriptors,
         )
         shared = Shared(loop, self._over_tcp, self.counters, set())
         self._tcp = DnsStreams(shared, self._zone.answer, complaints, descriptors)

@@ -48,6 +48,8 @@ class Upstreams:
         self._servers: tuple[Destination, ...] = ()
         self._avoided: dict[Destination, float] = {}
         self._turn = 0
+        self._usual: Plan | None = None
+        """What to do as long as every server answers."""
 
     def use(self, resolv_conf: ResolvConf) -> None:
         """Ask the servers of this file from now on, and look anew which of them are the relay itself."""
@@ -64,12 +66,17 @@ class Upstreams:
         if not self._complete:
             self._resolve(resolvers)
         servers = self._servers
+        if not self._avoided and not resolvers.rotate and self._usual is not None:
+            return self._usual
         if resolvers.rotate and len(servers) > 1:
             self._turn = (self._turn + 1) % len(servers)
             servers = servers[self._turn :] + servers[: self._turn]
         if self._avoided:
             servers = self._best_first(servers)
-        return Plan((servers * resolvers.attempts)[:MAX_TRIES], len(servers), resolvers.timeout_seconds)
+        plan = Plan((servers * resolvers.attempts)[:MAX_TRIES], len(servers), resolvers.timeout_seconds)
+        if not self._avoided:
+            self._usual = plan
+        return plan
 
     def failed(self, server: Destination) -> None:
         """A server did not answer in time, or cannot be reached."""
@@ -104,3 +111,4 @@ class Upstreams:
                 self._complaints.warn("a name server's interface does not exist", server=str(server))
                 self._complete = False  # it may come up any moment
         self._servers = self._guard.others(servers)
+        self._usual = None

@@ -45,16 +45,22 @@ class WaitingRoom(Generic[Q]):
         """Let one wait; whether there was room."""
         if not self._places.take(one.kind):
             return False
-        self._sources[one.kind].setdefault(one.client[0], {})[one] = query
+        sources = self._sources[one.kind]
+        source = sources.get(one.client[0])
+        if source is None:
+            sources[one.client[0]] = {one: query}
+        else:
+            source[one] = query
         self._count += 1
         return True
 
     def leave(self, one: Waiting) -> None:
         """It waits no more."""
-        source = self._sources[one.kind][one.client[0]]
+        sources = self._sources[one.kind]
+        source = sources[one.client[0]]
         del source[one]
         if not source:
-            del self._sources[one.kind][one.client[0]]
+            del sources[one.client[0]]
         self._places.give(one.kind)
         self._count -= 1
 

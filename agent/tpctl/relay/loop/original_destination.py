@@ -20,6 +20,7 @@ _SOCKADDR_IN = struct.Struct("=H2s4s8x")
 _SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
 _LINK_LOCAL = ("fe8", "fe9", "fea", "feb")
 _MAPPED_TEXT = "::ffff:"
+_MAPPED_SIZE = len(_MAPPED_TEXT)
 _MAPPED_BYTES = b"\0" * 10 + b"\xff\xff"
 
 _REMEMBERED = 4096
@@ -61,7 +62,7 @@ def is_mapped(host: str) -> bool:
 
 def unmapped(host: str) -> str:
     """`host` without the prefix that an IPv4 address has on a dual-stack socket."""
-    return host[len(_MAPPED_TEXT) :] if is_mapped(host) else host
+    return host[_MAPPED_SIZE:] if host.startswith(_MAPPED_TEXT) and "." in host else host
 
 
 @lru_cache(maxsize=_REMEMBERED)

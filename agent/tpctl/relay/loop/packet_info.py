@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 
 IP_PKTINFO = 8
 """linux/in.h; the socket module of Python 3.11 does not have it."""
@@ -21,6 +22,7 @@ _INFO6 = struct.Struct("=16si")
 ANCILLARY_SIZE = socket.CMSG_SPACE(_INFO6.size) + socket.CMSG_SPACE(_INFO4.size)
 
 Ancillary = tuple[int, int, bytes]
+_REMEMBERED = 1024
 
 
 def enable(listener: socket.socket) -> None:
@@ -44,6 +46,12 @@ def came_over_loopback(received: Iterable[Ancillary]) -> bool:
         if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and len(data) >= _INFO6.size:
             return bool(_INFO6.unpack_from(data)[1] == LOOPBACK_INDEX)
     return False
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def origin(received: tuple[Ancillary, ...]) -> tuple[tuple[Ancillary, ...], bool]:
+    """`answer_from` and `came_over_loopback`: of most datagrams, the kernel says what it has said of others."""
+    return tuple(answer_from(received)), came_over_loopback(received)
 
 
 def answer_from(received: Iterable[Ancillary]) -> list[Ancillary]:

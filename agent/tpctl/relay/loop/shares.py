@@ -32,17 +32,21 @@ class Shares:
 
     def take(self, kind: int, places: int = 1) -> bool:
         """Take all of them, or none; whether they were to be had."""
-        beyond = self._beyond(kind, places)
-        if beyond > self._common:
-            return False
-        self._common -= beyond
-        self._used[kind] += places
+        used = self._used[kind] + places
+        if used > self._kept[kind]:
+            beyond = self._beyond(kind, places)
+            if beyond > self._common:
+                return False
+            self._common -= beyond
+        self._used[kind] = used
         return True
 
     def give(self, kind: int, places: int = 1) -> None:
         """Give some back."""
-        self._used[kind] -= places
-        self._common += self._beyond(kind, places)
+        used = self._used[kind]
+        self._used[kind] = used - places
+        if used > self._kept[kind]:
+            self._common += self._beyond(kind, places)
 
     def used(self, kind: int) -> int:
         """How many a kind has at this moment."""

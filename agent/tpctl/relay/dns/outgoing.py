@@ -4,9 +4,9 @@ Each is connected to one server: the kernel chooses an unpredictable port and dr
 serves one query at a time, a few one after the other, within a second or two. To make a socket, to have conntrack learn
 about it and to close it would cost more than all else that a query takes.
 
-Whoever guesses answers gains nothing by this. A guess still has to have the port and the id of the moment, and what
-arrives on a port tells nobody that it is one: anything but the answer that is awaited, at any time, ends its use. So a
-port that has been found out is gone with the packet that found it.
+Whoever guesses answers gains nothing by this. A guess still has to have the port and the id of the moment. The port of
+a query does not tell that of the next one, which is drawn from several. And anything but the answer that is awaited, at
+any time, ends the use of a port: one that is found out is gone with the packet that found it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ MAX_USES = 16
 """Queries of one socket: a sixteenth of its cost for each is little enough."""
 LIFE_SECONDS = 1.0
 """Sockets that are this old, or twice as old at most, serve no other query."""
-MOST_IDLE = 256
+LEAST_IDLE, MOST_IDLE = 16, 256
+"""A query has one of so many idle sockets, or a new one."""
 _PART = 16
 _DRAWN = 256
-"""Ids that are drawn at once."""
+"""Random numbers that are asked for at once: of which socket, and which id."""
+_NUMBERS_OF_A_QUERY = 2
 
 
 class Outgoing(Generic[Q]):
@@ -61,7 +63,8 @@ class OutgoingSockets(Generic[Q]):
         self._loop = loop
         self._descriptors = descriptors
         self._on_readable = on_readable
-        self._most_idle = min(MOST_IDLE, descriptors.total // _PART)
+        most = min(MOST_IDLE, descriptors.total // _PART)
+        self._most_idle = most if most >= LEAST_IDLE else 0
         self._room = 0
         """Descriptors that have been taken for idle sockets."""
         self._idle: dict[tuple[str, int, int], list[Outgoing[Q]]] = {}
@@ -69,7 +72,8 @@ class OutgoingSockets(Generic[Q]):
         self._generation = 0
         self._is_timed = False
         self._own: set[tuple[str, int]] = set()
-        self._identifiers: list[int] = []
+        self._drawn: list[int] = []
+        """Numbers of 16 bits that nobody can predict."""
 
     def is_own(self, address: tuple[str, int]) -> bool:
         """Whether this is the address of one of these sockets."""
@@ -78,16 +82,19 @@ class OutgoingSockets(Generic[Q]):
     def take(self, server: Destination, query: Q) -> Outgoing[Q]:
         """A socket for a query, with the id to send it under. Raises OSError."""
         idle = self._idle.get((server.host, server.port, server.scope))
-        if idle:
-            outgoing = idle.pop()
+        if len(self._drawn) < _NUMBERS_OF_A_QUERY:
+            self._drawn = memoryview(os.urandom(2 * _DRAWN)).cast("H").tolist()
+        if idle and len(idle) >= LEAST_IDLE:
+            chosen = self._drawn.pop() % len(idle)
+            outgoing = idle[chosen]
+            idle[chosen] = idle[-1]
+            del idle[-1]
             self._idle_count -= 1
         else:
             outgoing = self._made(server)
         outgoing.query = query
         outgoing.uses += 1
-        if not self._identifiers:
-            self._identifiers = memoryview(os.urandom(2 * _DRAWN)).cast("H").tolist()
-        outgoing.identifier = self._identifiers.pop()
+        outgoing.identifier = self._drawn.pop()
         return outgoing
 
     def give(self, outgoing: Outgoing[Q]) -> None:

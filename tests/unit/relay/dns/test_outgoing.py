@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import socket
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tpctl.relay.dns.outgoing import LIFE_SECONDS, MAX_USES, Outgoing, OutgoingSockets
+from tpctl.relay.dns.outgoing import LEAST_IDLE, LIFE_SECONDS, MAX_USES, Outgoing, OutgoingSockets
 from tpctl.relay.loop.descriptors import SPARE, unlimited
 from tpctl.relay.loop.loop import Loop
 from tpctl.relay.loop.original_destination import Destination
@@ -57,17 +59,24 @@ def port(outgoing: Outgoing[str]) -> int:
     return outgoing.local[1]
 
 
-def test_a_socket_serves_some_queries_and_then_another_one_does(resolver: Resolver) -> None:
-    first = resolver.take()
-    for _ in range(MAX_USES - 1):
-        resolver.sockets.give(first)
-        assert resolver.take() is first
-    resolver.sockets.give(first)
-    second = resolver.take()
-    assert port(second) != port(first)
-    resolver.turn()
-    assert first.sock.fileno() == -1
-    resolver.sockets.discard(second)
+def ports_of(resolver: Resolver, queries: int) -> list[int]:
+    """The ports of queries that are answered one after the other."""
+    found = []
+    for _ in range(queries):
+        outgoing = resolver.take()
+        found.append(port(outgoing))
+        resolver.sockets.give(outgoing)
+    return found
+
+
+def test_a_port_serves_some_queries_and_never_the_next_one_for_certain(resolver: Resolver) -> None:
+    ports = ports_of(resolver, 4000)
+    uses = collections.Counter(ports)
+    assert max(uses.values()) == MAX_USES
+    assert len(uses) < 1000, "a socket of its own for each would make all this useless"
+    assert len(set(ports[:LEAST_IDLE])) == LEAST_IDLE
+    again = sum(one == another for one, another in itertools.pairwise(ports))
+    assert again < 1000, "chance is one in 16, so 250"
 
 
 def test_each_query_has_a_socket_to_itself_and_an_id_of_its_own(resolver: Resolver) -> None:
@@ -88,18 +97,16 @@ def test_what_arrives_between_two_queries_is_seen_and_ends_the_use(resolver: Res
     while not resolver.heard:
         assert time.monotonic() < end
         resolver.turn(0.01)
-    second = resolver.take()
-    assert port(second) != port(first)
-    resolver.sockets.discard(second)
+    assert first.sock.fileno() == -1
+    assert not resolver.sockets.is_own(first.local)
 
 
 def test_a_socket_on_which_something_strange_came_serves_no_other_query(resolver: Resolver) -> None:
     first = resolver.take()
     first.strange = 1
     resolver.sockets.give(first)
-    second = resolver.take()
-    assert port(second) != port(first)
-    resolver.sockets.discard(second)
+    resolver.turn()
+    assert first.sock.fileno() == -1
 
 
 def test_sockets_grow_old(resolver: Resolver) -> None:
@@ -112,14 +119,15 @@ def test_sockets_grow_old(resolver: Resolver) -> None:
     assert busy.sock.fileno() == -1, "it was as old, and served a query still"
 
 
-def test_idle_sockets_take_few_descriptors_and_give_them_back() -> None:
-    descriptors = Shares(64, [0] * (SPARE + 1))
+@pytest.mark.parametrize(("total", "kept"), [(16 * 20, 20), (16 * 15, 0)])
+def test_idle_sockets_take_few_descriptors_and_give_them_back(total: int, kept: int) -> None:
+    """Or none, where they are too few to choose from."""
+    descriptors = Shares(total, [0] * (SPARE + 1))
     resolver = Resolver(descriptors)
-    taken = [resolver.take() for _ in range(10)]
+    taken = [resolver.take() for _ in range(30)]
     for one in taken:
         resolver.sockets.give(one)
     resolver.turn()
-    assert sum(one.sock.fileno() != -1 for one in taken) == 64 // 16
-    assert descriptors.used(SPARE) == 64 // 16
+    assert sum(one.sock.fileno() != -1 for one in taken) == descriptors.used(SPARE) == kept
     resolver.close()
     assert descriptors.used(SPARE) == 0

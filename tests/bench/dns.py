@@ -119,7 +119,10 @@ def standing(name: str, home: Path) -> Iterator[Standing]:
             stack.enter_context(plane(net, name, folder))
         finally:
             enter(home)
-        yield Standing(net, cgroup, folder)
+        at = Standing(net, cgroup, folder)
+        for names in (FORWARDED, LOCAL) if name != "none" else ():
+            ask(at, names, 50, "-n", "1")  # what remembers answers has them from now on
+        yield at
 
 
 def ask_one_by_one(at: Standing, cell: Cell, seconds: float) -> Figures:
@@ -129,6 +132,13 @@ def ask_one_by_one(at: Standing, cell: Cell, seconds: float) -> Figures:
     answered, took, lost = (float(word) for word in said.split())
     each = 1e6 / answered
     return Figures(answered / took, own * each, everybody * each, took * each, int(lost))
+
+
+def ask(at: Standing, names: str, clients: int, *limit: str) -> tuple[str, float, float]:
+    """Ask by dnsperf; see `used_by`."""
+    count = str(clients)
+    program = ("dnsperf", "-s", SERVER, "-d", str(at.folder / names), "-c", count, "-q", count, *limit)
+    return used_by(at, *inside(at.net.host), *program)
 
 
 def number(text: str, said: str) -> float:
@@ -143,9 +153,7 @@ def measure(at: Standing, cell: Cell, seconds: float) -> Figures:
     """One measurement. Raises AssertionError when a query was answered by an error."""
     if cell.clients == 1:
         return ask_one_by_one(at, cell, seconds)
-    clients = str(cell.clients)
-    program = ("dnsperf", "-s", SERVER, "-d", str(at.folder / cell.names), "-c", clients, "-q", clients)
-    said, own, everybody = used_by(at, *inside(at.net.host), *program, "-l", str(seconds))
+    said, own, everybody = ask(at, cell.names, cell.clients, "-l", str(seconds))
     answered, lost, rate = (number(text, said) for text in ("NOERROR", "Queries lost", "Queries per second"))
     if answered + lost != number("Queries sent", said):
         raise AssertionError(f"{cell.name}: queries were answered by an error:\n{said}")

@@ -14,7 +14,7 @@ import pytest
 from tests.legacy_ways import iptc_that_says, without_python_iptables
 from tests.netns.lab import PROXY_USER, bare_namespace, run, snapshot, tpctl
 from tpctl.engines import presence
-from tpctl.engines.iptables import legacy, libiptc, tools
+from tpctl.engines.iptables import legacy, libiptc, nft_hooks, tools
 from tpctl.engines.iptables.change import Declare, Place, TableChange
 from tpctl.engines.iptables.engine import IptablesEngine, select
 from tpctl.engines.iptables.parts import FamilyRules, Jump, TableRules
@@ -223,3 +223,28 @@ def test_the_lock_is_the_one_of_iptables_and_held_while_programs_write(host: Nam
                 engine.apply(_plan("TPCTL_OUTBOUND"))
             other.stdin.close()
         assert not rules()
+
+
+def test_empty_chains_that_stay_keep_no_rule_of_either_variant(
+    host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To take them away is the last thing, and of iptables-nft only."""
+    for variant in tools.VARIANTS:
+        for tool in ("iptables", "ip6tables"):
+            run([f"{tool}-{variant}", "-t", "nat", "-N", "TPCTL_OUTBOUND"])
+            run([f"{tool}-{variant}", "-t", "nat", "-A", "OUTPUT", "-j", "TPCTL_OUTBOUND"])
+
+    def too_slow(_: object) -> None:
+        raise ApplyError("the kernel's rules could not be worked on within 60 s")
+
+    engine = select(EngineOptions(engine="iptables"))
+    with monkeypatch.context() as patch:
+        patch.setattr(nft_hooks, "remove_empty", too_slow)
+        with pytest.raises(ApplyError, match=r"within 60 s; they stay, but no traffic is redirected any more"):
+            engine.remove(footprint={})
+    for variant in tools.VARIANTS:
+        for tool in ("iptables", "ip6tables"):
+            assert "TPCTL" not in run([f"{tool}-{variant}-save"]).stdout
+    assert "chain OUTPUT" in run(["nft", "list", "ruleset"]).stdout
+    engine.remove(footprint={})
+    assert run(["nft", "list", "ruleset"]).stdout == ""

@@ -167,18 +167,19 @@ class IptablesEngine:
         return {"hooks": nft_hooks.to_json(nft_hooks.existing())}
 
     def remove(self, *, dry_run: bool = False, footprint: Footprint | None = None, draining: bool = True) -> Removal:
-        """Remove what tpctl or kumactl installed, in both variants and families."""
-        keep = nft_hooks.from_json((footprint or {}).get("hooks"))
+        """Remove what tpctl or kumactl installed, in both variants and families; then the chains that are empty."""
         removed: list[str] = []
+        used_nft = footprint is not None
         for variant in tools.VARIANTS:
             backends = self._all_backends(variant)
             before = {family: backend.save() for family, backend in backends.items()}
             held = [line for family, tables in before.items() for line in listed.listing(variant, family, tables)]
             removed += held
+            used_nft |= variant == "nft" and bool(held)
             if held and not dry_run:
                 self._empty(backends, before)
-            if variant == "nft" and not dry_run and (held or footprint is not None):
-                removed += nft_hooks.remove_empty(keep)
+        if used_nft and not dry_run:
+            removed += _without_empty_chains(nft_hooks.from_json((footprint or {}).get("hooks")))
         return Removal(tuple(removed))
 
     def everything(self, tables: Sequence[str]) -> list[str]:
@@ -334,6 +335,16 @@ def select(options: EngineOptions) -> IptablesEngine:
 def _failed(error: Exception, outcome: str, kind: type[TpctlError]) -> TpctlError:
     """What is raised for an error, after the attempt to put the rules back."""
     return (kind if outcome == ROLLED_BACK else HalfDoneError)(f"{described(error)}. {outcome}")
+
+
+def _without_empty_chains(keep: frozenset[nft_hooks.Hook]) -> tuple[str, ...]:
+    """What `nft_hooks.remove_empty` removes. Raises ApplyError: the rules are gone by then."""
+    try:
+        return nft_hooks.remove_empty(keep)
+    except ApplyError as error:
+        raise ApplyError(
+            f"the empty chains of iptables-nft: {error}; they stay, but no traffic is redirected any more"
+        ) from error
 
 
 def _drift(plan: IptablesPlan, held: Mapping[Family, Tables]) -> Iterator[str]:

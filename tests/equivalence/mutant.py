@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, TypeVar
 
 from tpctl.rehearsal.layout import member
 from tpctl.spec.policy import Address, DnsCapture, Family, Policy, contains
@@ -53,6 +53,7 @@ def name_of(comment: str) -> str:
 
 
 _INBOUND_RULES = {"i0", "i3 to i7", "i3", "i4", "i5", "i6", "i7", "to the inbound listener"}
+_One = TypeVar("_One")
 Judge = Callable[[Policy, str, Spot], str | None]
 
 
@@ -71,6 +72,8 @@ def _switched_off(policy: Policy, kind: str, spot: Spot) -> str | None:
             return "inbound redirection is off: nothing is redirected there anyway"
         if spot.rule == "o3":
             return "inbound redirection is off: o3 leads nowhere"
+        if spot.rule == "x4" and spot.part == "owner" and kind == "drop a condition":
+            return "inbound redirection is off: o3 leads nowhere, and o5 lets the data plane's queries pass too"
         if (spot.rule == "o2" and spot.part != "out") or spot.other == "o2":
             return "inbound redirection is off: there is no o3 that o2 would keep off, and o4 and o5 let it pass too"
     if not policy.outbound.enabled and not policy.dns.tcp and spot.chain.lower().endswith(("outbound", "dns_tcp")):
@@ -93,14 +96,16 @@ def _held_twice(policy: Policy, kind: str, spot: Spot) -> str | None:
     everything = policy.dns.capture is DnsCapture.ALL and policy.dns.tcp
     if spot.rule == "x4" and everything and spot.part == "rule" and spot.other != "o1":
         return "d4 has taken every query over TCP but the data plane's"
-    if {spot.rule, spot.other} in ({"x4", "o1"}, {"DNS over TCP", "o1"}) and not policy.dns.tcp:
+    passes = ({"x4", "o1"}, {"x4", "o2"}, {"DNS over TCP", "o1"}, {"DNS over TCP", "o2"})
+    if {spot.rule, spot.other} in passes and not policy.dns.tcp:
         return "both let the connection pass"
-    if spot.rule == "d4" and spot.part == "family":
+    if spot.rule == "d4" and spot.part in ("family", "destination") and everything and kind == "drop a condition":
         return "s1 has let link-local destinations pass, and of the others d4 takes both families"
-    if spot.rule == "DNS queries" and spot.part == "family" and policy.dns.capture is DnsCapture.LISTED:
+    listed, dropped = policy.dns.capture is DnsCapture.LISTED, kind == "drop a condition"
+    if spot.rule == "DNS queries" and spot.part == "family" and listed and dropped:
         return "the chain only names servers of the family"
     query = "dns" in spot.chain.lower() or "query" in spot.chain.lower()
-    if spot.rule == "s1" and query and policy.dns.capture is DnsCapture.LISTED and kind != "negate":
+    if spot.rule == "s1" and query and listed and kind != "negate":
         return "no listed server is link-local"
     return None
 
@@ -112,6 +117,8 @@ def _out_of_reach(policy: Policy, kind: str, spot: Spot) -> str | None:
         return "out of reach: the container answers for the addresses of its network itself"
     if (spot.rule == "s1" or "fe80::/10" in spot.text) and kind == "off by one" and "narrower" in spot.other:
         return "out of reach: links only have addresses of fe80::/64"
+    if "fe80::/10" in spot.text and kind == "off by one" and spot.part == "source":
+        return "out of reach: nobody has an address of fec0::/10"
     if spot.rule == "z7" and "fe80::/10" in spot.text and spot.part == "destination" and kind != "negate":
         return "out of reach: nobody forwards to link-local addresses, or queries that are not of virtual networks"
     if {spot.rule, spot.other} == {"a query to a captured server", "z2"}:
@@ -120,7 +127,7 @@ def _out_of_reach(policy: Policy, kind: str, spot: Spot) -> str | None:
 
 
 def _listener_itself(policy: Policy, kind: str, spot: Spot) -> str | None:
-    if "z8" not in (spot.rule, spot.other):
+    if "z8" not in (spot.rule, spot.other) or (kind == "drop a condition" and spot.part == "port"):
         return None
     return "only a query from the port of one that was answered shows it; tests/netns/test_dns_listener.py has some"
 
@@ -150,16 +157,37 @@ def _no_server(policy: Policy, kind: str, spot: Spot) -> str | None:
     loopback = "127.0.0." in spot.text or "::1/128" in spot.text
     if loopback:
         return "nothing arrives from, or is forwarded to, a loopback address"
-    if spot.rule == "z7" and not any(str(member(vnet.network)) in spot.text for vnet in policy.virtual_networks):
+    if spot.rule == "z7" and spot.part == "destination" and kind in ("drop a condition", "negate"):
+        return None if _has_unlisted_member(policy, spot) else "out of reach: nobody forwards queries to other servers"
+    if spot.rule == "z7" and spot.part == "local" and kind == "drop a condition":
+        return "no listed server has an address of this host but loopback's, and l1 leaves those to the kernel"
+    if spot.rule == "z7" and not _names_a_member(policy, spot):
         return "out of reach: nobody forwards queries to this server but virtual networks, and z6 is asked first"
     return None
+
+
+def _names_a_member(policy: Policy, spot: Spot) -> bool:
+    """Whether a rule, or the set that it asks, has a listed server that is a container."""
+    members = [member(vnet.network) for vnet in policy.virtual_networks]
+    listed = [server.address for server in policy.dns.servers if server.address in members]
+    in_set = [address for address in listed if Family.of(address) is spot.family]
+    return bool(in_set) if "@" in spot.text else any(str(address) in spot.text for address in listed)
+
+
+def _has_unlisted_member(policy: Policy, spot: Spot) -> bool:
+    """Whether there is a container to which queries are forwarded, and that is no listed server."""
+    listed = [server.address for server in policy.dns.servers]
+    members = [member(vnet.network) for vnet in policy.virtual_networks]
+    in_set = "@" in spot.text  # of which a container may be a part
+    return any(Family.of(address) is spot.family and (in_set or address not in listed) for address in members)
 
 
 def _transparent(policy: Policy, kind: str, spot: Spot) -> str | None:
     """What `--inbound-mode tproxy` adds for the sake of others, or holds twice."""
     if not policy.inbound.is_transparent:
         return None
-    if spot.rule == "i4" and spot.chain in ("inbound", "TPCTL_INBOUND"):
+    takes_more = spot.part == "source" and kind in ("drop a condition", "negate")
+    if spot.rule == "i4" and spot.chain in ("inbound", "TPCTL_INBOUND") and not takes_more:
         return "out of reach: only self-calls come there, and their source is not excluded"
     if spot.rule == "t1" and spot.part in ("owner", "out", "family") and kind == "drop a condition":
         return "out of reach: nobody but the data plane sends from a client's address, and only over loopback"
@@ -172,6 +200,12 @@ def _transparent(policy: Policy, kind: str, spot: Spot) -> str | None:
         return "out of reach: no address of this host lies in between"
     if spot.rule.startswith("answers to a client") and spot.part in ("direction", "family"):
         return "what is sent to this host stays here by either routing table, and the other family is not rehearsed"
+    redirected = spot.rule.startswith("the connection was redirected")
+    takes_others = redirected or (spot.rule.startswith("what was handed over") and spot.part == "connection mark")
+    if kind == "drop a condition" and takes_others and spot.part != "family":
+        return None
+    if redirected and kind == "drop a rule" and spot.chain == "tproxy_inbound":
+        return "what was redirected has no port that is included" if policy.inbound.include_ports else None
     translated = ("what was handed over", "the connection was redirected", "connections that were handed over")
     if any(name.startswith(translated) for name in (spot.rule, spot.other)) and kind != "negate":
         return "it is for SYN cookies and the NAT of others"
@@ -185,6 +219,8 @@ def _loopback_from_outside(policy: Policy, kind: str, spot: Spot) -> str | None:
         return None
     if spot.part in ("in", "interface") and kind != "negate":
         return "nothing arrives there over loopback for these addresses"
+    if spot.chain == "prerouting_last" and not policy.inbound.enabled:
+        return "inbound redirection is off: nothing is redirected there anyway"
     if spot.part == "destination" and kind in ("negate", "drop a condition"):
         return None
     if spot.family is Family.IPV6 or "0.0.0.0" in spot.text:
@@ -213,7 +249,11 @@ def _own_ports(policy: Policy, kind: str, spot: Spot) -> str | None:
     if "g1" not in (spot.rule, spot.other):
         return None
     chain = spot.chain.lower()
+    for_vnets = chain == "prerouting_first" and policy.virtual_networks
     if chain == "tpctl_arriving" and policy.inbound.include_ports:
+        return "what it spares is not redirected there anyway"
+    redirects_all = policy.inbound.enabled and not policy.inbound.include_ports
+    if chain.startswith("prerouting") and not redirects_all and not for_vnets:
         return "what it spares is not redirected there anyway"
     if "fe80::/10" in spot.text and chain in ("guard", "tpctl_guard"):
         return "only a host with several links can show it; tests/netns/test_own_ports.py has one"
@@ -226,10 +266,8 @@ def _own_ports(policy: Policy, kind: str, spot: Spot) -> str | None:
     if kind == "drop a condition" and spot.part == "out" and "tcp" in spot.text and _takes_all(policy):
         return "whatever an application opens elsewhere is redirected, and so translated"
     leaves_to_guard = chain.startswith("prerouting") or chain == "tpctl_arriving"
-    some = not policy.inbound.enabled or policy.inbound.include_ports
-    if leaves_to_guard and (some or spot.part == "local"):
-        vnets = chain == "prerouting_first" and policy.virtual_networks
-        return None if vnets else "what it spares is not redirected there anyway"
+    if leaves_to_guard and (not redirects_all or spot.part == "local"):
+        return None if for_vnets else "what it spares is not redirected there anyway"
     if kind == "swap two rules":
         return "no packet meets both rules" if {spot.rule, spot.other} & {"l1", "e1"} else None
     return None
@@ -262,7 +300,7 @@ def _address(text: str) -> Address:
     return ip_address(text.partition("/")[0])
 
 
-def spread(items: list[Mutant], most: int) -> Iterator[Mutant]:
+def spread(items: list[_One], most: int) -> Iterator[_One]:
     """So many of them, evenly from all over the list."""
     if len(items) <= most:
         yield from items

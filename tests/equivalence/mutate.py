@@ -82,6 +82,20 @@ def challenge(door: Door, most: int, show: bool = False) -> Tally:
     return tally
 
 
+def audit(door: Door, most: int) -> Tally:
+    """Try at most so many of the mutants that nothing should show; the reason of one that is caught does not hold."""
+    tally = Tally()
+    with Bench(door) as bench:
+        excused = [(policy, mutant) for policy, mutant in mutants_of(door, bench) if mutant.unseen]
+        for policy, mutant in spread(sorted(excused, key=lambda each: str(each[1].unseen)), most):
+            before = tally.caught.total()
+            _try(bench, policy, mutant, tally)
+            if tally.caught.total() > before:
+                print(f"caught: {mutant}, although {mutant.unseen}", flush=True)
+    tally.survivors.clear()
+    return tally
+
+
 def _expect_no_surprise(bench: Bench, policy: Policy) -> None:
     for _ in range(_SOUND_TRIES):
         wrong = bench.compare(policy, stateful_connections, first_only=True)
@@ -134,13 +148,17 @@ def main() -> int:
     parser.add_argument("mutants", type=int, nargs="?", default=400, help="at most so many for each engine")
     parser.add_argument("--engine", action="append", choices=sorted(_MAKERS), help="only this engine; may be repeated")
     parser.add_argument("--show", action="store_true", help="name the mutants that nothing could show")
+    parser.add_argument("--excused", action="store_true", help="try those instead: none of them may be caught")
     arguments = parser.parse_args()
     good = True
     for name in arguments.engine or _MAKERS:
         began = time.monotonic()
-        tally = challenge(DOORS[name], arguments.mutants, arguments.show)
+        if arguments.excused:
+            tally = audit(DOORS[name], arguments.mutants)
+        else:
+            tally = challenge(DOORS[name], arguments.mutants, arguments.show)
         print("\n".join(report(name, tally, time.monotonic() - began)), flush=True)
-        good = good and tally.share >= REQUIRED
+        good = good and (not tally.caught.total() if arguments.excused else tally.share >= REQUIRED)
     return 0 if good else 1
 
 

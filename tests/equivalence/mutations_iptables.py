@@ -89,12 +89,21 @@ def _commute(first: Rule, second: Rule) -> bool:
         return True
     if first.protocol and second.protocol and first.protocol != second.protocol:
         return True
+    if _are_apart(first.source, second.source) or _are_apart(first.destination, second.destination):
+        return True
     owners = [option for rule in (first, second) for match in rule.matches for option in match.options]
     owners = [option for option in owners if option.name == "uid-owner"]
     if len(owners) == 2 and owners[0].values == owners[1].values and owners[0].negated != owners[1].negated:
         return True
     interfaces = first.in_interface, second.in_interface
     return all(interfaces) and interfaces[0] != interfaces[1]
+
+
+def _are_apart(first: Criterion | None, second: Criterion | None) -> bool:
+    """Whether no address is in both."""
+    if not first or not second or first.negated or second.negated:
+        return False
+    return not ip_network(first.value).overlaps(ip_network(second.value))
 
 
 def _spot(family: Family, chain: str, rule: Rule, part: str, more: str) -> Spot:

@@ -204,13 +204,9 @@ def _nft_only(policy: Policy, kind: str, spot: Spot, table: Table) -> str | None
     if spot.chain.endswith(("_first", "_last")):
         twin = spot.chain.replace("first", "LAST").replace("last", "first").replace("LAST", "last")
         texts = [rule.render(comments=False) for chain in table.chains if chain.name == twin for rule in chain.rules]
-        if spot.text in texts and kind in ("drop a rule", "wrong interface", "swap two rules"):
+        if spot.text in texts and _is_made_up_for(policy, kind, spot):
             return "asked at both priorities: only rules of others in between could tell"
-        if spot.text in texts and (kind == "negate" or {spot.rule, spot.other} & {"l1", "e1"}):
-            return "asked at both priorities: only rules of others in between could tell"
-    if spot.rule == "g1" and spot.chain.startswith("prerouting_last") and kind == "drop a condition":
-        return "asked at both priorities: only rules of others in between could tell"
-    if spot.rule == "g1" and kind == "drop a rule" and spot.text.endswith("reject with tcp reset"):
+    if spot.rule == "g1" and kind in ("drop a rule", "swap two rules") and spot.text.endswith("reject with tcp reset"):
         return "the rule after it refuses everything, connections by an ICMP error"
     if spot.part == "family" and kind == "drop a condition":
         if re.search(r"ip6? [sd]addr", spot.text):
@@ -219,3 +215,21 @@ def _nft_only(policy: Policy, kind: str, spot: Spot, table: Table) -> str | None
         if len({vnet.network.version for vnet in vnets}) > 1:
             return "the interface has a network of both families, with the same rule each"
     return None
+
+
+def _is_made_up_for(policy: Policy, kind: str, spot: Spot) -> bool:
+    """Whether the same rules at the other priority redirect what is missing at this one.
+
+    They spare nothing that is redirected here.
+    """
+    if {spot.rule, spot.other} & {"l1", "e1", "g1"}:
+        only_here = spot.chain == "prerouting_first" and policy.virtual_networks
+        spares_more = kind == "drop a condition" or (kind == "negate" and _is_loopback_from_outside(spot))
+        return spares_more and not only_here
+    widened = kind == "wrong interface" and "!=" in spot.text
+    return kind in ("drop a rule", "wrong interface", "swap two rules") and not widened
+
+
+def _is_loopback_from_outside(spot: Spot) -> bool:
+    """What only a raw socket could send."""
+    return spot.rule == "l1" and spot.family is Family.IPV6 and spot.part == "destination"

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
-import sys
-from collections.abc import Callable
 
 import pytest
 
-from tests.schemas import validated
-from tpctl.cli import main
+from tests.unit.cli.commands.conftest import Run
 from tpctl.host import cgroups
 from tpctl.record import state
 from tpctl.spec.policy import Cgroup, Inbound, Policy, PortRange
 
 GIVEN = ["--kuma-dp-user", "nobody"]
 CAPTURE_ALL = ["--redirect-all-dns-traffic", "--resolv-conf=/dev/null"]
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tpctl", "explain", *argv])
-        with pytest.raises(SystemExit) as caught:
-            main.main()
-        out, err = capsys.readouterr()
-        if "--json" in argv:
-            validated(out)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, err
-
-    return run
+def explain(tpctl: Run) -> Run:
+    """Runs `tpctl explain`; gives exit code, stdout and stderr."""
+    return functools.partial(tpctl, "explain")
 
 
 def answer(explain: Run, *argv: str) -> dict[str, object]:

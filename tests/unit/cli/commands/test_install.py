@@ -6,16 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.schemas import validated
+from tests.unit.cli.commands.conftest import Run
 from tpctl.change import lifecycle
 from tpctl.change.lifecycle import InstallReport
-from tpctl.cli import main
 from tpctl.config.load import load
 from tpctl.config.options import OPTIONS
 from tpctl.engines import preview
@@ -24,24 +23,6 @@ from tpctl.spec.policy import DnsCapture, Family, Policy, PortRange
 from tpctl.system.errors import ApplyError
 
 USER = ["--kuma-dp-user", "nobody"]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tpctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives exit code, stdout and stderr."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tpctl", *argv])
-        with pytest.raises(SystemExit) as caught:
-            main.main()
-        out, err = capsys.readouterr()
-        if "--json" in argv:
-            validated(out)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, err
-
-    return run
 
 
 class Recorder:

@@ -111,8 +111,8 @@ test-userspace: dev ## every engine with the programs and libraries of Debian 12
 	@.ci/packages mmdebstrap mount
 	@$(BIN)/python -m tests.userspace --policies $(or $(N),20) $(if $(DOCUMENT),--document $(DOCUMENT)) $(RELEASES)
 
-test-packages: dev ## the Debian package and the wheel in bare chroots of Debian 12 and 13 (root)
-	@.ci/packages mmdebstrap mount $(DELIVERY_PACKAGES)
+test-packages: dev ## the packages and the wheel in bare chroots of Debian 12 and 13, the image by podman (root)
+	@.ci/packages mmdebstrap mount buildah podman crun $(DELIVERY_PACKAGES)
 	@PACKAGES=all $(BIN)/python -m pytest --verbose tests/delivery
 
 test-pages: dev ## every command of README and docs/ that is run as printed: it must print what is there (root; WRITE=1: write it anew)
@@ -182,7 +182,7 @@ rpm: venv ## dist/tpctl-VERSION-1.noarch.rpm: for RHEL 9, with a virtual environ
 	@.ci/packages rpm
 	@PYTHONPATH=.ci $(BIN)/python -m delivery.rpm
 
-oci: venv ## dist/tpctl-VERSION.oci.tar: an image of Debian 13 with what tpctl needs (root)
+oci: venv ## dist/tpctl-VERSION.oci.tar: an image of Debian 12 with what tpctl needs (root)
 	@.ci/packages dpkg mmdebstrap mount buildah
 	@PYTHONPATH=.ci $(BIN)/python -m delivery.oci
 

@@ -1,4 +1,4 @@
-"""`python -m delivery.oci`: dist/tpctl-VERSION.oci.tar, an image with tpctl and what it needs of Debian 13.
+"""`python -m delivery.oci`: dist/tpctl-VERSION.oci.tar, an image with tpctl and what it needs of Debian 12.
 
 Needs root, mmdebstrap, buildah and a mirror of Debian. Unlike the packages it is not the same each time: the mirror has
 newer versions.
@@ -14,7 +14,8 @@ from pathlib import Path
 from delivery import DIST, NAME, SUMMARY, deb, epoch
 from tpctl import __version__
 
-RELEASE = "trixie"
+RELEASE = "bookworm"
+"""What a newer nft writes into the kernel, the nft of a Debian 12 host crashes over when it lists tables."""
 INCLUDED = (
     *("python3-click", "python3-structlog", "python3-pyroute2", "python3-yaml", "python3-dnspython"),
     *("python3-nftables", "nftables", "iptables", "iproute2"),

@@ -1,14 +1,19 @@
-"""The packages in bare chroots of Debian 12 and 13: `make test-packages`. Needs root, mmdebstrap, and a mirror."""
+"""The packages in bare chroots of Debian 12 and 13, the image by podman: `make test-packages`.
+
+Needs root, mmdebstrap, and a mirror.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from delivery import DIST, deb, python, rpm
+from delivery import DIST, NAME, deb, oci, python, rpm
+from tpctl import __version__
 from tests.userspace.chroots import CHECKOUT, bare_chroot
 from tests.userspace.room import Room
 
@@ -56,3 +61,16 @@ def test_the_tree_of_the_rpm_package() -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_demo_in_a_clone_without_a_compiler(release: str) -> None:
     assert said(release, "clone.sh").endswith(HELD)
+
+
+def test_the_image_as_podman_runs_it(tmp_path: Path) -> None:
+    work = tmp_path / "podman"
+    work.mkdir()
+    alone = ["unshare", "--net", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"]
+    here = os.readlink("/proc/self/ns/net")
+    script = ["sh", str(CHECKOUT / HERE / "image.sh"), str(oci.build(tmp_path)), f"{NAME}:{__version__}", str(work), here]
+    words = ["setpriv", "--pdeathsig", "KILL", *alone, "--kill-child", *script]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False)
+    print(done.stdout)
+    assert done.returncode == 0
+    assert done.stdout.endswith(HELD)

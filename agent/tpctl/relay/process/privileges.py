@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from tpctl.host.users import uid_of
+from tpctl.relay.process import foresight
 from tpctl.relay.settings.model import Role, Settings, Source
 from tpctl.system.errors import HostError, InputError
 
@@ -94,10 +95,22 @@ def become(user: str, capabilities: Collection[int] = ()) -> None:
     try:
         os.initgroups(entry.pw_name, entry.pw_gid)
         os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+        _import_what_will_be_hidden(uid)
         os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
     except PermissionError:
         raise HostError(f"--user {user}: only root may become another user") from None
     _keep(libc, capabilities)
+
+
+def _import_what_will_be_hidden(uid: int) -> None:
+    before = os.geteuid()
+    os.seteuid(uid)
+    try:
+        is_readable = foresight.is_readable()
+    finally:
+        os.seteuid(before)
+    if not is_readable:
+        foresight.load_all()
 
 
 def confine() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from delivery import DIST, NAME, deb, oci, python, rpm
-from tpctl import __version__
 from tests.userspace.chroots import CHECKOUT, bare_chroot
 from tests.userspace.room import Room
+from tpctl import __version__
 
 pytestmark = [
     pytest.mark.root,
@@ -67,9 +67,10 @@ def test_the_image_as_podman_runs_it(tmp_path: Path) -> None:
     work = tmp_path / "podman"
     work.mkdir()
     alone = ["unshare", "--net", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork", "--mount-proc"]
-    here = os.readlink("/proc/self/ns/net")
-    script = ["sh", str(CHECKOUT / HERE / "image.sh"), str(oci.build(tmp_path)), f"{NAME}:{__version__}", str(work), here]
-    words = ["setpriv", "--pdeathsig", "KILL", *alone, "--kill-child", *script]
+    image = oci.build(tmp_path)
+    here = Path("/proc/self/ns/net").readlink()
+    script = ["sh", CHECKOUT / HERE / "image.sh", image, f"{NAME}:{__version__}", work, here]
+    words = ["setpriv", "--pdeathsig", "KILL", *alone, "--kill-child", *map(str, script)]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False)
     print(done.stdout)
     assert done.returncode == 0

@@ -19,7 +19,7 @@ from tpctl.envoy.clusters import Clusters
 from tpctl.envoy.documents import Resource
 from tpctl.envoy.http import Requests
 from tpctl.envoy.secrets import Secrets
-from tpctl.envoy.words import APART, cidrs, duration, extension
+from tpctl.envoy.words import APART, cidrs, clients, duration, extension
 from tpctl.relay.loop.networks import NetworkSet
 from tpctl.relay.settings.access import METADATA, NAT64, Access
 from tpctl.relay.settings.model import ListenerSettings, Role, ServerTls, Service, ServiceProtocol
@@ -35,6 +35,9 @@ _METADATA = NetworkSet([
     *(ip_network((IPv6Address(NAT64 + one.network_address.packed), 128))
       for one in METADATA.networks if one.version == 4),
 ])  # fmt: skip
+_LINK_LOCAL = (ip_network("fe80::/10"),)
+"""Addresses with a scope, with which Envoy cannot write a PROXY protocol header: one of version 2 ends it (1.40)."""
+_FROM_LINK_LOCAL = {"source_prefix_ranges": cidrs(_LINK_LOCAL)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,21 @@ class Chains:
     def _inbound(self, service: Service, match: Resource) -> Iterator[Resource]:
         """By the source. The client that X-Forwarded-For names is a filter's affair."""
         name, tls = self._name(service), self._tls(self._name(service), service.ssl, http2=service.http2)
+        access, forwarders = service.access, service.trusted_ips.forwarders.networks
+        if service.send_proxy_protocol is not None:
+            access, forwarders = _and_denied(access, _LINK_LOCAL), minus(forwarders, _LINK_LOCAL)
+            yield _refused_to(name, match)
         if service.protocol is not ServiceProtocol.TCP:
             http = {**match, "application_protocols": _HTTP} if _is_detected(service) else match
-            forwarders = service.trusted_ips.forwarders.networks
+            if service.send_proxy_protocol is not None:
+                yield _refused_from(name, http)
             if forwarders:
-                trusted = {**http, "source_prefix_ranges": cidrs(forwarders)}
+                trusted = {**http, "source_prefix_ranges": clients(forwarders)}
                 yield _chain(f"{name}{APART}forwarded", trusted, [self._requests(service, forwarded=True)], tls)
             yield _chain(f"{name}{APART}http", http, [self._requests(service, forwarded=False)], tls)
             if not _is_detected(service):
                 return
-        yield from _by_source(name, match, service.access, self._stream(name, self._cluster(service)), tls)
+        yield from _by_source(name, match, access, self._stream(name, self._cluster(service)), tls)
 
     def _outbound(self, port: int, services: Sequence[Service]) -> Iterator[Resource]:
         """By the destination: the most specific `to` wins, and the listener's own rules hold where there is none."""
@@ -105,14 +113,16 @@ class Chains:
             # Network by network: a part of one may be another's, and a part of that this service's again.
             territory = minus([left for own in service.to.networks for left in minus([own], _inside(own, others))], ())
             match = {"destination_port": port}
-            yield from self._to(self._name(service), match, territory, service.access, self._handlings(service))
+            access = self._destinations(service.access, service)
+            yield from self._to(self._name(service), match, territory, access, self._handlings(service))
         named = [one for service in services for one in service.to.networks]
         general = next((service for service in services if not service.to), None)
         match = {"destination_port": port}
         if general is None:
             yield from self._rest(port, named)
         else:
-            yield from self._to_rest(self._name(general), match, named, general.access, self._handlings(general))
+            access = self._destinations(general.access, general)
+            yield from self._to_rest(self._name(general), match, named, access, self._handlings(general))
 
     def _rest(self, port: int | None, named: Sequence[Network] = ()) -> list[Resource]:
         """What no service takes; the last one takes whatever is left."""
@@ -121,15 +131,18 @@ class Chains:
         match = {} if port is None else {"destination_port": port}
         stream = self._stream(listener.name, self.clusters.of_listener(listener))
         if listener.role is Role.INBOUND:
-            tls = self._tls(listener.name, listener.ssl)
-            return list(_by_source(name, match, listener.access, stream, tls))
-        return list(self._to_rest(name, match, named, listener.access, [({}, stream)]))
+            tls, access, refused = self._tls(listener.name, listener.ssl), listener.access, []
+            if listener.send_proxy_protocol is not None:
+                access, refused = _and_denied(access, _LINK_LOCAL), [_refused_to(name, match)]
+            return [*refused, *_by_source(name, match, access, stream, tls)]
+        access = self._destinations(listener.access, listener)
+        return list(self._to_rest(name, match, named, access, self._apart(listener, [({}, stream)])))
 
     def _to(
         self, name: str, match: Resource, territory: Sequence[Network], access: Access, handlings: _Handlings
     ) -> Iterator[Resource]:
         """Chains for some destinations."""
-        good = shared(territory, admitted(self._destinations(access)))
+        good = shared(territory, admitted(access))
         bad = minus(territory, good)
         if good:
             yield from _handled(name, {**match, "prefix_ranges": cidrs(good)}, handlings)
@@ -140,7 +153,6 @@ class Chains:
         self, name: str, match: Resource, named: Sequence[Network], access: Access, handlings: _Handlings
     ) -> Iterator[Resource]:
         """Chains for all destinations but those that are named elsewhere; the last one has no network."""
-        access = self._destinations(access)
         if access.default_allow:
             bad = minus(access.deny.networks, named)
             if bad:
@@ -152,21 +164,28 @@ class Chains:
             yield from _handled(name, {**match, "prefix_ranges": cidrs(good)}, handlings)
         yield _chain(f"{name}{APART}refused", match, [REFUSED])
 
-    def _destinations(self, access: Access) -> Access:
-        """Access rules with the addresses of cloud metadata services among the denied ones."""
-        if self.listener.allow_metadata_addresses:
-            return access
-        return Access(access.allow, NetworkSet([*access.deny.networks, *_METADATA.networks]), access.default_allow)
+    def _destinations(self, access: Access, what: ListenerSettings | Service) -> Access:
+        """Access rules with all that is not dialled among the denied ones."""
+        if not self.listener.allow_metadata_addresses:
+            access = _and_denied(access, _METADATA.networks)
+        return access if what.send_proxy_protocol is None else _and_denied(access, _LINK_LOCAL)
+
+    def _apart(self, what: ListenerSettings | Service, handlings: _Handlings) -> _Handlings:
+        """The same, and those who cannot be named in a PROXY protocol header refused, if one is to be sent."""
+        if what.send_proxy_protocol is None:
+            return handlings
+        refused = [({**more, **_FROM_LINK_LOCAL}, [REFUSED]) for more, _ in handlings]
+        return [*refused, *handlings]
 
     def _handlings(self, service: Service) -> _Handlings:
         """The filters of an outbound service, and what more has to match."""
         if service.protocol is ServiceProtocol.TCP:
-            return [({}, self._stream(self._name(service), self._cluster(service)))]
+            return self._apart(service, [({}, self._stream(self._name(service), self._cluster(service)))])
         requests = [self._requests(service, forwarded=False)]
         if not _is_detected(service):
-            return [({}, requests)]
+            return self._apart(service, [({}, requests)])
         stream = self._stream(self._name(service), self._cluster(service))
-        return [({"application_protocols": _HTTP}, requests), ({}, stream)]
+        return self._apart(service, [({"application_protocols": _HTTP}, requests), ({}, stream)])
 
     def _name(self, service: Service) -> str:
         return f"{self.listener.name}{APART}{service.name}"
@@ -239,8 +258,20 @@ def _inside(network: Network, others: Iterable[Network]) -> list[Network]:
 
 def _handled(name: str, match: Resource, handlings: _Handlings) -> Iterator[Resource]:
     for more, filters in handlings:
-        part = f"{name}{APART}http" if more else name
-        yield _chain(part, {**match, **more}, filters)
+        part = f"{name}{APART}http" if "application_protocols" in more else name
+        yield _chain(f"{part}{APART}link-local" if filters == [REFUSED] else part, {**match, **more}, filters)
+
+
+def _refused_to(name: str, match: Resource) -> Resource:
+    return _chain(f"{name}{APART}to-link-local", {**match, "prefix_ranges": cidrs(_LINK_LOCAL)}, [REFUSED])
+
+
+def _refused_from(name: str, match: Resource) -> Resource:
+    return _chain(f"{name}{APART}http{APART}link-local", {**match, **_FROM_LINK_LOCAL}, [REFUSED])
+
+
+def _and_denied(access: Access, networks: Iterable[Network]) -> Access:
+    return Access(access.allow, NetworkSet([*access.deny.networks, *networks]), access.default_allow)
 
 
 def _by_source(
@@ -250,12 +281,12 @@ def _by_source(
     refused = f"{name}{APART}refused"
     if access.default_allow:
         if access.deny:
-            yield _chain(refused, {**match, "source_prefix_ranges": cidrs(access.deny.networks)}, [REFUSED])
+            yield _chain(refused, {**match, "source_prefix_ranges": clients(access.deny.networks)}, [REFUSED])
         yield _chain(name, match, filters, tls)
         return
     good = admitted(access)
     if good:
-        yield _chain(name, {**match, "source_prefix_ranges": cidrs(good)}, filters, tls)
+        yield _chain(name, {**match, "source_prefix_ranges": clients(good)}, filters, tls)
     yield _chain(refused, match, [REFUSED])
 
 

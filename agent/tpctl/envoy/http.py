@@ -16,7 +16,7 @@ from typing import Any
 from tpctl.envoy.clusters import PRESERVE_CASE, Clusters
 from tpctl.envoy.documents import Resource
 from tpctl.envoy.secrets import Secrets
-from tpctl.envoy.words import APART, cidrs, duration, extension
+from tpctl.envoy.words import APART, clients, duration, extension
 from tpctl.relay.settings.access import Access
 from tpctl.relay.settings.model import Jwt, ListenerSettings, OriginVerify, RateLimit, Role, Service, Timeouts
 from tpctl.relay.settings.partition import admitted
@@ -105,7 +105,7 @@ class Requests:
             return {"use_remote_address": False, "skip_xff_append": True, **_without()}
         if not forwarded:
             return {"use_remote_address": True, **_without(_CLAIMED)}
-        trusted = {"cidrs": cidrs(self.service.trusted_ips.forwarders.networks)}
+        trusted = {"cidrs": clients(self.service.trusted_ips.forwarders.networks)}
         return {
             "use_remote_address": False,
             **_without(),
@@ -236,7 +236,7 @@ def _admit(access: Access) -> Resource:
         action, networks = "DENY", access.deny.networks
     else:
         action, networks = "ALLOW", admitted(access)
-    principals = [{"remote_ip": one} for one in cidrs(networks)]
+    principals = [{"remote_ip": one} for one in clients(networks)]
     policy = {"permissions": [{"any": True}], "principals": principals}
     rules = {"action": action, "policies": {"access": policy}}
     return extension("envoy.filters.http.rbac", "filters.http.rbac.v3.RBAC", rules=rules)

@@ -13,6 +13,7 @@ from tests.netns.envoy.scene import curl, exchange
 from tests.netns.envoy.test_client_address import HEADERS, REQUEST
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import until
+from tests.netns.relay.test_link_local import link_local
 
 pytestmark = pytest.mark.root
 
@@ -64,6 +65,26 @@ def test_a_header_never_says_what_is_dialled(  # type: ignore[no-untyped-def]
         assert answer == b""
     else:
         assert f'"local": ["{HOST[family]}", {port}]'.encode() in answer
+
+
+def test_a_link_local_address_is_no_end_of_it(scene: Scene) -> None:
+    """With a scope, Envoy cannot write it into a PROXY protocol header of version 2: it ended, with all connections."""
+    net = scene.net
+    for port in (8012, 8013):
+        for destination in (HOST[6], link_local(net, net.host)):
+            with net.inside(net.peer), socket.socket(socket.AF_INET6) as client:
+                client.settimeout(relay_net.TIMEOUT)
+                scope = socket.if_nametoindex("eth0")
+                client.bind((link_local(net, net.peer), 0, 0, scope))
+                with contextlib.suppress(ConnectionError):
+                    client.connect((destination, port, 0, scope if destination.startswith("fe80") else 0))
+                    client.sendall(REQUEST)
+                    assert client.recv(10) == b""
+    for header in (b"PROXY TCP6 fe80::1%lo fd99::2 1 1\r\n", b"PROXY TCP6 fd99::7 fe80::2%lo 1 1\r\n"):
+        assert exchange(net, net.peer, (HOST[6], 8014), header + REQUEST, TRUSTED[6]) == b""
+    for port in (8012, 8013):
+        assert curl(net, net.peer, HOST[6], port, source=STRANGER[6]).status == 200
+    assert scene.envoy.process.poll() is None
 
 
 @FAMILIES

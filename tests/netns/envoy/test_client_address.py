@@ -65,6 +65,9 @@ def test_access_is_about_the_real_client(scene: Scene, family: int) -> None:
     assert status(ELSEWHERE[family], TRUSTED[family]) == 200
     assert status(other, TRUSTED[family]) == 403
     assert status(None, TRUSTED[family]) == 403
+    assert status("::ffff:203.0.113.65", TRUSTED[family]) == 200
+    assert status("::ffff:203.0.113.66", TRUSTED[family]) == 403
+    assert status("203.0.113.65, ::ffff:10.99.0.1", TRUSTED[family]) == 200
     assert status(None, STRANGER[family]) == 200
     assert status(ELSEWHERE[family], {4: "10.99.0.13", 6: "fd99::13"}[family]) == 403
 
@@ -134,6 +137,9 @@ def test_access_is_about_the_client_in_the_header(scene: Scene) -> None:
     for client, admitted in (("203.0.113.65", True), ("203.0.113.66", False)):
         answer = said(scene.net, 4, 8010, header1(client, HOST[4], 8010), TRUSTED[4])
         assert bool(answer) is admitted, answer
+        for header in (header1, header2):  # as a proxy writes them that listens on one socket for both families
+            mapped = header(f"::ffff:{client}", f"::ffff:{HOST[4]}", 8010)
+            assert bool(said(scene.net, 4, 8010, mapped, TRUSTED[4])) is admitted
 
 
 @FAMILIES

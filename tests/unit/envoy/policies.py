@@ -20,11 +20,11 @@ PORTS = (25, 80, 443, 8080)
 OTHER_PORT = 9999
 NETWORKS = ("10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.3/32", "169.254.0.0/16", "169.254.169.254/32",
             "203.0.113.0/24", "fd00::/8", "fd00:1::/32", "fd00:1::1/128", "fd00:ec2::254/128", "64:ff9b::/96",
-            "0.0.0.0/0", "::/0")  # fmt: skip
+            "fe80::/10", "fe80::/64", "0.0.0.0/0", "::/0")  # fmt: skip
 """Nested, and some with metadata services in them."""
 ADDRESSES = ("10.0.0.1", "10.1.0.1", "10.1.2.1", "10.1.2.3", "10.1.3.0", "169.254.0.1", "169.254.169.254",
              "203.0.113.7", "192.0.2.1", "fd00::1", "fd00:1::1", "fd00:1::2", "fd00:ec2::254", "64:ff9b::a9fe:a9fe",
-             "64:ff9b::1", "2001:db8::1")  # fmt: skip
+             "64:ff9b::1", "2001:db8::1", "fe80::1")  # fmt: skip
 REFUSED = "refused"
 
 
@@ -98,6 +98,8 @@ def files(draw: st.DrawFn, there: Path) -> dict[str, Any]:
             if draw(st.booleans()):
                 listener |= {"upstream": "dataplane", "dataplane_file": f"{there}/dataplane.yaml"}
         listener["allow_metadata_addresses"] = draw(st.booleans())
+        if draw(st.booleans()):
+            listener["send_proxy_protocol"] = draw(st.sampled_from(["v1", "v2"]))
         listeners.append(listener)
     secrets = {name: {"file": f"{there}/{name}"} for name in ("current", "previous")}
     top = {"access_log": draw(st.booleans()), "limits": {"connections": draw(st.integers(0, 10**6))}}
@@ -122,6 +124,10 @@ def expected(settings: Settings, listener: ListenerSettings, connection: Connect
     if connection.port in own:
         return REFUSED
     service = _service(listener, connection)
+    if (listener if service is None else service).send_proxy_protocol is not None and any(
+        one.startswith("fe80:") for one in (connection.source, connection.destination)
+    ):
+        return REFUSED
     access = listener.access if service is None else service.access
     if listener.role is Role.OUTBOUND:
         destination = Destination(connection.destination, connection.port, 10 if ":" in connection.destination else 2)

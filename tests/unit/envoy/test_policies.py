@@ -6,6 +6,7 @@ A thousand of them take minutes (`make test-envoy`).
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_random_files(there: Path, data: st.DataObject) -> None:
                 continue
             chain = taken(documents, listener, connection)
             assert described(chain, listener) == expected(settings, listener, connection), connection
+            if listener.role is Role.INBOUND and ":" not in connection.source:
+                chain = taken(documents, listener, replace(connection, source=f"::ffff:{connection.source}"))
+                assert described(chain, listener) == expected(settings, listener, connection), connection
     _compare_requests(settings, documents)
     path = there / "static.json"
     path.write_bytes(static(documents))
@@ -127,3 +131,5 @@ def _compare_requests(settings: Settings, documents: Any) -> None:
                 assert chain is not None
                 for client in ADDRESSES:
                     assert admits(chain, client) is service.access.admits(client), (service, client)
+                    if ":" not in client:
+                        assert admits(chain, f"::ffff:{client}") is service.access.admits(client), (service, client)

@@ -45,7 +45,7 @@ def mutants(plan: NftablesPlan, policy: Policy) -> Iterator[Mutant]:
     table = plan.table
     for kind, spot, became, broken in (*_of_chains(table), *_of_sets(table)):
         reason = unseen(policy, kind, spot) or _nft_only(policy, kind, spot, table)
-        yield Mutant(kind, spot, dataclasses.replace(plan, table=broken), became, reason)
+        yield Mutant(kind, spot, plan._replace(table=broken), became, reason)
     if plan.cgroup:
         for path in other_groups(plan.cgroup.path):
             yield _for_another(plan, plan.cgroup, Cgroup(path, 0))
@@ -54,24 +54,23 @@ def mutants(plan: NftablesPlan, policy: Policy) -> Iterator[Mutant]:
 def _for_another(plan: NftablesPlan, right: Cgroup, wrong: Cgroup) -> Mutant:
     """All rules are for the same group: nft finds only one by its path (`tpctl.engines.nftables.cgroup`)."""
     chains = tuple(
-        dataclasses.replace(
-            chain,
+        chain._replace(
             rules=tuple(
-                dataclasses.replace(rule, match=rule.match.replace(cgroup.match(right), cgroup.match(wrong)))
+                rule._replace(match=rule.match.replace(cgroup.match(right), cgroup.match(wrong)))
                 for rule in chain.rules
             ),
         )
         for chain in plan.table.chains
     )
-    broken = dataclasses.replace(plan, table=dataclasses.replace(plan.table, chains=chains), cgroup=wrong)
+    broken = plan._replace(table=plan.table._replace(chains=chains), cgroup=wrong)
     return Mutant("wrong cgroup", Spot("c1", "cgroup", text=cgroup.match(right)), broken, cgroup.match(wrong))
 
 
 def _of_chains(table: Table) -> Iterator[tuple[str, Spot, str, Table]]:
     for place, chain in enumerate(table.chains):
         for kind, spot, became, rules in _of_chain(chain):
-            chains = (*table.chains[:place], dataclasses.replace(chain, rules=rules), *table.chains[place + 1 :])
-            yield kind, spot, became, dataclasses.replace(table, chains=chains)
+            chains = (*table.chains[:place], chain._replace(rules=rules), *table.chains[place + 1 :])
+            yield kind, spot, became, table._replace(chains=chains)
 
 
 def _of_chain(chain: Chain) -> Iterator[tuple[str, Spot, str, tuple[Rule, ...]]]:
@@ -126,16 +125,16 @@ def _changes(rule: Rule) -> Iterator[Change]:
     zone = re.search(r"ct zone set (\d)", rule.action)
     if zone:
         wrong = rule.action.replace(zone.group(), f"ct zone set {3 - int(zone[1])}")
-        yield "wrong zone", "zone", "", dataclasses.replace(rule, action=wrong)
+        yield "wrong zone", "zone", "", rule._replace(action=wrong)
     port = re.search(r"(?:redirect to |tproxy to | daddr):(\d+)", rule.action)
     if port:
         for number in shifted(port[1]):
             wrong = rule.action.replace(f":{port[1]}", f":{number}")
-            yield "wrong port", "listener", "", dataclasses.replace(rule, action=wrong)
+            yield "wrong port", "listener", "", rule._replace(action=wrong)
     mark = re.search(r"mark set (?:ct|meta) mark \| (0x\w+)", rule.action)
     if mark:
         wrong = rule.action.replace(mark[1], "0x4000")
-        yield "wrong mark", "mark", "", dataclasses.replace(rule, action=wrong)
+        yield "wrong mark", "mark", "", rule._replace(action=wrong)
 
 
 def _of_condition(rule: Rule, part: str, found: re.Match[str]) -> Iterator[Change]:
@@ -143,7 +142,7 @@ def _of_condition(rule: Rule, part: str, found: re.Match[str]) -> Iterator[Chang
 
     def instead(new: str) -> Rule:
         match = " ".join((rule.match[: found.start()] + new + rule.match[found.end() :]).split())
-        return dataclasses.replace(rule, match=match)
+        return rule._replace(match=match)
 
     if part != _NEEDED or not re.search("redirect to :| daddr:", rule.action):
         yield "drop a condition", part, "", instead("")
@@ -176,9 +175,9 @@ def _negated(text: str) -> str:
 def _of_sets(table: Table) -> Iterator[tuple[str, Spot, str, Table]]:
     for place, item in enumerate(table.sets):
         for kind, spot, became, elements in _of_set(item):
-            broken = dataclasses.replace(item, elements=elements)
+            broken = item._replace(elements=elements)
             sets = (*table.sets[:place], broken, *table.sets[place + 1 :])
-            yield kind, spot, became, dataclasses.replace(table, sets=sets)
+            yield kind, spot, became, table._replace(sets=sets)
 
 
 def _of_set(item: Set) -> Iterator[tuple[str, Spot, str, tuple[str, ...]]]:

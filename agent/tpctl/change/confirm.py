@@ -12,9 +12,8 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tpctl
 from tpctl.change import background, before
@@ -30,8 +29,7 @@ _DESCRIPTION = "tpctl takes back a change that was not confirmed"
 TIMER, PROCESS = "timer", "process"
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(NamedTuple):
     """A change that awaits its confirmation."""
 
     command: str

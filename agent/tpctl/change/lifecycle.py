@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tpctl
 from tpctl.change import confirm, device_routes, facts, finishing, loopback, routing, steps
@@ -22,8 +21,7 @@ from tpctl.system import memory
 from tpctl.system.errors import ApplyError, InputError
 
 
-@dataclass(frozen=True, slots=True)
-class InstallReport:
+class InstallReport(NamedTuple):
     """What an install did."""
 
     engine: str
@@ -82,7 +80,7 @@ def install(
             done = carry_out(selection.engine, record, previous, report)
             if options.store_firewalld and options.reload_firewalld:
                 _reload_firewalld(selection.engine, adapted)
-            return dataclasses.replace(done, pending=pending)
+            return done._replace(pending=pending)
 
 
 def apply(*, confirm_within: float | None = None) -> InstallReport:
@@ -105,7 +103,7 @@ def apply(*, confirm_within: float | None = None) -> InstallReport:
             return _unchanged(report, "apply", record, confirm_within)
         with confirm.guarded("apply", confirm_within, record) as pending:
             renewed = dataclasses.replace(record, policy=policy, version=tpctl.__version__)
-            return dataclasses.replace(carry_out(selection.engine, renewed, record, report), pending=pending)
+            return carry_out(selection.engine, renewed, record, report)._replace(pending=pending)
 
 
 def with_current_cgroup(policy: Policy) -> Policy:
@@ -131,7 +129,7 @@ def _unchanged(report: InstallReport, command: str, record: state.State, within:
     elif pending and within is not None:
         with confirm.guarded(command, within, None) as pending:
             pass
-    return dataclasses.replace(report, changed=False, pending=pending)
+    return report._replace(changed=False, pending=pending)
 
 
 def _record(engine: Engine[Any], policy: Policy, options: EngineOptions, previous: state.State | None) -> state.State:
@@ -187,7 +185,7 @@ def carry_out(
     made = Installation(engine, record, previous, renewal)
     steps.carry_out(made.steps(), INSTALLED_AGAIN if previous else ROLLED_BACK)
     notices = (*report.notices, *made.notices, *finishing.see_to(made.left))
-    return dataclasses.replace(report, replaced=made.replaced, notices=notices)
+    return report._replace(replaced=made.replaced, notices=notices)
 
 
 def _reload_firewalld(engine: Engine[Any], policy: Policy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
+from typing import NamedTuple
 
 from tpctl.engines.landings import Landing, Port, when_nobody_listens
 from tpctl.host.holders import Process
@@ -16,8 +17,7 @@ _MANAGER = (1, "systemd")
 """Holds the sockets of a service that it starts when somebody connects (systemd.socket(5))."""
 
 
-@dataclass(frozen=True, slots=True)
-class PortStatus:
+class PortStatus(NamedTuple):
     """Who listens on a port of the data plane."""
 
     role: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.change import confirm, crossing, lifecycle, removal, tracking
 from tpctl.change.before import Before, put_back
@@ -20,8 +20,7 @@ PAUSE_SECONDS = 3.0
 """Between attempts of a guardian: nobody else is there to try again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a change."""
 
     command: str

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import tpctl
 from tpctl.change import confirm, device_routes, draining, facts, finishing, health, routing
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from tpctl.engines.listings import Listings
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """Everything `tpctl status` tells."""
 
     record: state.State | None

@@ -7,7 +7,7 @@ Keys, flags and variables are kumactl's, except the rows that say otherwise.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.config.traffic import (
     AUTO,
@@ -50,8 +50,7 @@ class Section(enum.StrEnum):
     RUN = "This run"
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One input."""
 
     name: str

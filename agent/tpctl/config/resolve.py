@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.config import name_servers
 from tpctl.config.effective import Config
@@ -39,8 +39,7 @@ _ROOT_IS_PROXY = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(NamedTuple):
     """What is to be done, and what the operator should know about it."""
 
     policy: Policy

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tpctl.config.options import BY_KEY, BY_NAME, BY_VARIABLE, OPTIONS, Option
 from tpctl.config.unsupported import UNSUPPORTED, Unsupported
@@ -27,8 +28,7 @@ _NARROWING = ("dataplane_file", "cgroup")
 """Options that leave more of the host alone: a variable that is not set, in a script, must not count as "none"."""
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(NamedTuple):
     """A value that somebody gave for an option, not yet read."""
 
     option: Option

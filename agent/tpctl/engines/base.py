@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import tpctl
 from tpctl.spec.policy import Family, Policy
 
 
-@dataclass(frozen=True, slots=True)
-class RuleCounter:
+class RuleCounter(NamedTuple):
     """How often one of tpctl's rules matched."""
 
     family: int
@@ -27,8 +26,7 @@ class RuleCounter:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(NamedTuple):
     """Something an engine counts, and how much of it there can be."""
 
     name: str
@@ -61,8 +59,7 @@ def signed_by(counters: Iterable[RuleCounter]) -> str | None:
     return next((each[1] for each in found if each), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(NamedTuple):
     """What the kernel holds, compared with a plan."""
 
     engine: str
@@ -90,8 +87,7 @@ class Inspection:
     """How the rules are written to the kernel here, and why; set where there is a choice and --verbose is given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(NamedTuple):
     """What an engine did beyond the request."""
 
     replaced: tuple[str, ...] = ()

@@ -9,8 +9,8 @@ wildcard and to no interface (bpf/data_plane.c).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
 
 from tpctl.host.interfaces import HostAddress
 from tpctl.spec.policy import (
@@ -29,8 +29,7 @@ ANY: dict[Family, Address] = {Family.IPV4: IPv4Address(0), Family.IPV6: IPv6Addr
 """Stands for every address of a family: only the wildcard takes them all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(NamedTuple):
     """A port on which the data plane should listen."""
 
     role: str
@@ -41,8 +40,7 @@ class Port:
         return f"{self.protocol} port {self.number} ({self.role})"
 
 
-@dataclass(frozen=True, slots=True)
-class Landing:
+class Landing(NamedTuple):
     """What a socket on a port has to take."""
 
     port: Port

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpctl.engines import presence
 from tpctl.engines.absent import Absent
@@ -40,8 +40,7 @@ Maker = Callable[[EngineOptions], Engine[Any]]
 ENGINES: dict[str, Maker] = {"nftables": _nftables, "iptables": _iptables, "ebpf": _ebpf}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(NamedTuple):
     """The engine to install with, and why."""
 
     engine: Engine[Any]

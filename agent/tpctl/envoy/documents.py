@@ -12,9 +12,8 @@ The resources are what Envoy's JSON is: there is no library of its messages, and
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Resource = dict[str, Any]
 """A message of Envoy's as JSON has it. Resources of the lists below begin with "@type"."""
@@ -31,8 +30,7 @@ def secret_file(name: str) -> str:
     return f"sds/{name}/sds.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(NamedTuple):
     """Where things are on the host on which Envoy runs; the documents name these paths."""
 
     folder: Path = Path("/run/tpctl-envoy")
@@ -55,8 +53,7 @@ class Places:
         return {"path_config_source": source, "resource_api_version": "V3"}
 
 
-@dataclass(frozen=True, slots=True)
-class Documents:
+class Documents(NamedTuple):
     """A whole configuration. `tpctl.envoy.render` makes it; the same settings and places give the same bytes."""
 
     bootstrap: Resource

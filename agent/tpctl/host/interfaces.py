@@ -7,9 +7,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 from tpctl.host import routes
 from tpctl.host.proc import NET, read_net
@@ -30,16 +30,14 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 """rtnetlink(7); of a point-to-point interface, IFA_ADDRESS is the other end's."""
 
 
-@dataclass(frozen=True, slots=True)
-class InterfaceAddress:
+class InterfaceAddress(NamedTuple):
     """An IPv6 address of an interface."""
 
     address: IPv6Address
     interface: str
 
 
-@dataclass(frozen=True, slots=True)
-class HostAddress:
+class HostAddress(NamedTuple):
     """An address of this host, and the interface that has it."""
 
     interface: str

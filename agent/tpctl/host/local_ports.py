@@ -7,8 +7,8 @@ for both families, and for the network namespace of the thread that asks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tpctl.spec.policy import PortRange, Ports, includes
 from tpctl.system import text
@@ -17,8 +17,7 @@ SYSCTLS = Path("/proc/sys/net/ipv4")
 RANGE, RESERVED = "ip_local_port_range", "ip_local_reserved_ports"
 
 
-@dataclass(frozen=True, slots=True)
-class LocalPorts:
+class LocalPorts(NamedTuple):
     """What the kernel chooses from."""
 
     given: PortRange | None

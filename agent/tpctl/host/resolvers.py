@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import socket
 import stat
-from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import NamedTuple
 
 from tpctl.spec.policy import Address, NameServer
 from tpctl.system import text
@@ -28,8 +28,7 @@ _KEYWORD = "nameserver"
 _BLANKS = (" ", "\t")
 
 
-@dataclass(frozen=True, slots=True)
-class Resolv:
+class Resolv(NamedTuple):
     """What a resolv.conf comes to."""
 
     servers: tuple[NameServer, ...]
@@ -40,8 +39,7 @@ class Resolv:
     """Lines that are read otherwise than they look, or not at all; each begins with its number."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(NamedTuple):
     server: NameServer | None = None
     remark: str | None = None
 
@@ -149,11 +147,11 @@ def load(path: str) -> Resolv:
         found = parse(text.decoded(read_bytes(path, MAX_RESOLV_CONF)))
         is_for_all = bool(Path(path).stat().st_mode & stat.S_IROTH)
     except (FileNotFoundError, NotADirectoryError):
-        return replace(parse(""), remarks=("there is no such file",))
+        return parse("")._replace(remarks=("there is no such file",))
     except OSError as error:
         raise HostError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnusableFileError as error:
         raise HostError(f"{path} {error}") from None
     if is_for_all:
         return found
-    return replace(found, remarks=(*found.remarks, f"not every user may read it; programs of the others ask {DEFAULT}"))
+    return found._replace(remarks=(*found.remarks, f"not every user may read it; programs of the others ask {DEFAULT}"))

@@ -16,7 +16,6 @@ import errno
 import os
 import socket
 import struct
-from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import NamedTuple
 
@@ -51,8 +50,7 @@ _ERROR = struct.Struct("=i")
 _REPLY_LIMIT = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """The way of a packet from this host."""
 
     family: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -32,8 +31,7 @@ class Ends(NamedTuple):
     remote_port: int
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
+class Listener(NamedTuple):
     """A TCP socket that listens, or a UDP socket that takes datagrams from anyone."""
 
     protocol: Protocol

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from tpctl.spec.policy import Inbound, PortRange, Ports, includes
 
 SSH_PORT = 22
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Guarded:
+class Guarded(NamedTuple):
     """Inbound redirection that leaves the caller's own session alone."""
 
     inbound: Inbound

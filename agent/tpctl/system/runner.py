@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.system import text
 from tpctl.system.errors import ApplyError
@@ -19,8 +19,7 @@ INHERITED: set[int] = set()
 """Descriptors of locks: they stay held until the last program that was started under them has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A program that ended by itself."""
 
     argv: tuple[str, ...]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import NoReturn
@@ -102,7 +101,7 @@ def test_takes(bound: str, asked: str, taken: bool) -> None:
 def is_seen(expected: Listener) -> bool:
     """Whether the kernel lists it; it leaves one out when others end while it does so."""
     found = listeners(expected.protocol)
-    return expected in [replace(one, v6only=False, transparent=None, cookie=None) for one in found]
+    return expected in [one._replace(v6only=False, transparent=None, cookie=None) for one in found]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def check(file: Path, program: str | None, user: str | None) -> int:
             click.echo(f"warning: {line}", err=True)
     with tempfile.TemporaryDirectory(prefix="tpctl-credentials-") as folder:
         if places.credentials is None:
-            places = replace(places, credentials=_stand_ins(settings, Path(folder)))
+            places = places._replace(credentials=_stand_ins(settings, Path(folder)))
         refused = binary.complaint(envoy, render(settings, places))
     if refused is not None:
         raise InputError(f"file {file}: {binary.located(refused, settings)}")
@@ -118,7 +118,6 @@ def rendered(file: Path, out: Path | None) -> int:
     Example:
       tpctl envoy render /etc/tpctl/envoy.yaml --out /tmp/envoy
     """
-    from dataclasses import replace
 
     from tpctl.envoy.documents import Places
     from tpctl.envoy.referenced import here, host_authorities
@@ -136,7 +135,7 @@ def rendered(file: Path, out: Path | None) -> int:
         _show(render(settings, places))
         return 0
     folder = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow links, and Envoy shall not depend on them
-    places = replace(places, folder=folder, admin=folder / "admin.sock")
+    places = places._replace(folder=folder, admin=folder / "admin.sock")
     for name, content in render(settings, places).files().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,6 @@ def _places(folder: Path) -> Places:
 
 def _wanted(settings: Settings, file: Path, places: Places) -> Wanted:
     """What is to be run, when everything that can be seen without an Envoy is in order. Raises InputError."""
-    from dataclasses import replace
     from functools import partial
 
     from tpctl.envoy import binary, referenced
@@ -131,7 +130,7 @@ def _wanted(settings: Settings, file: Path, places: Places) -> Wanted:
         raise InputError([f"file {file}: {problem}" for problem in found.problems])
     asked, descriptors = settings.limits.connections, limits.descriptors()
     connections = limits.connections(asked, places.connections, descriptors)
-    documents = render(settings, replace(places, connections=connections, here=referenced.here(settings)))
+    documents = render(settings, places._replace(connections=connections, here=referenced.here(settings)))
     own = [service for listener in settings.listeners for service in listener.services]
     named = [path for service in own for _, path, _ in services.files_of(service)]
     upstreams = [listener.upstream for listener in settings.listeners]

@@ -79,15 +79,14 @@ def command(as_json: bool, as_metrics: bool, probe: bool, verbose: bool, envoy_f
         from tpctl.engines.foreign_tables import foreign_tables
 
         asked = (report.record.policy, report.record.options.engine, foreign_tables(listings))
-        report = dataclasses.replace(
-            report,
+        report = report._replace(
             problems=(*report.problems, *notices.problems(*asked)),
             # Also at install, but the first ban often makes its rule later.
             warnings=(*report.warnings, *notices.bypasses(*asked)),
         )
     envoy = _envoy(envoy_folder)
     if envoy:
-        report = dataclasses.replace(report, problems=(*report.problems, *envoy.problems))
+        report = report._replace(problems=(*report.problems, *envoy.problems))
     arrival = probing.probed() if probe else None
     if as_json:
         probed = {"arrival": probing.data(arrival)} if probe else {}

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -32,8 +31,7 @@ _ONLY_INSTALL = frozenset({"dry_run"})
 _OF_ANY_RUN = frozenset({"config_files", "as_json", "help"})
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyInput:
+class PolicyInput(NamedTuple):
     """What the command line said about the policy, not yet read."""
 
     files: tuple[str, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -78,7 +77,7 @@ def settle(installed: InstallReport, after: After) -> tuple[InstallReport, Repor
         from tpctl.change import rollback
 
         rollback.keep()
-        installed = dataclasses.replace(installed, pending=None)
+        installed = installed._replace(pending=None)
     return installed, found
 
 

@@ -53,7 +53,7 @@ def companion_of(policy: Policy, *, chooses_sockets: bool, comments: bool = True
         chains += tuple(_guard_of_others(table, group))
     return Companion(
         tuple(_purposes(policy, chooses_sockets)),
-        NftablesPlan(dataclasses.replace(table, chains=chains, where=TABLE), comments, group),
+        NftablesPlan(table._replace(chains=chains, where=TABLE), comments, group),
     )
 
 
@@ -67,7 +67,7 @@ def _guard_of_others(table: Table, group: Cgroup) -> Iterator[Chain]:
         if chain.name == guard.GUARD_OUTPUT:
             yield chain
         if chain.name == guard.GUARD_OWN:
-            yield dataclasses.replace(chain, rules=(judged, *chain.rules))
+            yield chain._replace(rules=(judged, *chain.rules))
 
 
 def _left_to_nftables(policy: Policy, chooses_sockets: bool) -> Policy | None:
@@ -217,8 +217,8 @@ def inspect(wanted: Companion | None) -> Inspection | None:
             engine.kernel = probe.require(engine.nft)
     found = engine.inspect(engine.fitted(wanted.plan) if wanted else None)
     if not found.installed:
-        return dataclasses.replace(found, drift=(f"-table {TABLE}",)) if wanted else None
-    return found if wanted else dataclasses.replace(found, drift=(f"+table {TABLE}",))
+        return found._replace(drift=(f"-table {TABLE}",)) if wanted else None
+    return found if wanted else found._replace(drift=(f"+table {TABLE}",))
 
 
 def remove(*, dry_run: bool, draining: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:

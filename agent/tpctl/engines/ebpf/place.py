@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tpctl.host import cgroups
 from tpctl.host.mounts import mount_numbers, mounts, of_first
@@ -20,8 +20,7 @@ _SO_NETNS_COOKIE = 71
 _INSTEAD = "use --engine nftables or --engine iptables"
 
 
-@dataclass(frozen=True, slots=True)
-class Netns:
+class Netns(NamedTuple):
     """What the kernel knows this network namespace by."""
 
     number: int
@@ -46,8 +45,7 @@ def netns() -> Netns:
         return Netns(inode, False, inode)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """The directories the engine works in."""
 
     top: Path

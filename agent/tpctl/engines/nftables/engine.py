@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpctl.engines import refused
 from tpctl.engines.base import REDIRECTING, Applied, Footprint, Inspection, Removal, RuleCounter, signed_by
@@ -26,8 +24,7 @@ _ATTEMPTS = 2
 """To take prepared sets away: the first child may have been killed."""
 
 
-@dataclass(frozen=True, slots=True)
-class NftablesPlan:
+class NftablesPlan(NamedTuple):
     """The table for a policy."""
 
     table: Table
@@ -38,7 +35,7 @@ class NftablesPlan:
     @classmethod
     def of_policy(cls, policy: Policy, options: EngineOptions, where: str = TABLE) -> NftablesPlan:
         """The plan for a policy, in a table of that family and name."""
-        return cls(dataclasses.replace(table_for(policy), where=where), options.comments, policy.cgroup)
+        return cls(table_for(policy)._replace(where=where), options.comments, policy.cgroup)
 
     def render(self) -> str:
         """The text that nft is given on a host on which nothing of ours is installed."""
@@ -77,7 +74,7 @@ class NftablesEngine:
 
     def fitted(self, plan: NftablesPlan) -> NftablesPlan:
         """A plan as this kernel can carry it out."""
-        return plan if self.kernel.translates else dataclasses.replace(plan, table=without_nat(plan.table))
+        return plan if self.kernel.translates else plan._replace(table=without_nat(plan.table))
 
     def unguarded(self, policy: Policy) -> str | None:
         """Why the kernel cannot guard the data plane's ports, as `load` found out; None when it can."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from ipaddress import ip_address, ip_network
+from typing import NamedTuple
 
 from tpctl.engines import refused
 from tpctl.engines.nftables.nft import Nft, NftError
@@ -47,8 +48,7 @@ _PROBE_NAME = f"{NAME}_probe"
 _NEEDS = "Linux 5.2 or later with nf_tables, NAT of the inet family, conntrack zones, fib and log"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """What a kernel lacks that the engine can do without."""
 
     translates: bool = True
@@ -81,7 +81,7 @@ def require(nft: Nft) -> Kernel:
 
 def _refused(nft: Nft, table: Table) -> NftError | None:
     try:
-        nft.check(dataclasses.replace(table, where=f"{FAMILY} {_PROBE_NAME}").render())
+        nft.check(table._replace(where=f"{FAMILY} {_PROBE_NAME}").render())
     except NftError as refused:
         return refused
     return None

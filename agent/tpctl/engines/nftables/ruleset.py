@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from tpctl.engines.base import SIGNATURE
 from tpctl.engines.nftables import guard, tproxy
@@ -60,14 +59,14 @@ def without_nat(table: Table) -> Table:
 
     def changed(rule: Rule) -> Rule:
         found = _TO_PORT.fullmatch(rule.action)
-        return replace(rule, action=redirect_to(int(found[1]))) if found else rule
+        return rule._replace(action=redirect_to(int(found[1]))) if found else rule
 
     kept = (
-        replace(chain, rules=tuple(changed(rule) for rule in chain.rules))
+        chain._replace(rules=tuple(changed(rule) for rule in chain.rules))
         for chain in table.chains
         if chain.name != DNS_SOURCE
     )
-    return replace(table, chains=tuple(kept))
+    return table._replace(chains=tuple(kept))
 
 
 class _Builder(Parts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 FAMILY = "inet"
 NAME = "tpctl"
@@ -19,8 +19,7 @@ AND = " . "
 UID_AND_PORT = f"uid{AND}inet_service"
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One rule: what it matches, what it does, what for."""
 
     match: str
@@ -39,8 +38,7 @@ class Rule:
         return text.encode()[:COMMENT_LIMIT].decode(errors="ignore")
 
 
-@dataclass(frozen=True, slots=True)
-class Hook:
+class Hook(NamedTuple):
     """Where a base chain is attached."""
 
     kind: str
@@ -53,8 +51,7 @@ class Hook:
         return f"type {self.kind} hook {self.hook} priority {self.priority}; policy accept;"
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """A chain; without a hook it is only reached by a jump."""
 
     name: str
@@ -62,8 +59,7 @@ class Chain:
     hook: Hook | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Set:
+class Set(NamedTuple):
     """A named set of intervals, or of concatenations."""
 
     name: str
@@ -82,8 +78,7 @@ class Set:
         return f"{zlib.crc32('|'.join((self.type, *self.elements)).encode()):08x}"
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A whole table in one network namespace."""
 
     sets: tuple[Set, ...] = ()

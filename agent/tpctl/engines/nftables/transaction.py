@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from tpctl.engines.nftables.nft import Objects
@@ -50,7 +49,7 @@ def replacement(
     """
     held = current or []
     kept = frozenset(item.name for item in wanted.sets if item in prepared or (_usable(held) and _holds(held, item)))
-    missing = replace(wanted, sets=tuple(item for item in wanted.sets if item.name not in kept))
+    missing = wanted._replace(sets=tuple(item for item in wanted.sets if item.name not in kept))
     return "".join(f"{line}\n" for line in _clearing(held, wanted, kept)) + missing.render(comments=comments)
 
 

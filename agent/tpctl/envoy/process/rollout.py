@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tpctl.envoy.documents import BOOTSTRAP, CLUSTERS, LISTENERS, Documents, Resource
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 def with_clusters(documents: Documents, kept: Sequence[Resource]) -> Documents:
     """The documents with clusters that they do not name any more."""
     named = {cluster["name"] for cluster in documents.clusters}
-    return replace(documents, clusters=[*documents.clusters, *(one for one in kept if one["name"] not in named)])
+    return documents._replace(clusters=[*documents.clusters, *(one for one in kept if one["name"] not in named)])
 
 
 def steps(present: Documents, coming: Documents) -> list[Step]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,7 +69,7 @@ def stage(documents: Documents, folder: Path, before: Staged | None, put: Callab
             for copy, path in secret.copies.items():
                 put(str(PurePosixPath(copy).relative_to(folder)), secret.contents[path])
     order = _in_order(secrets, before.secrets if before else {})
-    return Staged(replace(documents, secrets=[secrets[name].copied for name in order]), secrets)
+    return Staged(documents._replace(secrets=[secrets[name].copied for name in order]), secrets)
 
 
 def _in_order(coming: Mapping[str, Secret], present: Mapping[str, Secret]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import itertools
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +128,7 @@ def test_steps_go_from_secrets_by_clusters_to_listeners_and_back(tmp_path: Path)
     disk = Disk(Path("/run/x"))
     first = disk.stage(documents(generic("a", path))).documents
     path.write_text("next")
-    second = replace(
-        disk.stage(documents(generic("a", path))).documents,
+    second = disk.stage(documents(generic("a", path))).documents._replace(
         listeners=[{"name": "other"}],
         clusters=[{"name": "two"}],
         bootstrap={},
@@ -139,7 +137,7 @@ def test_steps_go_from_secrets_by_clusters_to_listeners_and_back(tmp_path: Path)
     assert [step.file for step in steps(first, second)] == order
     assert [step.file for step in way_back(first, second)] == order
     assert {step.file: step.content for step in way_back(first, second)}.items() <= first.files().items()
-    assert not steps(first, replace(first, bootstrap={"other": 1}))
+    assert not steps(first, first._replace(bootstrap={"other": 1}))
     assert BOOTSTRAP in first.files()
 
 

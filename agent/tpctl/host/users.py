@@ -71,5 +71,9 @@ def _asked(user: str, look: Callable[[], str | int]) -> str | None:
     try:
         what, why = f"the user database (nsswitch.conf) has not told about the user {user}", "and nothing was changed"
         return in_child(work, seconds=SECONDS, what=what, why=why) or None
-    except (ApplyError, ChildFailedError) as error:
+    except ApplyError as error:
         raise HostError(str(error)) from error
+    except ChildFailedError as error:
+        raise HostError(
+            f"the user {user} cannot be looked for in the user database (nsswitch.conf): {error}"
+        ) from error

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 from tpctl.system import text
-from tpctl.system.errors import ApplyError
+from tpctl.system.errors import INTERNAL, ApplyError, described
 from tpctl.system.runner import TIMEOUT_SECONDS
 
 
@@ -45,8 +45,13 @@ def in_child(
         if status == 0:
             return _text(result.fileno())
         raise ChildFailedError(
-            _text(said.fileno()).strip() or f"it ended with status {os.waitstatus_to_exitcode(status)}"
+            _text(said.fileno()).strip() or f"a child process ended {_ending(os.waitstatus_to_exitcode(status))}"
         )
+
+
+def _ending(status: int) -> str:
+    """Without a word: it crashed, or had no room for one."""
+    return f"by signal {-status}" if status < 0 else f"with status {status} and could not say why (ulimit -f?)"
 
 
 def _is_readable(descriptor: int, seconds: float) -> bool:
@@ -64,7 +69,8 @@ def _work(work: Callable[[], str], result: int, said: int) -> None:
         _write(result, work())
         status = 0
     except BaseException as error:  # noqa: BLE001 - handed to the parent as text; nothing may escape a fork
-        _write(said, f"{error}\n")
+        known = described(error)
+        _write(said, f"{error if known.startswith(INTERNAL) else known}\n")
     finally:
         os._exit(status)
 

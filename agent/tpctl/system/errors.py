@@ -43,6 +43,10 @@ class HalfDoneError(ApplyError):
     """A step of a change failed half-way, and could not be taken back either. The message says so."""
 
 
+INTERNAL = "internal error"
+"""How `described` begins for what nobody foresaw."""
+
+
 def described(error: BaseException) -> str:
     """Any error as the beginning of a message; what is neither ours nor the kernel's is called internal."""
     if isinstance(error, TpctlError):
@@ -51,4 +55,4 @@ def described(error: BaseException) -> str:
         return "there is not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"internal error ({type(error).__name__}: {error})"
+    return f"{INTERNAL} ({type(error).__name__}: {error})"

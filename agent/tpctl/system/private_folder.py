@@ -9,18 +9,24 @@ from pathlib import Path
 
 from tpctl.system.input_files import is_others
 
+_UMASK = 0o022
+
 
 def prepare(folder: Path, mode: int = 0o755) -> None:
     """Make a folder and those above it, or make one that others may change this user's own again.
 
+    What is made has its mode whatever the umask: a record under 077 could not be read by `tpctl explain` without root.
     What others had put into it stays; whoever reads from the folder looks at the files' owners. Raises OSError when it
     is no folder: a symbolic link is not followed.
     """
-    folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    before = os.umask(_UMASK)
     try:
+        folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         folder.mkdir(mode=mode)
     except FileExistsError:
         _make_right(folder, mode)
+    finally:
+        os.umask(before)
 
 
 def new_file(folder: Path, prefix: str) -> tuple[int, Path]:

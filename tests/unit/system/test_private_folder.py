@@ -34,6 +34,18 @@ def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
     assert not private_folder.is_private(tmp_path / "none")
 
 
+@pytest.mark.parametrize("mask", [0o000, 0o077, 0o777])
+def test_what_is_made_has_its_mode_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        private_folder.prepare(tmp_path / "a/b/c")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    for made in ("a", "a/b", "a/b/c"):
+        assert (tmp_path / made).stat().st_mode & 0o7777 == 0o755
+
+
 @needs_root
 @pytest.mark.parametrize(("owner", "mode"), [(NOBODY, 0o755), (0, 0o777), (0, 0o1777), (NOBODY, 0o000)])
 def test_a_folder_of_others_becomes_roots(tmp_path: Path, owner: int, mode: int) -> None:

@@ -45,13 +45,8 @@ def in_child(
         if status == 0:
             return _text(result.fileno())
         raise ChildFailedError(
-            _text(said.fileno()).strip() or f"a child process ended {_ending(os.waitstatus_to_exitcode(status))}"
+            _text(said.fileno()).strip() or f"it ended with status {os.waitstatus_to_exitcode(status)}"
         )
-
-
-def _ending(status: int) -> str:
-    """Without a word: it crashed, or had no room for one."""
-    return f"by signal {-status}" if status < 0 else f"with status {status} and could not say why (ulimit -f?)"
 
 
 def _is_readable(descriptor: int, seconds: float) -> bool:

@@ -116,7 +116,8 @@ def _look_at_tls(found: Findings, place: str, what: ListenerSettings | Service, 
     found.problems += problems
     for section in ("ssl", "upstream_tls"):
         own = getattr(what, section)
-        if own is None or own.certificate is None or problems:
+        key = f"{place}{section}.certificate"  # that of its private key begins with the same words
+        if own is None or own.certificate is None or any(line.startswith(key) for line in problems):
             continue
         verdict = certificates.judge(own.certificate, serves=section == "ssl")
         line = f"{place}{section}.certificate: {own.certificate} {verdict.text}"

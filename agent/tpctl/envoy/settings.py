@@ -6,11 +6,13 @@ Listeners for DNS are served by the relay itself, beside Envoy: `of_dns`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import PurePosixPath
 
 from tpctl.envoy.dataplane import expanded
 from tpctl.relay.settings import file
 from tpctl.relay.settings.dns import DnsSettings
+from tpctl.relay.settings.listen import show
 from tpctl.relay.settings.model import (
     Acceleration,
     ClientTls,
@@ -105,6 +107,10 @@ def _of_listener(listener: ListenerSettings) -> Iterator[str]:
 def _of_service(service: Service, dialled: frozenset[int | None]) -> Iterator[str]:
     if service.port in dialled:
         yield f"port: {service.port} is a listener's own, to which nobody may connect"
+    upstream = service.upstream
+    own = upstream.destination if isinstance(upstream, FixedAddress) else None
+    if own is not None and own.port in dialled and ip_address(own.host).is_loopback:
+        yield f"upstream: {show(own)} is a listener's own, which would dial itself"
     if service.trusted_ips.unix:
         yield f"trusted_ips: unix: {_RELAY}"
     limit = service.rate_limit

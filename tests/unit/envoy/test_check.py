@@ -129,6 +129,24 @@ def test_certificates_that_nobody_would_accept(folder: Folder, days: str, extens
     assert all(expected in line and "ssl.certificate" in line for line in folder.problems())
 
 
+def test_every_problem_of_a_pair_is_told_at_once(folder: Folder) -> None:
+    """That of the authorities does not hide that nobody would accept the certificate."""
+    key = folder.path / "server.key"
+    run("req", "-x509", "-key", str(key), "-subj", "/O=a", "-days", "30", "-out", str(folder.path / "server.pem"))
+    (folder.path / "root.pem").write_text("nothing")
+    said = [line for line in folder.problems() if "service tls: ssl." in line]
+    assert [line.partition("ssl.")[2].partition(":")[0] for line in said] == ["client_ca_file", "certificate"]
+
+
+@pytest.mark.parametrize(
+    "name", ["bad name", "*.example", "b\u00fc.example", "a..b", "example.", "-a", "a" * 64, "a/b"]
+)
+def test_a_server_name_that_no_server_has(folder: Folder, name: str) -> None:
+    text = EVERYTHING.format(there=folder.path).replace("server_name: server.test", f'server_name: "{name}"')
+    folder.write(text)
+    assert any(f'upstream_tls.server_name: "{name}" is not the name of a host' in line for line in folder.problems())
+
+
 def test_files_that_are_missing_or_something_else(folder: Folder) -> None:
     (folder.path / "root.pem").unlink()
     (folder.path / "jwks.json").write_text("{}")

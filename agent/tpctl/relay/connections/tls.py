@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpctl.relay.settings.hosts import is_host
 from tpctl.relay.settings.model import DEFAULT_DEPTH, ClientTls, ListenerSettings, ServerTls, Settings
 from tpctl.system.errors import InputError
 from tpctl.system.input_files import require_file
@@ -88,10 +89,8 @@ def _serve(context: ssl.SSLContext, tls: ServerTls) -> Iterator[str]:
 
 
 def _dial(context: ssl.SSLContext, tls: ClientTls) -> Iterator[str]:
-    try:
-        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=tls.server_name or "localhost")
-    except ValueError:
-        yield f'server_name: "{tls.server_name}" is not the name of a host'
+    if tls.server_name is not None and not is_host(tls.server_name):
+        yield f'server_name: "{tls.server_name}" is not the name of a host, nor an address'
     _harden(context)
     if not tls.tls_verify:
         context.check_hostname = False

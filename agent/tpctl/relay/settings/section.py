@@ -29,6 +29,8 @@ class ConfigSection:
         self.problems = problems
         self._asked: list[str] = []
         self._values: Mapping[object, object] = {}
+        self.is_another_value = tree is not None and not isinstance(tree, Mapping)
+        """Whether a value stands where keys are expected, which is complained of by now."""
         if isinstance(tree, Mapping):
             self._values = tree
         elif tree is not None:

@@ -11,6 +11,7 @@ from tpctl.config.values import BadValueError, quoted, read_port, shown
 from tpctl.relay.loop.networks import NONE
 from tpctl.relay.settings import section as read
 from tpctl.relay.settings.headers import claim_header, own_header, real_ip_header
+from tpctl.relay.settings.hosts import is_host
 from tpctl.relay.settings.jwks import read_jwks
 from tpctl.relay.settings.model import (
     Jwt,
@@ -68,19 +69,20 @@ def read_services(section: ConfigSection, surroundings: Surroundings) -> tuple[S
 
 def _tell_apart(section: ConfigSection, service: Service, other: Service) -> None:
     """Complain about a service that could not be told from one before it."""
-    if service.name == other.name:
-        section.complain("name", f"{service.name} is also the name of another service; give each a name of its own")
-    if service.port != other.port or service.port == 0:
+    if service.port == 0:  # there is none, or none that could be read
         return
     same = set(service.to.networks) & set(other.to.networks)
-    if same:
-        section.complain("to", f"{', '.join(sorted(map(str, same)))} belongs to service {other.name} already")
-    elif not service.to and not other.to:
+    if service.port == other.port and not service.to and not other.to:
         section.complain("port", f"{service.port} is also the port of service {other.name}; a port has one service")
+        return
+    if service.port == other.port and same:
+        section.complain("to", f"{', '.join(sorted(map(str, same)))} belongs to service {other.name} already")
+    if service.name == other.name:
+        section.complain("name", f"{service.name} is also the name of another service; give each a name of its own")
 
 
 def _service(section: ConfigSection, surroundings: Surroundings) -> Service:
-    if "port" not in section:
+    if "port" not in section and not section.is_another_value:
         section.complain("port", "is missing")
     port = section.take("port", _port, 0)
     protocol = ServiceProtocol(section.take("protocol", read.one_of(*ServiceProtocol), ServiceProtocol.TCP))
@@ -242,7 +244,7 @@ def _https(value: object) -> str:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), 0
-    if parts.scheme != "https" or not parts.hostname or parts.username or port == 0 or parts.fragment:
+    if parts.scheme != "https" or not is_host(parts.hostname or "") or parts.username or port == 0 or parts.fragment:
         raise BadValueError(f"{quoted(value)} is not a URL that begins with https:// and names a host")
     return url
 

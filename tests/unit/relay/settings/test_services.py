@@ -82,6 +82,8 @@ def problems(text: str) -> list[str]:
         ("{port: 80, protocol: http, rate_limit: {requests: 0, per: 1s}}",
          ".rate_limit.requests: 0 is not a whole number from 1"),
         ("{port: 80, protocol: http, rate_limit: {requests: 1, per: 0}}", ".rate_limit.per: 0 is not within 50ms and"),
+        ("{port: 80, protocol: http, jwt: {issuer: a, jwks_uri: 'https://a b/'}}", '.jwt.jwks_uri: "https://a b'),
+        ("7", ": 7 is a value where keys are expected"),
         ("{port: 80, upstream: dataplane}", ".upstream: dataplane is for listeners"),
         ("{port: 80, ssl: {certificate: /a}}", ".ssl.certificate_key: is missing"),
         ("{port: 80, protcol: tcp}", '.protcol: there is no such key; did you mean "protocol"?'),
@@ -95,6 +97,7 @@ def test_what_is_wrong_with_a_service(service: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("services", "expected"),
     [
+        (["{port: 80}", "{port: 80}"], ".port: 80 is also the port of service outbound-80"),
         (["{port: 80}", "{port: 80, name: b}"], ".port: 80 is also the port of service outbound-80"),
         (["{port: 80}", "{port: 81, name: outbound-80}"], ".name: outbound-80 is also the name of another service"),
         (["{port: 80, to: [10.0.0.0/8]}", "{port: 80, name: b, to: [10.0.0.0/8, 11.0.0.0/8]}"],
@@ -175,6 +178,8 @@ def test_the_relay_names_who_serves_such_a_file() -> None:
          "limits.connections: Envoy does not count the connections of services with proxy_protocol"),
         ("direction: inbound, timeouts: {half_closed: 3}", "timeouts.half_closed: only `tpctl relay`"),
         ("direction: inbound, source: client", "source: client needs an inbound listener with transparent"),
+        ("direction: inbound, services: [{port: 80, upstream: '127.0.0.1:15006'}]",
+         "service inbound-80: upstream: 127.0.0.1:15006 is a listener's own"),
         ("direction: inbound, services: [{port: 15006}]",
          "service inbound-15006: port: 15006 is a listener's own, to which nobody may connect"),
         ("direction: inbound, trusted_ips: ['10.0.0.1', 'unix:'], services: [{port: 80, trusted_ips: []}]",

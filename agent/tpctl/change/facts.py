@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpctl.config import inputs
 from tpctl.config.effective import Config
@@ -27,8 +26,7 @@ DOCKER_ZONES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Now:
+class Now(NamedTuple):
     """The policy as it would be made today."""
 
     policy: Policy
@@ -48,7 +46,7 @@ def now(record: State, engine: Engine[Any]) -> Now:
         return Now(record.policy)
     try:
         config = inputs.from_document(record.inputs)
-        resolved = resolve(dataclasses.replace(config, ssh_guard=False), _WithCgroup(record.policy.cgroup))
+        resolved = resolve(config._replace(ssh_guard=False), _WithCgroup(record.policy.cgroup))
     except (InputError, HostError) as error:
         problems = error.problems if isinstance(error, InputError) else (str(error),)
         return Now(record.policy, problems=tuple(problems))

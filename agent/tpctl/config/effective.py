@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpctl.config.options import BY_NAME
 from tpctl.spec.exclusions import Interfaces, Mark
@@ -12,8 +12,7 @@ from tpctl.spec.policy import Network, Ports, UidExclusion, VirtualNetwork
 DEFAULT_ORIGIN = "default"
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """The effective value of every option (docs/commands.md), and where each came from."""
 
     proxy_user: str

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from tpctl.config.effective import DEFAULT_ORIGIN, Config
@@ -56,7 +55,7 @@ def of_given(given: Sequence[Given]) -> Config:
     config, problems = _read([Findings(given=list(given))])
     if problems:
         raise InputError(problems)
-    return replace(config, notices=())
+    return config._replace(notices=())
 
 
 def _read(sources: Sequence[Findings]) -> tuple[Config, list[str]]:
@@ -81,7 +80,7 @@ def _read(sources: Sequence[Findings]) -> tuple[Config, list[str]]:
 
 
 def _with_notices(config: Config, more: Iterator[str]) -> Config:
-    return replace(config, notices=(*config.notices, *more))
+    return config._replace(notices=(*config.notices, *more))
 
 
 def check(config: Config) -> Iterator[str]:

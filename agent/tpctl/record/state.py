@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tpctl
 from tpctl.record import life, lock
@@ -189,8 +189,7 @@ def _unwritable(target: Path, error: OSError) -> ApplyError:
     return ApplyError(f"the record {target} cannot be written: {error.strerror}")
 
 
-@dataclass(frozen=True, slots=True)
-class Renewal:
+class Renewal(NamedTuple):
     """A record on its way to another's place. What needs room on the disk has it; only renames are left to do."""
 
     target: Path

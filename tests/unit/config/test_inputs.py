@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -38,7 +37,7 @@ def test_what_was_given_comes_back() -> None:
     for option in OPTIONS:
         assert getattr(found, option.name) == getattr(config, option.name), option.name
         assert found.origins[option.name] == config.origins[option.name]
-    assert found == dataclasses.replace(config, notices=())
+    assert found == config._replace(notices=())
 
 
 def test_only_what_was_given_is_kept() -> None:

@@ -218,7 +218,6 @@ def _remove(root: Path) -> list[str]:
 
 def differences() -> Iterator[str]:
     """What the unit will do differently from what is installed now. Raises InputError when it can do nothing at all."""
-    import dataclasses
 
     from tpctl.config import load as config
     from tpctl.config.resolve import resolve
@@ -232,7 +231,7 @@ def differences() -> Iterator[str]:
     if not path.is_file():
         return  # said when the unit is written
     # At boot nobody comes in by ssh, so the guard that may have been at work now does nothing then.
-    stored = dataclasses.replace(config.load(files=[str(path)]), ssh_guard=False)
+    stored = config.load(files=[str(path)])._replace(ssh_guard=False)
     wanted = resolve(stored, LiveHost()).policy
     if record is None or record.policy == wanted:
         return

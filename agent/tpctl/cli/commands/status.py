@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +131,7 @@ def _document(report: Report) -> dict[str, Any]:
         "policy": to_document(record.policy) if record else None,
         "draining": report.draining,
         "pending": confirming.data(report.pending),
-        "takenBack": report.taken_back and dataclasses.asdict(report.taken_back),
+        "takenBack": report.taken_back and report.taken_back._asdict(),
         "nextBoot": None if report.next_boot is None else list(report.next_boot),
         "drift": list(found.drift),
         "ports": [

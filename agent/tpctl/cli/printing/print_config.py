@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,7 +41,7 @@ def _effective(config: Config) -> Config:
     if not config.cgroup or config.inbound_include_ports or config.is_given("inbound_enabled"):
         return config
     origins = {**config.origins, "inbound_enabled": config.origins["cgroup"]}
-    return dataclasses.replace(config, inbound_enabled=False, origins=origins)
+    return config._replace(inbound_enabled=False, origins=origins)
 
 
 def _lines(tree: Mapping[str, Any], depth: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.extent import share, takes_long
-from tests.netns.envoy_process.plant import WEB, Client, application, configuration, load, running
+from tests.netns.envoy_process.plant import WEB, Client, application, configuration, load, put, running
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.net import HOST4, HOST6, Net, Server, is_running, until
 
@@ -161,3 +162,35 @@ def test_killed_in_the_middle_of_an_update(net: Net, directory: Path) -> None:
                 return f"x-ip-{number}" in client.get(keep=False)[1]["headers"]
 
             until(has_it)
+
+
+def test_a_dataplane_is_followed(net: Net, directory: Path) -> None:
+    """It is a file that the configuration names, like all others; one that is not in order changes nothing."""
+    resource = f"type: Dataplane\nnetworking: {{inbound: [{{port: PORT, servicePort: {WEB}}}]}}\n"
+    put(directory / "dataplane.yaml", resource.replace("PORT", "8070"))
+    text = f"""
+listeners:
+  - listen: "[::]:15006 ipv6only=off"
+    direction: inbound
+    upstream: dataplane
+    dataplane_file: {directory}/dataplane.yaml
+"""
+
+    def answers(port: int) -> bool:
+        client = Client(net, (HOST4, port))
+        try:
+            return client.get()[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            client.close()
+
+    with running(net, directory, text) as envoy:
+        assert answers(8070)
+        with envoy.taken("the configuration is invalid, the old one stays"):
+            put(directory / "dataplane.yaml", "type: Mesh\n")
+        assert answers(8070)
+        with envoy.taken():
+            put(directory / "dataplane.yaml", resource.replace("PORT", "8071"))
+        until(lambda: answers(8071))
+        until(lambda: not answers(8070))

@@ -54,7 +54,9 @@ def report(listings: Listings | None, *, verbose: bool = False) -> Report:
     changed: list[str] = []
     for engine in registry.available(options, planning=recorded):
         plan = engine.plan(record.policy) if record and engine.name == recorded else None
-        found[engine.name] = engine.inspect(plan)
+        inspection = found[engine.name] = engine.inspect(plan)
+        if listings is not None and inspection.listed is not None:
+            listings.know(inspection.listed)
         if record and engine.name == recorded:
             changed = facts.problems(facts.now(record, engine))
     if not found:

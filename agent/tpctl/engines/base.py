@@ -85,6 +85,8 @@ class Inspection(NamedTuple):
     """The sockets to which eBPF programs give what arrives, by cookie (SO_COOKIE, socket(7)); None without such."""
     way: str | None = None
     """How the rules are written to the kernel here, and why; set where there is a choice and --verbose is given."""
+    listed: Mapping[str, Mapping[Family, Any]] | None = None
+    """The tables as the programs of iptables listed them, by variant, family and name; None of other engines."""
 
 
 class Applied(NamedTuple):

@@ -17,6 +17,11 @@ class Listings:
     def __init__(self) -> None:
         self._held: dict[tuple[str, Family], Mapping[str, saved.SavedTable]] = {}
 
+    def know(self, listed: Mapping[str, Mapping[Family, Mapping[str, saved.SavedTable]]]) -> None:
+        """Take over what an engine has just listed, by variant and family (`Inspection.listed`)."""
+        for variant, families in listed.items():
+            self._held.update(((variant, family), tables) for family, tables in families.items())
+
     def of(self, variant: str, family: Family) -> Mapping[str, saved.SavedTable]:
         """The tables of a variant by their names; none where they cannot be read."""
         key = (variant, family)

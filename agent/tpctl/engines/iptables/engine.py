@@ -135,6 +135,7 @@ class IptablesEngine:
                 foreign=foreign,
                 foreign_families=foreign_families,
                 redirected_ports=ports,
+                listed=held,
             )
         variant = self.variant if self.variant in holding else holding[0]
         tables = held[variant]
@@ -160,6 +161,7 @@ class IptablesEngine:
             ahead=tuple(plan.told_of_places(tables, order.ahead)) if plan else (),
             redirected_ports=ports,
             way=way,
+            listed=held,
         )
 
     def footprint(self) -> Footprint:

@@ -105,7 +105,7 @@ def _held_twice(policy: Policy, kind: str, spot: Spot) -> str | None:
     if spot.rule == "DNS queries" and spot.part == "family" and listed and dropped:
         return "the chain only names servers of the family"
     query = "dns" in spot.chain.lower() or "query" in spot.chain.lower()
-    if spot.rule == "s1" and query and listed and kind != "negate":
+    if spot.rule == "s1" and listed and ((query and kind != "negate") or spot.other == "DNS over TCP"):
         return "no listed server is link-local"
     return None
 
@@ -219,6 +219,10 @@ def _loopback_from_outside(policy: Policy, kind: str, spot: Spot) -> str | None:
         return None
     if spot.part in ("in", "interface") and kind != "negate":
         return "nothing arrives there over loopback for these addresses"
+    addresses_only = policy.dns.capture is DnsCapture.LISTED and not policy.virtual_networks
+    spares_less = kind in ("drop a rule", "off by one", "swap two rules")
+    if "zone" in spot.chain.lower() and addresses_only and spares_less and not _lists_loopback(policy):
+        return "the rules after it are for servers elsewhere"
     if spot.chain == "prerouting_last" and not policy.inbound.enabled:
         return "inbound redirection is off: nothing is redirected there anyway"
     if spot.part == "destination" and kind in ("negate", "drop a condition"):
@@ -230,6 +234,10 @@ def _loopback_from_outside(policy: Policy, kind: str, spot: Spot) -> str | None:
     if kind == "off by one" and spot.other == "wider":
         return "out of reach: nobody has, or sends to, an address that lies in between"
     return None
+
+
+def _lists_loopback(policy: Policy) -> bool:
+    return any(server.address.is_loopback for server in policy.dns.servers)
 
 
 def _bound_elsewhere(policy: Policy, kind: str, spot: Spot) -> str | None:

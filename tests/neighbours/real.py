@@ -156,4 +156,13 @@ _WIREGUARD = Neighbour(
     ),
 )  # fmt: skip
 
-REAL = (*_UFW, *_FIREWALLDS, *_FAIL2BANS, *_DOCKERS, _PODMAN, _LIBVIRTD, _WIREGUARD)
+_TOGETHER = (_UFW[0], next(one for one in _FAIL2BANS if "nftables" in one.name), _DOCKERS[0])
+_CROWD = Neighbour(
+    "ufw-fail2ban-docker", "ufw",  # the only one of them that loses anything
+    needs=tuple(program for one in _TOGETHER for program in one.needs),
+    start="\n".join(one.start for one in _TOGETHER),
+    restart="\n".join(one.restart for one in reversed(_TOGETHER)),
+    published=_DOCKERS[0].published,
+)  # fmt: skip
+
+REAL = (*_UFW, *_FIREWALLDS, *_FAIL2BANS, *_DOCKERS, _PODMAN, _LIBVIRTD, _WIREGUARD, _CROWD)

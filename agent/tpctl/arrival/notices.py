@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tpctl.arrival import bans, beside, obstacles, untracked
 from tpctl.arrival.journey import Trip, Way, of_connection
@@ -28,8 +28,29 @@ def problems(policy: Policy, engine: str, tables: tuple[Table, ...] | None = Non
     found = obstacles.brought_about(tables, kinds)
     return (
         *(_problem(one) for one in found[:_MOST_SHOWN]),
+        *_unlike(tables, kinds),
         *untracked.problems(tables, policy, engine, kinds, routes.is_local),
     )
+
+
+def _unlike(tables: tuple[Table, ...], kinds: Iterable[Trip]) -> Iterator[str]:
+    """Rules that give another source to what the eBPF engine knows by its source, a line each."""
+    changing = [
+        table
+        for table in tables
+        if any(rule.verdict is Verdict.MASQUERADE for chain in table.chains.values() for rule in chain.rules)
+    ]
+    found: dict[str, Obstacle] = {}
+    for trip in kinds if changing else ():
+        for one in obstacles.on_the_way(changing, trip):
+            if one.verdict is Verdict.MASQUERADE and one.extent >= Matching.SOME:
+                found.setdefault(one.place.text, one)
+    for one in found.values():
+        yield (
+            "a rule changes the source of connections over lo, by which the data plane asks where they were going, and "
+            f"it cannot serve them: {one.place.text}; name the interface in it (-o eth0), or let them come first: "
+            f"{advice(one)}"
+        )
 
 
 def bypasses(policy: Policy, engine: str, tables: tuple[Table, ...] | None = None) -> tuple[str, ...]:
@@ -135,6 +156,10 @@ def _stands(found: Obstacle) -> str:
         Verdict.UNTRACK: (
             "keeps conntrack, and so every rule of nat, from seeing",
             "keep conntrack, and so every rule of nat, from seeing",
+        ),
+        Verdict.MASQUERADE: (
+            "changes the source, by which the data plane asks where it was going, of",
+            "change the source, by which the data plane asks where it was going, of",
         ),
         Verdict.MARK: ("marks, so that a rule of ip-rule(8) can re-route,", "mark, and so re-route,"),
     }

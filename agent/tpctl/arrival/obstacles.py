@@ -11,10 +11,12 @@ from tpctl.arrival.owners import Owner, owner_of
 from tpctl.arrival.packets import LOOPBACK, Matching, Packet
 from tpctl.arrival.remedies import keeping, remedy
 from tpctl.engines.foreign import ENDS, Hook, Place, Table, Verdict
+from tpctl.spec.connection import Direction
+from tpctl.spec.policy import Family, Protocol
 
 CONNTRACK = -200
 """What comes before it, by priority, can keep a packet from it (NF_IP_PRI_CONNTRACK in linux/netfilter_ipv4.h)."""
-_HINDERS = ENDS | {Verdict.UNTRACK}
+_HINDERS = ENDS | {Verdict.UNTRACK, Verdict.MASQUERADE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,12 @@ class Obstacle:
     @property
     def does(self) -> str:
         """What the rule does to `packet`, in words, as in "drops an answer of the data plane"."""
-        verb = {Verdict.REJECT: "rejects", Verdict.UNTRACK: "keeps conntrack, and so every rule of nat, from seeing"}
-        return f"{verb.get(self.verdict, 'drops')} {self.packet.what}"
+        verbs = {
+            Verdict.REJECT: "rejects",
+            Verdict.UNTRACK: "keeps conntrack, and so every rule of nat, from seeing",
+            Verdict.MASQUERADE: "changes the source, by which the data plane asks where it was going, of",
+        }
+        return f"{verbs.get(self.verdict, 'drops')} {self.packet.what}"
 
 
 def advice(found: Obstacle) -> str | None:
@@ -58,12 +64,34 @@ def on_the_way(tables: Sequence[Table], trip: Trip, *, with_nat: bool = True) ->
         Obstacle(stop.place, stop.verdict, stop.extent, packet)
         for packet in journey.packets(trip)
         for stop in walk.stops(tables, packet, with_nat=with_nat)
-        if stop.verdict is not Verdict.ACCEPT and (stop.verdict is not Verdict.UNTRACK or _counts(trip, packet, stop))
+        if stop.verdict is not Verdict.ACCEPT and _MATTERS.get(stop.verdict, _always)(trip, packet, stop)
     )
     return tuple(found)
 
 
-def _counts(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
+def _always(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
+    return True
+
+
+def _another_source_matters(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
+    """Whether it matters that a packet gets another source: the eBPF engine knows its connections over lo by that.
+
+    What leaves for ::1 by lo is masqueraded as ::1 (nf_nat_masquerade_ipv6() in net/netfilter/nf_nat_masquerade.c).
+    """
+    stays = (
+        packet.family is Family.IPV6 and stop.place.rule is not None and "masquerade" in stop.place.rule.text.lower()
+    )
+    return not stays and (
+        trip.redirected_to is not None
+        and trip.way is Way.SOCKETS
+        and trip.direction is Direction.OUTBOUND
+        and trip.protocol == Protocol.TCP
+        and packet.hook is Hook.POSTROUTING
+        and not packet.is_reply
+    )
+
+
+def _tracking_matters(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
     """Whether it matters that a packet is not tracked: it would be translated, and conntrack does not know it yet.
 
     It knows what comes over lo from the hook output.
@@ -76,6 +104,9 @@ def _counts(trip: Trip, packet: Packet, stop: walk.Stop) -> bool:
         and packet.hook in (Hook.PREROUTING, Hook.OUTPUT)
         and not (packet.hook is Hook.PREROUTING and packet.in_interface == LOOPBACK)
     )
+
+
+_MATTERS = {Verdict.UNTRACK: _tracking_matters, Verdict.MASQUERADE: _another_source_matters}
 
 
 def brought_about(tables: Sequence[Table], trips: Iterable[Trip]) -> tuple[Obstacle, ...]:

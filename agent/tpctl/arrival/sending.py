@@ -232,7 +232,9 @@ class Sender:
             return
         if number := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._selector.unregister(client)
-            if attempt.connected is None:
+            if attempt.connected is None and number == errno.ECONNRESET:  # it was taken, and closed before this look
+                attempt.connected = time.monotonic()
+            elif attempt.connected is None:
                 attempt.error = OSError(number, "")
             attempt.closed = True
             return
@@ -338,17 +340,21 @@ class Sender:
         port, family = attempt.probe.expected.port, attempt.probe.family
         assert attempt.error is not None
         assert port is not None
-        if attempt.error.errno not in (errno.ECONNREFUSED, errno.ECONNRESET):
+        if attempt.error.errno != errno.ECONNREFUSED:
             return Fate.LOST, f"{_text(attempt.error)}; it should have gone to {where}"
         protocol = Protocol(attempt.probe.connection.protocol)
         found = self._audience.at(protocol, port, family)
         wide = [one for one in found if one.address.is_unspecified and one.address.version == family]
         if found and not wide:
-            bound = ", ".join(str(one.address) for one in found)
+            bound = ", ".join(f"{one.address}{_ONLY if one.address.version != family else ''}" for one in found)
             return Fate.REFUSED, f"what listens on {where} is bound to {bound} and does not take it"
         if not found and not any(place.stands_for(protocol, port, family) for place in self._places):
             return Fate.REFUSED, f"nobody listens on {where}"
         return Fate.LOST, f"something on the way to {where} refused it, although somebody listens there"
+
+
+_ONLY = " for IPv6 only"
+"""What a socket is that is bound to an address of IPv6, and refuses IPv4."""
 
 
 def _same(sent: Probe, meant: Probe) -> bool:

@@ -18,7 +18,7 @@ _DEEPEST = 16
 
 
 _EVERY_BIT = 0xFFFFFFFF
-_GOES_ON = frozenset({Verdict.ACCEPT, Verdict.TRANSLATE})
+_GOES_ON = frozenset({Verdict.ACCEPT, Verdict.TRANSLATE, Verdict.MASQUERADE})
 """What ends a base chain, and lets the next one be asked."""
 
 

@@ -31,6 +31,8 @@ class Verdict(enum.StrEnum):
     """It changes an address or a port, and ends the chain."""
     MARK = "mark"
     """It sets the packet's mark, by which ip-rule(8) may send it another way."""
+    MASQUERADE = "masquerade"
+    """It changes the source, and ends the chain."""
     UNTRACK = "untrack"
     """It keeps conntrack from seeing the packet, so no rule of nat is asked, and the next rule is."""
     CONTINUE = "continue"

@@ -28,6 +28,7 @@ _TARGETS = {
     "STEAL": Verdict.DROP, "RETURN": Verdict.RETURN, "MARK": Verdict.MARK, "CONNMARK": Verdict.MARK,
     "REDIRECT": Verdict.TRANSLATE,
     "DNAT": Verdict.TRANSLATE, "TPROXY": Verdict.TRANSLATE, "NOTRACK": Verdict.UNTRACK,
+    "MASQUERADE": Verdict.MASQUERADE, "SNAT": Verdict.MASQUERADE,
 }  # fmt: skip
 _SILENT = frozenset(
     {"comment", "tcp", "udp", "multiport", "conntrack", "state", "addrtype", "owner", "mark", "iprange"}

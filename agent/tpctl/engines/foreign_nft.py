@@ -37,7 +37,10 @@ _FAMILIES = {"ip": "ipv4", "ip6": "ipv6"}
 _VERDICTS = {verdict.value: verdict for verdict in (Verdict.ACCEPT, Verdict.DROP, Verdict.REJECT, Verdict.RETURN)}
 _CALLS = {"jump": Verdict.JUMP, "goto": Verdict.GOTO}
 _TRANSLATES = frozenset({"dnat", "redirect", "tproxy"})
-_DOES = frozenset({*_VERDICTS, *_CALLS, *_TRANSLATES, "notrack", "counter", "log", "limit", "comment", "queue"})
+_MASQUERADES = frozenset({"snat", "masquerade"})
+_DOES = frozenset(
+    {*_VERDICTS, *_CALLS, *_TRANSLATES, *_MASQUERADES, "notrack", "counter", "log", "limit", "comment", "queue"}
+)
 _NUMBERED = frozenset({"packets", "bytes", "level", "group", "prefix", "flags", "snaplen", "queue-threshold"})
 
 Sets = Mapping[str, tuple[str, ...]]
@@ -113,6 +116,8 @@ class _Reader:
             self.at = len(self.tokens)
         elif word in _TRANSLATES:
             self.verdict, self.at = Verdict.TRANSLATE, len(self.tokens)
+        elif word in _MASQUERADES:
+            self.verdict, self.at = Verdict.MASQUERADE, len(self.tokens)
         elif word in ("counter", "log"):
             while self._peek() in _NUMBERED:
                 self.at += 2
@@ -126,7 +131,7 @@ class _Reader:
             self._flags()
         elif self.tokens[self.at : self.at + 2] and "set" in self.tokens[self.at : self.at + 2]:
             self._setting()
-        elif word not in ("masquerade", "continue"):
+        elif word != "continue":
             self.conditions.append(Condition(f"? {word}"))
 
     def _expression(self, words: tuple[str, ...], field: str) -> None:

@@ -227,6 +227,28 @@ def test_what_conntrack_does_not_see(name: str, variant: str) -> None:
         expect_arrival(lab, way, Family.IPV4)
 
 
+@pytest.mark.parametrize(
+    ("family", "rules", "count"),
+    [
+        ("ip", "masquerade", 1),
+        ("ip6", "snat to fd00::5", 1),
+        ("ip", 'oifname "eth0" masquerade', 0),
+        ("ip", "ip saddr 172.17.0.0/16 snat to 10.0.0.5", 0),
+        ("ip", "oif lo accept; masquerade", 0),
+        ("ip6", "masquerade", 0),
+    ],
+)
+def test_what_changes_the_source_by_which_ebpf_knows_a_connection(family: str, rules: str, count: int) -> None:
+    """Netfilter's engines are asked by the source that the socket has, and do not mind."""
+    with redirecting() as lab, lab.inside(HOST):
+        chain = f"chain p {{ type nat hook postrouting priority 100; {rules}; }}"
+        run(["nft", "-f", "-"], stdin=f"table {family} n {{ {chain}; }}")
+        told = notices.problems(POLICY, "ebpf")
+        assert len(told) == count
+        assert all("changes the source" in line for line in told)
+        assert not notices.problems(POLICY, "nftables")
+
+
 TRACKED_ALL_THE_SAME = """table inet site {
     chain out { type filter hook output priority raw
         tcp sport { 8080, 443 } notrack

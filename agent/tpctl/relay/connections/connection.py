@@ -136,7 +136,7 @@ class Connection:
     def _on_failed(self, error: OSError) -> None:
         self.reset(error, Ending.NOT_REACHED)
 
-    def _on_reached(self, upstream: Socket) -> None:
+    def _on_reached(self, upstream: Socket, told: int) -> None:
         self._upstream = upstream
         self._since = time.monotonic()
         if self._plan.reached is not None:
@@ -152,7 +152,7 @@ class Connection:
             kind = Flow if self._context.accelerator is None else ChattyFlow
             self._up = kind(self._client, upstream, self._context.buffer, self._context.pool)
             self._down = kind(upstream, self._client, self._context.buffer, self._context.pool)
-            self._begin(upstream)
+            self._begin(upstream, told)
 
     def _shake_hands(self, upstream: Socket, secure: UpstreamTls) -> None:
         """Begin TLS with the upstream; whoever it is must show a certificate before it hears of the client's bytes."""
@@ -175,7 +175,7 @@ class Connection:
     def _flow_between(self, client: End, upstream: End) -> None:
         assert self._upstream is not None
         self._up, self._down = EndFlow(client, upstream), EndFlow(upstream, client)
-        self._begin(self._upstream)
+        self._begin(self._upstream, 0)
         # What OpenSSL has read together with the end of a handshake is not in the socket any more.
         try:
             self._up.move()
@@ -184,7 +184,7 @@ class Connection:
             self.reset(error, self._who_reset())
         self._arm()
 
-    def _begin(self, upstream: Socket) -> None:
+    def _begin(self, upstream: Socket, _told: int) -> None:
         """Wait for bytes of either side."""
         self.state = State.RELAYING
         loop = self._context.exchange.loop

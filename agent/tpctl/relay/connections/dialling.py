@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from select import EPOLLERR, EPOLLHUP, EPOLLOUT
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from typing import NamedTuple
 
 from tpctl.relay.connections import client_ports
@@ -28,6 +28,8 @@ IP_BIND_ADDRESS_NO_PORT = 24
 _INFO = struct.Struct("=44xI4xI72xQ")
 """linux/tcp.h, struct tcp_info: tcpi_last_data_sent and tcpi_last_data_recv, milliseconds ago, both since the beginning
 while there was none; tcpi_bytes_received."""
+EDGES = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
+"""What a socket is watched for from its dial on: all that a `QuickConnection` wants to know of it later."""
 _FAILED = EPOLLERR | EPOLLHUP
 _SAME_TIME_MS = 50
 _INTERRUPTED_SECONDS, _LOOKS = 0.01, 10
@@ -109,9 +111,9 @@ class Exchange(NamedTuple):
 
 
 class Dialling:
-    """Tries dials in turn. Calls `reached` with a connected socket, or `failed` with the last reason.
+    """Tries dials in turn. Calls `reached` with a connected socket and its events, or `failed` with the last reason.
 
-    The socket is still watched then: whoever gets it watches it otherwise, with one system call instead of two.
+    The socket is still watched then, edge-triggered: whoever gets it watches it otherwise, or goes on so.
     """
 
     __slots__ = ("_attempt", "_deadlines", "_dials", "_exchange", "_failed", "_link", "_reached", "_socket")
@@ -121,7 +123,7 @@ class Dialling:
         exchange: Exchange,
         dials: Sequence[Dial],
         deadlines: Deadlines[Dialling],
-        reached: Callable[[Socket], None],
+        reached: Callable[[Socket, int], None],
         failed: Callable[[OSError], None],
     ) -> None:
         self._exchange = exchange
@@ -190,7 +192,7 @@ class Dialling:
         finally:
             hops.made()
         self._exchange.own_dials[link] = OwnDial(upstream, dial)
-        self._exchange.loop.watch(upstream.fileno(), EPOLLOUT, self._on_event)
+        self._exchange.loop.watch(upstream.fileno(), EDGES, self._on_event)
 
     def _bound(self, dial: Dial) -> tuple[Socket, Destination]:
         """A socket, and what to dial with it."""
@@ -236,7 +238,7 @@ class Dialling:
             self._drop()
             self._next(OSError(code, os.strerror(code)))
             return
-        self._reached(upstream)
+        self._reached(upstream, mask)
 
     def _drop(self) -> None:
         """Let go of an attempt."""

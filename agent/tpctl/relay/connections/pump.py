@@ -23,6 +23,8 @@ MAX_PIPES = 256
 """In use and idle. A connection that gets none copies through the buffer."""
 _ENDS = 2
 _PART = 16
+_AT_ONCE = socket.MSG_DONTWAIT
+"""Of a socket that would wait: that makes it one that does not, without a call of its own."""
 _ROUNDS = 8
 """Splices an event, so that one fast stream does not starve the others."""
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -116,7 +118,19 @@ def end_stream(sock: Socket) -> None:
 class Flow:
     """One direction of a connection."""
 
-    __slots__ = ("_buffer", "_bulk", "_held", "_in_pipe", "_pipe", "_pool", "moved", "sink", "source", "wish")
+    __slots__ = (
+        "_buffer",
+        "_held",
+        "_in_pipe",
+        "_pipe",
+        "_pool",
+        "is_bulk",
+        "is_last",
+        "moved",
+        "sink",
+        "source",
+        "wish",
+    )
 
     def __init__(self, source: Socket, sink: Socket, buffer: memoryview, pool: PipePool) -> None:
         self.source = source
@@ -126,7 +140,10 @@ class Flow:
         self._pipe: Pipe | None = None
         self._in_pipe = 0
         self._held = b""
-        self._bulk = False
+        self.is_bulk = False
+        """Whether a read has filled the buffer: the next one splices, and neither socket may be one that waits."""
+        self.is_last = False
+        """Whether the other direction has ended: then so does the connection with this one, and closing tells it."""
         self.moved = 0
         """Bytes that were passed on."""
         self.wish = READ
@@ -134,27 +151,28 @@ class Flow:
     def move(self) -> bool:
         """Pass on what can be passed on now, and update `wish`. Raises OSError when either end is broken.
 
-        Returns whether `wish` was, and still is, READ: so it is for nearly every event, and nobody has to look further.
+        Returns whether `wish` was, and still is, READ, and no bulk has begun: so it is for nearly every event, and
+        nobody has to look further.
         """
         # A small message takes this one call: every further one would cost a twentieth of the rate of requests.
-        if self._bulk or self.wish is not READ:
+        if self.is_bulk or self.wish is not READ:
             return self._move_otherwise()
         buffer = self._buffer
         try:
-            count = self.source.recv_into(buffer)
+            count = self.source.recv_into(buffer, 0, _AT_ONCE)
         except BlockingIOError:
             return True
         if not count:
             self._end()
             return False
         try:
-            sent = self.sink.send(buffer[:count])
+            sent = self.sink.send(buffer[:count], _AT_ONCE)
         except BlockingIOError:
             sent = 0
         self.moved += sent
-        self._bulk = count == BUFFER_SIZE
+        self.is_bulk = count == BUFFER_SIZE
         if sent == count:
-            return True
+            return not self.is_bulk
         self._held = bytes(buffer[sent:count])
         self.wish = WRITE
         return False
@@ -165,7 +183,7 @@ class Flow:
         if before is DONE or (before is WRITE and not self._flush()):
             return False
         self.wish = READ
-        if self._bulk:
+        if self.is_bulk:
             self._splice()
         else:
             self.move()
@@ -192,7 +210,7 @@ class Flow:
                 self._pool.give(self._pipe)
                 self._pipe = None
                 return True
-            sent = self.sink.send(self._held)
+            sent = self.sink.send(self._held, _AT_ONCE)
         except BlockingIOError:
             return False
         self.moved += sent
@@ -202,7 +220,7 @@ class Flow:
     def _splice(self) -> None:
         pipe = self._pool.take()
         if pipe is None:
-            self._bulk = False
+            self.is_bulk = False
             self.move()
             return
         # Held from here on, so that `abandon` finds the pipe when a splice fails half-way.
@@ -214,14 +232,16 @@ class Flow:
             except BlockingIOError:
                 break
             if not self._in_pipe:
+                # The end; or urgent data, at whose mark splice() stops for good once the end has come behind it.
                 self._release()
-                self._end()
+                self.is_bulk = False
+                self.move()
                 return
             total += self._in_pipe
             if not self._drain(pipe):
                 self.wish = WRITE
                 return
-        self._bulk = total >= BUFFER_SIZE
+        self.is_bulk = total >= BUFFER_SIZE
         self._release()
 
     def _release(self) -> None:
@@ -244,4 +264,5 @@ class Flow:
     def _end(self) -> None:
         """The source has ended: so does the sink, in this direction only."""
         self.wish = DONE
-        end_stream(self.sink)
+        if not self.is_last:
+            end_stream(self.sink)

@@ -18,6 +18,7 @@ from tpctl.relay.connections.dials import Dial
 from tpctl.relay.connections.handshake import Handshake
 from tpctl.relay.connections.plan import Context, Plan, UpstreamTls
 from tpctl.relay.connections.proxy_protocol import announce
+from tpctl.relay.connections.quick import QuickConnection
 from tpctl.relay.connections.reception import Guest, Reception, told
 from tpctl.relay.connections.route import Refusal, Route
 from tpctl.relay.connections.states import Ending
@@ -178,7 +179,9 @@ class TcpRelay:
             upstream_tls=UpstreamTls(tls, self._shaking[timeouts.connect]) if tls is not None else None,
             reached=partial(self._on_reached, guest.route.slot, time.monotonic()),
         )
-        connection = Connection(self._context, guest.socket, plan, partial(self._on_end, guest))
+        is_plain = plan.client is None and tls is None and guest.socket.family != socket.AF_UNIX
+        kind = QuickConnection if is_plain else Connection
+        connection = kind(self._context, guest.socket, plan, partial(self._on_end, guest))
         self._connections[connection] = guest
         if self._check is None:
             self._check_later()

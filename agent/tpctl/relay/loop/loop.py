@@ -1,4 +1,4 @@
-"""An event loop on epoll: readiness of sockets, and timers. One thread, level-triggered.
+"""An event loop on epoll: readiness of sockets, and timers. One thread.
 
 An exception of a handler or timer ends neither the loop nor anything else but what it was about: see `Loop.contain`.
 """
@@ -72,7 +72,10 @@ class Loop:
         self._is_shared = False
 
     def watch(self, fd: int, mask: int, handler: Handler) -> None:
-        """Call `handler` when `fd` is ready, and no other one any more; errors and hang-ups are always reported."""
+        """Call `handler` when `fd` is ready, and no other one any more; errors and hang-ups are always reported.
+
+        With EPOLLET in `mask`, only when it has become ready.
+        """
         if fd in self._handlers:
             self._epoll.modify(fd, mask)
         else:
@@ -82,6 +85,10 @@ class Loop:
     def change(self, fd: int, mask: int) -> None:
         """Wait for other events of a watched fd."""
         self._epoll.modify(fd, mask)
+
+    def hand_over(self, fd: int, handler: Handler) -> None:
+        """Call another handler for a watched fd, without a system call."""
+        self._handlers[fd] = handler
 
     def forget(self, fd: int) -> None:
         """Stop watching; harmless when `fd` is not watched."""

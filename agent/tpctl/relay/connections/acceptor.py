@@ -13,8 +13,8 @@ from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.complaints import Complaints
 from tpctl.relay.loop.loop import EXHAUSTED, Loop, Timer
 
-_BATCH = 64
-"""Connections accepted an event, so that a burst does not starve the ones that exist."""
+_BATCH = 8
+"""Connections accepted an event, so that a burst does not hold up those that exist, and other workers get a part."""
 _PAUSE_SECONDS = 0.1
 LIMIT_REACHED = "the limit of connections is reached"
 OUT_OF_ROOM = "out of resources, accepting is paused"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import os
 import sys
-import time
 from typing import NamedTuple
 
 from tpctl.relay.loop.original_destination import Destination
@@ -13,10 +11,8 @@ from tpctl.relay.loop.original_destination import Destination
 _PLACES = 1 << 17
 """Four times the ports that Linux dials from: they are shared between destinations."""
 _HOPS, _LINK = 0xFF, 0xFFFFFF00
-_LOOKS, _QUICK_LOOKS = 150, 100
-"""Looks at another worker's dial that has no port yet, which takes some 30 us unless that worker was interrupted."""
-_NAP_SECONDS = 0.001
-"""Between the later ones: on a busy machine, whoever has the worker's processor keeps it for milliseconds."""
+UnderWay = tuple[tuple[int, int], ...]
+"""Dials by the row of their worker, and how many that had begun by then."""
 
 
 class Link(NamedTuple):
@@ -35,7 +31,7 @@ class Hops:
 
     connect() over the loopback interface may wake the worker that gets the connection before it returns, and with it
     the port. So while a dial has no port yet, its destination stands in the row of its worker, and whoever gets a
-    connection for that destination waits for a moment.
+    connection for that destination waits for a moment (`waiting_room`).
     """
 
     __slots__ = ("_begun", "_dialling", "_numbers", "_own", "_under_way")
@@ -76,32 +72,30 @@ class Hops:
             self._numbers[key % _PLACES] = 0
 
     def of(self, link: Link) -> int:
-        """How often a connection that was accepted may have gone through the relay; 0 for most clients'."""
-        key = hash(link)
-        place, tag = key % _PLACES, _of_link(key)
-        target = hash(link.destination)
-        # Asked first: it is noted before it is made.
-        if self._dialling.find(target.to_bytes(8, sys.byteorder, signed=True)) >= 0:
-            self._wait(target, place, tag)
-        found = self._numbers[place]
-        return found & _HOPS if found and found & _LINK == tag else 0
+        """How often a connection that was accepted may have gone through the relay; 0 for most clients'.
 
-    def _wait(self, target: int, place: int, tag: int) -> None:
-        """Until the dials for a destination that are under way have been made, or the one with these ends is noted.
+        Asked when nothing is `under_way` any more.
+        """
+        key = hash(link)
+        found = self._numbers[key % _PLACES]
+        return found & _HOPS if found and found & _LINK == _of_link(key) else 0
+
+    def under_way(self, link: Link) -> UnderWay:
+        """The dials that have no port yet, of which one may have made this connection; mostly none.
 
         Those that are begun later are none of a connection's that is there already.
         """
-        dials = [(row, self._begun[row]) for row, one in enumerate(self._under_way) if one == target]
-        for look in range(_LOOKS):
-            if not any(self._under_way[row] == target and self._begun[row] == dial for row, dial in dials):
-                return
-            found = self._numbers[place]
-            if found and found & _LINK == tag:
-                return
-            if look < _QUICK_LOOKS:
-                os.sched_yield()
-            else:
-                time.sleep(_NAP_SECONDS)
+        target = hash(link.destination)
+        # Asked before `of`: a dial is noted before it is made.
+        if self._dialling.find(target.to_bytes(8, sys.byteorder, signed=True)) < 0 or self.of(link):
+            return ()
+        return tuple((row, self._begun[row]) for row, one in enumerate(self._under_way) if one == target)
+
+    def are_under_way(self, dials: UnderWay, link: Link) -> bool:
+        """Whether they still are, and none of them is known to be the one with these ends."""
+        target = hash(link.destination)
+        is_any = any(self._under_way[row] == target and self._begun[row] == begun for row, begun in dials)
+        return is_any and not self.of(link)
 
 
 def _of_link(key: int) -> int:

@@ -6,6 +6,7 @@ import errno
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tpctl.relay.connections.dials import Dial
@@ -15,6 +16,7 @@ from tpctl.relay.connections.handshake import Handshake
 from tpctl.relay.connections.proxy_protocol import Header
 from tpctl.relay.connections.route import Peer, Refusal, Route
 from tpctl.relay.connections.tls import Tls
+from tpctl.relay.connections.waiting_room import WaitingRoom
 from tpctl.relay.loop.bare_socket import Socket
 from tpctl.relay.loop.deadlines import Deadlines
 from tpctl.relay.loop.failures import shown
@@ -111,6 +113,7 @@ class Reception:
         self._judge = judge
         self._admit = admit
         self._refuse = refuse
+        self._waiting = WaitingRoom[Guest](loop, self._go_on)
         self._greetings: set[Greeting] = set()
         self._handshakes: set[Handshake] = set()
         self._greeting_deadlines: dict[float, Deadlines[Greeting]] = {}
@@ -119,10 +122,26 @@ class Reception:
     @property
     def busy(self) -> int:
         """How many clients are being heard."""
-        return len(self._greetings) + len(self._handshakes)
+        return len(self._greetings) + len(self._handshakes) + len(self._waiting)
 
     def receive(self, guest: Guest) -> None:
-        """Begin with a client."""
+        """Begin with a client, once it is known whether it is one."""
+        must_wait = guest.route.may_be_brought_back(guest.peer, guest.destination)
+        if must_wait is None:
+            self._recognise(guest)
+        else:
+            self._waiting.enter(guest, must_wait)
+
+    def _go_on(self, guest: Guest) -> None:
+        """Nothing is missing any more, and nobody is there to be told of an error."""
+        try:
+            self._recognise(guest)
+        except OSError as error:
+            self._refuse(guest, Refusal.GONE, error.strerror)
+        except Exception as error:  # noqa: BLE001 - contained
+            self._loop.contain(error, partial(self._recognise, guest))
+
+    def _recognise(self, guest: Guest) -> None:
         guest.again, guest.hops = guest.route.brought_back(guest.peer, guest.destination, guest.socket)
         refusal = guest.route.refuses_to_hear(guest.peer, guest.again)
         if refusal is not None:
@@ -140,6 +159,9 @@ class Reception:
 
     def reset(self, error: OSError) -> None:
         """Refuse everybody who is being heard, for `error`: ECONNABORTED."""
+        for guest in self._waiting.everybody():
+            self._waiting.leave(guest)
+            self._refuse(guest, Refusal.ENDED, None)
         for greeting in tuple(self._greetings):
             greeting.end(Refusal.ENDED)
         for handshake in tuple(self._handshakes):

@@ -6,6 +6,7 @@ import enum
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -125,6 +126,16 @@ class Route:
             or refusals[0]
             or Refusal.NO_UPSTREAM
         )
+
+    def may_be_brought_back(self, peer: Peer, destination: Destination) -> Callable[[], bool] | None:
+        """Whether it cannot be told yet, as something to ask again; None when `brought_back` can tell."""
+        if peer.host is None:
+            return None
+        link, around = Link(peer.host, peer.port, destination), self._surroundings
+        dials = around.hops.under_way(link)
+        if not dials or link in around.own_dials:
+            return None
+        return partial(around.hops.are_under_way, dials, link)
 
     def brought_back(self, peer: Peer, destination: Destination, accepted: Socket) -> tuple[Dial | None, int]:
         """The dial of the relay whose far end a connection is, as it is to be dialled again; None for all others.

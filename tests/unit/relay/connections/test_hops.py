@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tpctl.relay.connections.hops import Hops, Link
 from tpctl.relay.loop.original_destination import Destination
 
@@ -27,33 +25,40 @@ def test_hops_through_other_workers_are_counted() -> None:
     assert hops.of(link) == 0
 
 
-def test_a_worker_that_was_interrupted_before_it_has_noted_its_dial_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_dial_without_a_port_is_under_way_until_it_has_one() -> None:
+    hops = Hops(2)
+    hops.be(1)
+    link = Link("198.51.100.9", 40000, SERVER)
+    assert not hops.under_way(link)
+    hops.begin(SERVER)
+    assert not hops.under_way(link._replace(destination=HERE)), "it goes elsewhere"
+    dials = hops.under_way(link)
+    assert hops.are_under_way(dials, link)
+    hops.note(link, 2)
+    assert not hops.under_way(link), "it is known before it has been made"
+    assert not hops.are_under_way(dials, link)
+    assert hops.of(link) == 3
+    assert hops.are_under_way(dials, link._replace(port=40001)), "another one may still be meant"
+    hops.made()
+    assert not hops.are_under_way(dials, link._replace(port=40001))
+
+
+def test_nobody_waits_for_dials_that_were_begun_later() -> None:
     hops = Hops(2)
     hops.be(1)
     link = Link("198.51.100.9", 40000, SERVER)
     hops.begin(SERVER)
-
-    def go_on(_seconds: float) -> None:
-        hops.note(link, 2)
-        hops.made()
-
-    monkeypatch.setattr("time.sleep", go_on)
-    assert hops.of(link) == 3
+    dials = hops.under_way(link)
+    hops.made()
+    hops.begin(SERVER)
+    assert not hops.are_under_way(dials, link)
 
 
-def test_nobody_waits_for_dials_that_were_begun_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_worker_that_has_died() -> None:
     hops = Hops(2)
     hops.be(1)
+    link = Link("198.51.100.9", 40000, SERVER)
     hops.begin(SERVER)
-    looks = []
-
-    def dial_on() -> None:
-        looks.append(1)
-        hops.made()
-        hops.begin(SERVER)
-
-    monkeypatch.setattr("os.sched_yield", dial_on)
-    assert hops.of(Link("198.51.100.9", 40000, SERVER)) == 0
-    assert len(looks) == 1
+    dials = hops.under_way(link)
+    hops.bury(1)
+    assert not hops.are_under_way(dials, link)

@@ -1,21 +1,25 @@
 """Tables of nftables without a redirect, which let connections through the data plane finish when the rules are gone.
 
-Any engine may need them, so they are asked for here. Without nf_tables nothing can be left, nor was it.
+Any engine may need them, so they are asked for here. Without nf_tables nothing can be left, nor was it. The nftables
+engine is imported only where there is something to do for it: with another engine that is seldom.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 from tpctl.engines import presence
 from tpctl.engines.nftables import drain, nft
-from tpctl.engines.nftables.engine import NftablesEngine, load, still_running
 from tpctl.engines.nftables.nft import Nft, NftError
 from tpctl.engines.nftables.table import TABLE
 from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Policy
 from tpctl.system.errors import ApplyError, HostError
+
+if TYPE_CHECKING:
+    from tpctl.engines.nftables.engine import NftablesEngine
 
 ANSWERS_TABLE = drain.ANSWERS_TABLE
 """Marks the answers to connections that the data plane dialled on behalf of clients."""
@@ -25,13 +29,21 @@ def hold(ports: Collection[int]) -> tuple[str, ...]:
     """Before iptables rules go: let the connections they redirect to `ports` finish. Hands back notices."""
     engine = _engine() if drain.running(ports) else None
     running = engine.hold(ports) if engine else 0
-    return (still_running(running),) if running else ()
+    if not running:
+        return ()
+    from tpctl.engines.nftables.engine import still_running
+
+    return (still_running(running),)
 
 
 def redirected() -> int:
     """How many redirected connections a table that was left is there for."""
-    way = _way()
-    return (NftablesEngine(way, EngineOptions()).leftovers() or 0) if way else 0
+    way = None if presence.lacks(TABLE) else _way()
+    if way is None:
+        return 0
+    from tpctl.engines.nftables.engine import NftablesEngine
+
+    return NftablesEngine(way, EngineOptions()).leftovers() or 0
 
 
 def end() -> int:
@@ -110,6 +122,8 @@ def _way() -> Nft | None:
 
 
 def _engine() -> NftablesEngine | None:
+    from tpctl.engines.nftables.engine import load
+
     try:
         return load()
     except HostError:

@@ -100,6 +100,7 @@ def test_an_install_into_another_bpffs_takes_the_old_ones_place(scene: Scene, tm
         with scene.lab.inside(HOST):
             assert not old.inspect(None).installed
             assert any(str(tmp_path) in line for line in old.remove().removed)
+            assert not (tmp_path / "tpctl").exists()
         assert scene.outgoing(Family.IPV4) == "peer:8080"
         assert scene.arriving(Family.IPV6) == "host:8080"
     finally:

@@ -206,6 +206,7 @@ def _unpinned(folder: Path) -> Path:
     """The folder, with everything in it detached and removed."""
     unpin(folder, tuple(program.name for program in PROGRAMS))
     folder.rmdir()
+    _remove_if_empty(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from tpctl.spec.policy import BoundSockets, DnsCapture, Policy, WhenProxyDown
+from tpctl.spec.policy import BoundSockets, DnsCapture, Policy, WhenProxyDown, is_scoped
 from tpctl.system.text import without_surrogates
 
 _PREFIXES = ("warning: ", "note: ")
@@ -132,5 +132,8 @@ def _dns(policy: Policy) -> str:
     dns = policy.dns
     if dns.capture is DnsCapture.OFF:
         return "not redirected"
-    whose = "all servers" if dns.capture is DnsCapture.ALL else _list(dns.servers)
-    return f"to port {dns.port}, queries to {whose}, over {'UDP and TCP' if dns.tcp else 'UDP'}"
+    captured = [server for server in dns.servers if not is_scoped(server.address)]
+    whose = "all servers" if dns.capture is DnsCapture.ALL else _list(captured) if captured else "no server"
+    passing = [server for server in dns.servers if is_scoped(server.address)]
+    also = f"; those to {_list(passing)} pass (s1)" if passing else ""
+    return f"to port {dns.port}, queries to {whose}, over {'UDP and TCP' if dns.tcp else 'UDP'}{also}"

@@ -82,7 +82,8 @@ class Side:
 class Scene:
     """A client, a server, and a connection of the relay between them."""
 
-    def __init__(self, kind: type[Connection], *, is_slow: bool = False) -> None:
+    def __init__(self, kind: type[Connection], *, is_slow: bool = False, first: int = 0) -> None:
+        """`first` bytes are said before the upstream is dialled, so that epoll tells of them before it is reached."""
         self.loop = Loop()
         self.pool = PipePool()
         self._ports = HeldPorts(self.loop)
@@ -102,6 +103,7 @@ class Scene:
             (Dial(Destination(*self._listener.getsockname())),), Deadlines(self.loop, PATIENCE, Dialling.expire)
         )
         self.connection = kind(context, accepted, plan, self._done)
+        self.client.say(first)
         self.connection.start()
 
     def _done(self, connection: Connection) -> None:
@@ -168,8 +170,8 @@ def _has_all(side: Side, other: Side) -> bool:
 
 
 @contextlib.contextmanager
-def scene(kind: type[Connection], *, is_slow: bool = False) -> Iterator[Scene]:
-    made = Scene(kind, is_slow=is_slow)
+def scene(kind: type[Connection], *, is_slow: bool = False, first: int = 0) -> Iterator[Scene]:
+    made = Scene(kind, is_slow=is_slow, first=first)
     try:
         yield made
     finally:
@@ -198,14 +200,20 @@ ACTIONS = st.tuples(
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(before=st.lists(ACTIONS, max_size=4), script=st.lists(ACTIONS, max_size=15), is_slow=st.booleans())
+@given(
+    before=st.lists(ACTIONS, max_size=4),
+    script=st.lists(ACTIONS, max_size=15),
+    is_slow=st.booleans(),
+    first=st.sampled_from((0, 10)),
+)
 def test_every_byte_arrives_whatever_happens_in_which_order(
     kind: type[Connection],
     before: list[tuple[str, tuple[str, int]]],
     script: list[tuple[str, tuple[str, int]]],
     is_slow: bool,
+    first: int,
 ) -> None:
-    with scene(kind, is_slow=is_slow) as at:
+    with scene(kind, is_slow=is_slow, first=first) as at:
         for name, (action, size) in before:  # while the upstream is dialled
             if name == "client":
                 act(at, at.client, action, size)
@@ -260,8 +268,7 @@ def test_small_messages_and_both_ends_need_no_other_watch() -> None:
 
 
 def test_a_message_and_the_end_that_came_while_the_upstream_was_dialled() -> None:
-    with scene(QuickConnection) as at:
-        at.client.say(10)
+    with scene(QuickConnection, first=10) as at:
         at.client.has_ended = True
         at.client.flush()
         reached(at)

@@ -77,6 +77,15 @@ def connection(net: Net) -> None:
             assert client.recv(4) == b"ping"
 
 
+def connection_with_urgent_data(net: Net) -> None:
+    """It is not moved as small messages are."""
+    with net.connect(net.host, (PEER4, 7000)) as client:
+        client.send(b"!", socket.MSG_OOB)
+        for _ in range(3):
+            client.sendall(b"ping")
+            assert client.recv(4) == b"ping"
+
+
 def query_over_udp(net: Net, patience: float = relay_net.TIMEOUT) -> None:
     assert dns_net.ask(net, PEER4, patience=patience) == answer_to(query(0x1234), 1)
 
@@ -109,7 +118,11 @@ FAULTS: list[tuple[tuple[str, str, str], Callable[[Net], None]]] = [
     ((RELAY + "connections.dialling", "Dialling", "start"), connection),
     ((RELAY + "connections.dialling", "Dialling", "_on_event"), connection),
     ((RELAY + "connections.dialling", "Dialling", "close"), connection),
-    ((RELAY + "connections.connection", "Connection", "_on_client"), connection),
+    ((RELAY + "connections.connection", "Connection", "_on_client"), connection_with_urgent_data),
+    ((RELAY + "connections.connection", "Connection", "_on_upstream"), connection_with_urgent_data),
+    ((RELAY + "connections.quick", "QuickConnection", "_on_client_edge"), connection),
+    ((RELAY + "connections.quick", "QuickConnection", "_on_upstream_edge"), connection),
+    ((RELAY + "connections.quick", "QuickConnection", "_change_back"), connection_with_urgent_data),
     ((RELAY + "connections.connection", "Connection", "_arm"), connection),
     ((RELAY + "connections.pump", "Flow", "move"), connection),
     ((RELAY + "connections.pump", "Flow", "abandon"), connection),

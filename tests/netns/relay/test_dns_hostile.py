@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dns.message
+import dns.name
+import dns.rcode
 import pytest
 
 from tests.netns.relay import dns_net
 from tests.netns.relay import net as relay_net
 from tests.netns.relay.dns_net import answer_to, ask, dig, drained, framed, name_server, query, readable, relay_for
 from tests.netns.relay.net import HOST4, PEER4, Net, Relay
+from tpctl.relay.dns.waiting import MAX_PENDING
 
 pytestmark = pytest.mark.root
 
@@ -135,6 +138,23 @@ def test_any_datagrams(net: Net, relay: Relay) -> None:
     settled(relay, before)
     is_well(net, relay)
     assert memory_kb(relay) - warm < MAX_GROWTH_KB
+
+
+def test_one_id_for_all_queries(net: Net, relay: Relay) -> None:
+    """A client that has many questions at once, from one port and under one id, takes no places for good."""
+    names = [f"name{number}.example" for number in range(MAX_PENDING + 200)]
+    at_once = 20
+    with net.datagram(net.host, socket.AF_INET) as client:
+        client.connect(RELAY)
+        for first in range(0, len(names), at_once):
+            asked = {dns.name.from_text(name) for name in names[first : first + at_once]}
+            for name in asked:
+                client.send(dns.message.make_query(name, "A", id=7).to_wire())
+            answers = [dns.message.from_wire(client.recv(4096)) for _ in asked]
+            assert {answer.question[0].name for answer in answers} == asked
+            assert all(answer.rcode() == dns.rcode.NOERROR for answer in answers)
+    is_well(net, relay)
+    assert not [line for line in relay.lines() if line["level"] != "info"]
 
 
 def abuse(net: Net, draw: random.Random, number: int) -> None:

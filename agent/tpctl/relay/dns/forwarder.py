@@ -238,7 +238,7 @@ class DnsForwarder:
             "a DNS query failed: its client has more pending queries than others", client=client.client[0]
         )
         if len(its.waiting) > 1 or its is query:
-            self._room.leave(client)
+            self._room.leave(client, its)
             del its.waiting[client]
             self._refuse(client, its.message, its.question)
         else:
@@ -386,7 +386,7 @@ class DnsForwarder:
         del self._queries[query.rest]
         self._descriptors.give(query.kind)
         for client in query.waiting:
-            self._room.leave(client)
+            self._room.leave(client, query)
         if answer is not None:
             for client in query.waiting:
                 self._answer(client, dns_message.with_id(answer, client.identifier))

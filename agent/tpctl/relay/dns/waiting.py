@@ -34,8 +34,11 @@ class WaitingRoom(Generic[Q]):
 
     def __init__(self) -> None:
         self._places = Shares(MAX_PENDING, (KEPT[OWN], KEPT[OF_OTHERS]))
-        self._sources: tuple[dict[str, dict[Waiting, Q]], ...] = ({}, {})
-        """By kind and by address; each in the order in which it came."""
+        self._sources: tuple[dict[str, dict[tuple[Waiting, Q], None]], ...] = ({}, {})
+        """By kind and by address; each in the order in which it came.
+
+        A client may have several queries under one id and from one port at once.
+        """
         self._count = 0
 
     def __len__(self) -> int:
@@ -48,17 +51,17 @@ class WaitingRoom(Generic[Q]):
         sources = self._sources[one.kind]
         source = sources.get(one.client[0])
         if source is None:
-            sources[one.client[0]] = {one: query}
+            sources[one.client[0]] = {(one, query): None}
         else:
-            source[one] = query
+            source[one, query] = None
         self._count += 1
         return True
 
-    def leave(self, one: Waiting) -> None:
-        """It waits no more."""
+    def leave(self, one: Waiting, query: Q) -> None:
+        """It waits for this query no more."""
         sources = self._sources[one.kind]
         source = sources[one.client[0]]
-        del source[one]
+        del source[one, query]
         if not source:
             del sources[one.client[0]]
         self._places.give(one.kind)
@@ -74,4 +77,4 @@ class WaitingRoom(Generic[Q]):
         most = max(sources.values(), key=len, default=None)
         if most is None or len(most) < len(sources.get(newcomer.client[0], ())) + 2:
             return None
-        return next(iter(most.items()))
+        return next(iter(most))

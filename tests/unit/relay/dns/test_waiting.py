@@ -30,7 +30,7 @@ def test_the_address_that_has_most_makes_room(listener: socket.socket) -> None:
     assert not room.enter(newcomer, 1)
     found = room.in_the_way(newcomer)
     assert found == (waiting(listener, "10.0.0.1", 0), 0)
-    room.leave(found[0])
+    room.leave(*found)
     assert room.enter(newcomer, 1)
     assert room.in_the_way(waiting(listener, "10.0.0.1", 5000)) is None, "it has most itself"
 
@@ -44,7 +44,7 @@ def test_it_ends_when_all_have_the_same(listener: socket.socket) -> None:
             found = room.in_the_way(one)
             if found is None:
                 break
-            room.leave(found[0])
+            room.leave(*found)
             sent_away += 1
         else:
             entered += 1
@@ -58,3 +58,15 @@ def test_places_that_are_kept_stay_free(listener: socket.socket) -> None:
             room.enter(waiting(listener, host, number, kind), number)
     assert len(room) == MAX_PENDING
     assert room.in_the_way(waiting(listener, "127.0.0.1", 5000, OWN)) is None, "others have nothing to do with it"
+
+
+def test_several_queries_under_one_id_and_port(listener: socket.socket) -> None:
+    room = WaitingRoom[int]()
+    one = waiting(listener, "10.0.0.1", 7)
+    for query in range(3):
+        assert room.enter(one, query)
+    assert room.in_the_way(waiting(listener, "10.0.0.2", 1)) == (one, 0)
+    for query in range(3):
+        assert len(room) == 3 - query
+        room.leave(one, query)
+    assert len(room) == 0

@@ -5,6 +5,7 @@ With VM_PROVIDER=vagrant, Vagrant runs them (docs/vagrant.md).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -61,8 +62,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """While the machine still is as the failed test left it, it is asked why."""
     report = yield
-    machine = getattr(item, "funcargs", {}).get("machine")
-    if report.failed and call.when != "teardown" and isinstance(machine, Machine):
+    machine = next((one for one in getattr(item, "funcargs", {}).values() if isinstance(one, Machine)), None)
+    if report.failed and call.when != "teardown" and machine:
         name = re.sub(r"\W+", "-", item.name)
         report.sections.append(("the machine", evidence.keep(machine, name)))
     return report
@@ -80,7 +81,14 @@ def running(
 ) -> Iterator[Machine]:
     """A machine with tpctl installed, and nothing else changed."""
     release = str(request.param)
-    with _machine(release, tmp_path_factory.mktemp(release)) as made:
+    with equipped(Recipe(release), package, tmp_path_factory.mktemp(release)) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def equipped(recipe: Recipe, package: Path, folder: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Machine]:
+    """A machine of an image, with tpctl installed; its `FRESH` state. `ports` are reached from here as well."""
+    with _machine(recipe, folder, (SERVICE_PORT, *ports)) as made:
         made.copy(package, f"/root/{package.name}")
         made.copy(Path(__file__).with_name("probing.py"), "/root/probing.py")
         made.run(f"/opt/tpctl/bin/python -m pip install --quiet --no-index --no-deps /root/{package.name}")
@@ -89,16 +97,16 @@ def running(
         yield made
 
 
-def _machine(release: str, folder: Path) -> Machine:
+def _machine(recipe: Recipe, folder: Path, ports: tuple[int, ...]) -> Machine:
     if PROVIDER == "vagrant":
-        return VagrantMachine(release, folder)
+        return VagrantMachine(recipe.release, folder)
     try:
-        built = image(Recipe(release))
+        built = image(recipe)
     except RuntimeError as failed:
         if "VM_RELEASES" in os.environ:
             raise
         pytest.skip(f"no image can be built here (make test-vm shows why): {str(failed).strip().splitlines()[-1]}")
-    return Machine(built, folder, ports=(SERVICE_PORT,))
+    return Machine(built, folder, ports=ports)
 
 
 @pytest.fixture

@@ -96,10 +96,10 @@ def website() -> Iterator[int]:
         server.shutdown()
 
 
-def who_asked(machine: Machine) -> str:
-    """The client's address, as the machine's application sees a connection from here."""
+def who_asked(machine: Machine, port: int = SERVICE_PORT) -> str:
+    """What is answered to a connection from here: the client's address, as the machine's application sees it."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{machine.forwarded[SERVICE_PORT]}/", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{machine.forwarded[port]}/", timeout=30) as answer:
             return str(answer.read().decode())
     except OSError as error:
         return str(error)

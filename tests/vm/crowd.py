@@ -31,7 +31,7 @@ backend = polling
 logpath = /var/log/web.log
 """
 _CONTAINER = f"""
-mkdir -p /srv/box/bin /srv/box/www && cp /bin/busybox /srv/box/bin/ && echo the container >/srv/box/www/index.html
+mkdir -p /srv/box/bin /srv/box/www && cp /bin/busybox /srv/box/bin/ && printf "the container" >/srv/box/www/index.html
 tar -C /srv/box -c . | docker import - box >/dev/null
 docker run --detach --restart always --publish {PUBLISHED}:80 --name web box \\
     /bin/busybox httpd -f -p 80 -h /www >/dev/null

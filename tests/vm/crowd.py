@@ -46,7 +46,6 @@ STARTS = {
 RESTARTS = {
     "docker": "systemctl restart docker",
     "ufw": "systemctl restart ufw",
-    "ufw, by its own command": "ufw reload",
     "fail2ban": "systemctl restart fail2ban && until fail2ban-client status web; do sleep 0.5; done",
 }
 

@@ -26,6 +26,8 @@ CONTAINER = "the container"
 ADDRESS = "203.0.113.5"
 RELAY_OPTIONS = "TPCTL_RELAY_OPTIONS=--access-log --dns-zone-file /etc/tpctl/mesh.hosts\n"
 ADVICE = "ufw allow in proto tcp to any port 15006"
+PATIENCE = "[Service]\nTimeoutStartSec=900\n"
+"""An emulated processor that has to share may need minutes for what takes a second elsewhere."""
 STRANGER, NEAR = "198.51.100.2", "198.51.100.1"
 """A client with a cable of its own to the machine, and the machine's address there."""
 CABLE = f"""
@@ -56,13 +58,19 @@ def running(
 
 
 @pytest.fixture(scope="module")
-def alone(running: Machine) -> dict[str, str]:
-    """What the three have made of the machine without tpctl; kept as `CROWDED`."""
+def alone(running: Machine) -> dict[str, Counter[str]]:
+    """The rules that the three have without tpctl. That state of the machine is kept as `CROWDED`."""
     start(running)
     start_application(running)
-    found = world(running)
+    found = rules(running)
     running.keep(CROWDED)
     return found
+
+
+def rules(machine: Machine) -> dict[str, Counter[str]]:
+    """Everybody's rules. Their services may have made them in another order."""
+    found = world(machine)
+    return {name: Counter(found[name].splitlines()) for name in ("nftables", "legacy IPv4", "legacy IPv6")}
 
 
 def start_application(machine: Machine) -> None:
@@ -75,6 +83,7 @@ def start_application(machine: Machine) -> None:
 
 def redirect(machine: Machine, engine: str) -> None:
     """tpctl and its relay, now and at every boot."""
+    machine.write("/etc/systemd/system/service.d/emulated.conf", PATIENCE)
     write_config(machine, f"--kuma-dp-user kuma-dp --redirect-dns --exclude-inbound-ports 22 --engine {engine}")
     machine.write("/etc/tpctl/mesh.hosts", f"{ADDRESS} {NAME}\n")
     machine.write("/etc/default/tpctl-relay", RELAY_OPTIONS)
@@ -128,7 +137,7 @@ def assert_served(machine: Machine) -> None:
     machine.wait_for(lambda: who_asked(machine, PUBLISHED) == CONTAINER, "the container is not reached")
     assert as_app(machine, f"curl -s http://{OWN}:{PUBLISHED}/") == CONTAINER
     assert as_app(machine, f"curl -s http://127.0.0.1:{PUBLISHED}/") == CONTAINER
-    assert as_app(machine, f"dig +short @{SERVER} {NAME}") == ADDRESS
+    assert as_app(machine, f"dig +short +tries=1 +timeout=60 @{SERVER} {NAME}") == ADDRESS
     with website() as port:
         place = f"{HOST}:{port}"
         before = seen_by_relay(machine, place)
@@ -154,9 +163,12 @@ def assert_all_arrive(machine: Machine) -> None:
     assert [one for one in probes if one["fate"] != "arrived"] == []
 
 
-@pytest.mark.parametrize("order", ["others-first", "tpctl-first"])
-@pytest.mark.parametrize("engine", ["nftables", "iptables"])
-def test_all_three_at_once(machine: Machine, alone: dict[str, str], engine: str, order: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "order"),
+    # The hooks of tpctl's own table have their priority, whoever comes first: one order is enough with nftables.
+    [("nftables", "others-first"), ("iptables", "others-first"), ("iptables", "tpctl-first")],
+)
+def test_all_three_at_once(machine: Machine, alone: dict[str, Counter[str]], engine: str, order: str) -> None:
     if order == "others-first":
         machine.go_back(CROWDED)
         redirect(machine, engine)
@@ -183,14 +195,11 @@ def test_all_three_at_once(machine: Machine, alone: dict[str, str], engine: str,
     machine.tpctl("uninstall")
     assert who_asked(machine) == HOST
     assert who_asked(machine, PUBLISHED) == CONTAINER
-    after = world(machine)
-    assert {name: Counter(text.splitlines()) for name, text in after.items()} == {
-        name: Counter(text.splitlines()) for name, text in alone.items()
-    }
+    assert rules(machine) == alone
 
 
 @pytest.mark.parametrize("engine", ["nftables", "iptables"])
-def test_a_banned_address(machine: Machine, alone: dict[str, str], engine: str) -> None:
+def test_a_banned_address(machine: Machine, alone: dict[str, Counter[str]], engine: str) -> None:
     """By default a ban is of the service's port, which the redirect has replaced by then: that is said."""
     machine.go_back(CROWDED)
     machine.run(f"{CABLE}{ADVICE}")

@@ -19,7 +19,7 @@ from tests.crash.campaign import FAILURES, HANGS, KILLS, Interference, Trial, at
 from tests.crash.commands import AWAITED, ORDINARY, ROLLED_BACK, points_of
 from tests.crash.healing import CONFIRM, INSTALL, UNINSTALL
 from tests.crash.scene import Scene, scene
-from tests.extent import IS_WHOLE
+from tests.extent import IS_WHOLE, takes_long
 from tpctl.rehearsal.cgroup import own_place
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("cgroup", "interception", "legacy")]
@@ -120,9 +120,9 @@ def test_an_uninstall_whose_last_steps_fail_says_that_nothing_is_redirected(tmp_
 @pytest.mark.parametrize(
     ("command", "which", "state"),
     [
-        pytest.param("install", 0, "old", id="whether-it-could"),
+        pytest.param("install", 0, "old", id="whether-it-could", marks=takes_long),
         pytest.param("install", 2, "old", id="when-the-rules-come"),
-        pytest.param("uninstall", 0, "old", id="when-the-rules-go"),
+        pytest.param("uninstall", 0, "old", id="when-the-rules-go", marks=takes_long),
     ],
 )
 def test_a_kernel_that_does_not_answer(command: str, which: int, state: str, tmp_path: Path) -> None:

@@ -21,13 +21,11 @@ from tpctl.spec.engine_options import EngineOptions
 from tpctl.spec.policy import Cgroup, Dns, Inbound, Outbound, Policy, PortRange
 from tpctl.spec.ssh_guard import captures
 from tpctl.system import memory
-from tpctl.system.errors import ApplyError, HalfDoneError, HostError, described
+from tpctl.system.errors import HalfDoneError, HostError, described
 
 TABLE = f"{FAMILY} {NAME}_ebpf"
 INVALID_PACKETS = "invalid packets"
 GUARD = "the guard of the data plane's own ports"
-_ATTEMPTS = 2
-"""To put the table back: the first child may have been killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,18 +166,14 @@ def put(wanted: Companion | None) -> Iterator[None]:
 
 def _put_back(engine: NftablesEngine, before: str | None) -> str:
     """Make the table what it was; what cannot be done is handed back in words."""
-    failed = ""
-    for _ in range(_ATTEMPTS):
-        try:
-            gone = f"delete table {TABLE}\n" if nft.held(engine.nft, TABLE) is not None else ""
-            if lines := gone + (before or ""):
-                engine.nft.execute(lines)
-        except Exception as error:  # noqa: BLE001 - why the block failed is what the user has to know, too
-            failed = described(error)
-            if isinstance(error, ApplyError):  # it took its time, and would again
-                break
-        else:
-            return ""
+
+    def lines() -> str:
+        gone = f"delete table {TABLE}\n" if nft.held(engine.nft, TABLE) is not None else ""
+        return gone + (before or "")
+
+    failed = nft.taken_back(engine.nft, lines)
+    if not failed:
+        return ""
     return (
         f"Putting the table {TABLE} of nf_tables back failed too: {failed}. Run `tpctl uninstall`, then look at "
         "`tpctl status`"

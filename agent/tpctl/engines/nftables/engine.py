@@ -20,8 +20,6 @@ from tpctl.system.errors import ApplyError, HostError, described
 
 BOTH_FAMILIES = 0
 """`RuleCounter.family` of a rule that serves IPv4 and IPv6 alike."""
-_ATTEMPTS = 2
-"""To take prepared sets away: the first child may have been killed."""
 
 
 class NftablesPlan(NamedTuple):
@@ -128,17 +126,9 @@ class NftablesEngine:
     def _unprepare(self, before: Objects | None) -> str:
         """Take the sets away that were made for rules which did not come; what stays is handed back in words."""
         memory.give_back()
-        failed = ""
-        for _ in range(_ATTEMPTS):
-            try:
-                if lines := surplus(before, self.current(), self.where):
-                    self.nft.execute(lines)
-            except Exception as error:  # noqa: BLE001 - what stopped the rules is what the user has to know, too
-                failed = described(error)
-                if isinstance(error, ApplyError):  # it took its time, and would again
-                    break
-            else:
-                return ""
+        failed = nft.taken_back(self.nft, lambda: surplus(before, self.current(), self.where))
+        if not failed:
+            return ""
         return (
             f"The rules are as they were before. Sets that no rule uses may be left in table {self.where}, because "
             f"removing them failed too: {failed}. The next `tpctl install` or `tpctl uninstall` will remove them"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tpctl.engines import presence
 from tpctl.system.child import ChildFailedError, in_child
-from tpctl.system.errors import ApplyError, HostError
+from tpctl.system.errors import ApplyError, HostError, described
 from tpctl.system.runner import TIMEOUT_SECONDS, run
 from tpctl.system.text import decoded, encoded, lines
 
@@ -25,6 +25,8 @@ Objects = list[dict[str, Any]]
 _STATELESS = {"stateless_output": True}
 EXTENSIONS = ("XTABLES_LIBDIR", "IPTABLES_LIB_DIR", "IP6TABLES_LIB_DIR", "IPTABLES_LIBDIR")
 """Variables by which libxtables and python-iptables find what they load, in which the caller shall have no part."""
+_ATTEMPTS = 2
+"""To take a change back: the first child may have been killed."""
 
 
 class NftError(Exception):
@@ -238,6 +240,25 @@ def held(nft: Nft, where: str) -> Objects | None:
         # Somebody else's rule in it may name what JSON cannot hold.
         tables = listing.read(nft.listing(f"list table {where}"))
         return [found for table in tables for found in table.objects()]
+
+
+def taken_back(nft: Nft, lines: Callable[[], str]) -> str:
+    """Carry out a text that takes a change back; what stopped it is handed back in words, and is empty if nothing did.
+
+    `lines` asks what there is to take back, anew at each attempt.
+    """
+    failed = ""
+    for _ in range(_ATTEMPTS):
+        try:
+            if text := lines():
+                nft.execute(text)
+        except Exception as error:  # noqa: BLE001 - what made it necessary is what the user has to know, too
+            failed = described(error)
+            if isinstance(error, ApplyError):  # it took its time, and would again
+                break
+        else:
+            return ""
+    return failed
 
 
 def _parsed(output: str) -> Objects:

@@ -74,11 +74,11 @@ class DnsForwarder:
         self,
         loop: Loop,
         upstreams: Upstreams,
+        *,
         local_answer: LocalAnswer,
         remembered: Remembered,
         counters: DnsCounters,
         complaints: Complaints,
-        *,
         descriptors: Shares,
     ) -> None:
         self._loop = loop

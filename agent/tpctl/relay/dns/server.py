@@ -51,10 +51,10 @@ class DnsServer:
         self._udp = DnsForwarder(
             loop,
             self._over_udp,
-            self._zone.answer,
-            self._zone.remembered,
-            self.counters,
-            complaints,
+            local_answer=self._zone.answer,
+            remembered=self._zone.remembered,
+            counters=self.counters,
+            complaints=complaints,
             descriptors=descriptors,
         )
         shared = Shared(loop, self._over_tcp, self.counters, set())

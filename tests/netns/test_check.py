@@ -131,6 +131,24 @@ def test_a_rule_that_is_missing_lets_connections_pass_by(net: Net, tmp_path: Pat
         tpctl("uninstall")
 
 
+def test_a_rule_that_hides_connections_from_conntrack_is_named(net: Net, tmp_path: Path) -> None:
+    """They pass by the data plane until a rule exempts them from it."""
+    with relay_net.relay(net, tmp_path), net.inside(net.host):
+        tpctl(*INSTALL, *ENGINES["nftables"])
+        run(["iptables-nft", "-t", "raw", "-A", "PREROUTING", "-p", "tcp", "-j", "CT", "--notrack"])
+        fates, document = checked()
+        assert fates["inbound TCP over IPv4"] == "passed by", document
+        assert fates["inbound TCP over IPv6"] == "arrived", document
+        (found,) = (one["finding"] for one in document["probes"] if one["name"] == "inbound TCP over IPv4")
+        assert "iptables-nft raw" in found["where"]
+        assert "from conntrack" in found["where"]
+        assert found["remedy"].startswith("iptables-nft -t raw -I PREROUTING -p tcp --dport ")
+        run(["iptables-nft", "-t", "raw", "-I", "PREROUTING", "-p", "tcp", "-j", "ACCEPT"])
+        fates, document = checked()
+        assert fates["inbound TCP over IPv4"] == "arrived", document
+        tpctl("uninstall")
+
+
 def test_a_listener_elsewhere_refuses(net: Net) -> None:
     """One that is bound to an address to which nothing is redirected is not stood in for."""
     with net.inside(net.host), socket.create_server(("127.0.0.9", 15006)):

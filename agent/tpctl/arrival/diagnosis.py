@@ -147,7 +147,7 @@ class _Diagnosis:
         counts = _counts(before)
         for one in obstacles.on_the_way(after, self.trip, with_nat=False):
             if one.verdict in ENDS and _count(one.place) > counts.get(_key(one.place), 0):
-                return _finding(one)
+                return _finding(dataclasses.replace(one, extent=Matching.ALL))  # it has counted: no "may"
         return None
 
     def _astray(self, events: Sequence[Event]) -> Finding | None:

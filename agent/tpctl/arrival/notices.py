@@ -47,9 +47,9 @@ def _unlike(tables: tuple[Table, ...], kinds: Iterable[Trip]) -> Iterator[str]:
                 found.setdefault(one.place.text, one)
     for one in found.values():
         yield (
-            "a rule changes the source of connections over lo, by which the data plane asks where they were going, and "
-            f"it cannot serve them: {one.place.text}; name the interface in it (-o eth0), or let them come first: "
-            f"{advice(one)}"
+            "a rule changes the source address of connections over lo, by which the data plane looks up their "
+            f"destination, so it cannot serve them: {one.place.text}; name the interface in it (-o eth0), or exempt "
+            f"them first: {advice(one)}"
         )
 
 
@@ -148,22 +148,6 @@ def on_this_host(policy: Policy, connection: Connection, decision: Decision, eng
 
 
 def _stands(found: Obstacle) -> str:
-    certain = {Matching.ALL: "", Matching.SOME: "may ", Matching.PERHAPS: "may "}[found.extent]
-    verbs = {
-        Verdict.DROP: ("drops", "drop"),
-        Verdict.REJECT: ("rejects", "reject"),
-        Verdict.TRANSLATE: ("translates", "translate"),
-        Verdict.UNTRACK: (
-            "keeps conntrack, and so every rule of nat, from seeing",
-            "keep conntrack, and so every rule of nat, from seeing",
-        ),
-        Verdict.MASQUERADE: (
-            "changes the source, by which the data plane asks where it was going, of",
-            "change the source, by which the data plane asks where it was going, of",
-        ),
-        Verdict.MARK: ("marks, so that a rule of ip-rule(8) can re-route,", "mark, and so re-route,"),
-    }
-    verb = verbs.get(found.verdict, ("acts on", "act on"))[bool(certain)]
     owner = "" if found.owner is Owner.ADMINISTRATOR else f" ({found.owner})"
-    said = f"{found.place.text}{owner} {certain}{verb} {found.packet.what} at {found.packet.hook}"
+    said = f"{found.place.text}{owner} {found.does} at {found.packet.hook}"
     return f"{said}; to let it pass: {advice(found)}" if found.remedy else said

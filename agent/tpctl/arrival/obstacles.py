@@ -17,6 +17,17 @@ from tpctl.spec.policy import Family, Protocol
 CONNTRACK = -200
 """What comes before it, by priority, can keep a packet from it (NF_IP_PRI_CONNTRACK in linux/netfilter_ipv4.h)."""
 _HINDERS = ENDS | {Verdict.UNTRACK, Verdict.MASQUERADE}
+HIDES = "hides {} from conntrack, and so from every nat rule"
+_BY_SOURCE = "the source address of {}, by which the data plane looks up its destination"
+_VERBS = {
+    Verdict.DROP: ("drops {}", "drop {}"),
+    Verdict.REJECT: ("rejects {}", "reject {}"),
+    Verdict.TRANSLATE: ("translates {}", "translate {}"),
+    Verdict.UNTRACK: (HIDES, HIDES.replace("hides", "hide")),
+    Verdict.MASQUERADE: (f"changes {_BY_SOURCE}", f"change {_BY_SOURCE}"),
+    Verdict.MARK: ("marks, so that a rule of ip-rule(8) can re-route, {}", "mark, and so re-route, {}"),
+}
+"""What a rule does, and what it may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +54,10 @@ class Obstacle:
 
     @property
     def does(self) -> str:
-        """What the rule does to `packet`, in words, as in "drops an answer of the data plane"."""
-        verbs = {
-            Verdict.REJECT: "rejects",
-            Verdict.UNTRACK: "keeps conntrack, and so every rule of nat, from seeing",
-            Verdict.MASQUERADE: "changes the source, by which the data plane asks where it was going, of",
-        }
-        return f"{verbs.get(self.verdict, 'drops')} {self.packet.what}"
+        """What the rule does to `packet`, in words, as in "may drop an answer of the data plane"."""
+        certain, perhaps = _VERBS.get(self.verdict, ("acts on {}", "act on {}"))
+        said = certain if self.extent is Matching.ALL else f"may {perhaps}"
+        return said.format(self.packet.what)
 
 
 def advice(found: Obstacle) -> str | None:

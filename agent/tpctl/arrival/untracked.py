@@ -104,7 +104,7 @@ def _problem(found: Obstacle) -> str:
     else:
         what, end = f"connections to {packet.protocol} port {packet.destination_port}", "they go past the data plane"
     return (
-        f"{owner} keeps conntrack, and so every rule of nat, from seeing {what}, and {end}: {found.place.text}; "
-        "exclude such connections in the policy, take the rule away, use --engine ebpf, or let them come first: "
+        f"{owner} {obstacles.HIDES.format(what)}, and {end}: {found.place.text}; "
+        "exclude such connections in the policy, remove the rule, use --engine ebpf, or exempt them first: "
         f"{obstacles.advice(found)}"
     )

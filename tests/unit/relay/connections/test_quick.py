@@ -310,6 +310,7 @@ def test_a_full_sink_changes_it_back_and_nothing_more_is_read_until_it_takes_som
             at.turn()
         assert at.connection.moved[1] < len(at.server.said) / 2, "no more than the kernel and one buffer take"
         at.client.is_deaf = False
+        at.client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # a small window takes 20 s
         at.settle()
         assert_whole(at)
 
